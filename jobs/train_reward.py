@@ -1,0 +1,8 @@
+"""Entry point for `ray job submit`: `madpo-ray reward` with the same flags."""
+
+from madpo_ray.cli import job
+
+main = job("reward")
+
+if __name__ == "__main__":
+    main()

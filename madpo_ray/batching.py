@@ -1,0 +1,171 @@
+"""Tokens of a pair, the order of pairs, and the rows that a model reads.
+
+Legend: B pairs of a micro-batch, L length of a row, N response tokens of a micro-batch (chosen and rejected together).
+
+A pair becomes one row [prompt | chosen | rejected]: the rejected part does not see the chosen one, and its positions continue the
+prompt's. Where a model's attention does not allow that, two rows [prompt | chosen] and [prompt | rejected]. Both give the same
+indices into the flattened hidden states, so nothing behind this file knows which it was.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward reads. Responses are numbered 0..B-1 (chosen) and B..2B-1 (rejected)."""
+
+    input_ids: Tensor  # (rows, L)
+    position_ids: Tensor  # (rows, L)
+    attention_mask: Tensor  # (B, 1, L, L) bool for shared rows, (2B, L) for unshared ones
+    predictor_index: Tensor  # (N,) into the flattened (rows * L): the position whose hidden state predicts the token
+    target_ids: Tensor  # (N,)
+    response_of_target: Tensor  # (N,) in 0..2B-1
+    last_index: Tensor  # (2B,) into the flattened (rows * L): each response's last token
+    response_lengths: Tensor  # (2B,) tokens
+    valid: Tensor  # (B,) 1 for a pair, 0 for the filler of an empty micro-batch
+    columns: dict[str, Tensor]  # name -> (B,) float64, such as margin and ref_chosen_logps
+    pair_ids: tuple[str, ...] = ()
+    pairs_in_step: int = 1  # pairs of the optimizer step, over all ranks and micro-batches
+    step: int = 0
+    last_of_step: bool = True
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        moved = {
+            field.name: getattr(self, field.name).to(device, non_blocking=True)
+            for field in dataclasses.fields(self)
+            if isinstance(getattr(self, field.name), Tensor)
+        }
+        columns = {name: value.to(device, non_blocking=True) for name, value in self.columns.items()}
+        return dataclasses.replace(self, **moved, columns=columns)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the model reads, padding included."""
+        return self.input_ids.numel()
+
+
+def split_joint(prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[int]) -> int:
+    """Where the responses begin, given the tokens of the prompt alone and of prompt + response for both responses.
+
+    A tokenizer may merge the prompt's end with the response's begin; the merged token then belongs to the response.
+    """
+    shared = min(len(prompt), len(chosen), len(rejected))
+    for k in range(shared):
+        if not prompt[k] == chosen[k] == rejected[k]:
+            return k
+    return shared
+
+
+def plan_epoch(lengths: np.ndarray, *, seed: int, epoch: int | None, global_batch_size: int, micro_batch_size: int) -> list[list[np.ndarray]]:
+    """Micro-batches of row numbers, by optimizer step: a function of its arguments alone, never of the number of workers.
+
+    `lengths` are the tokens of each pair's row. `epoch` None keeps the pairs in order. The last step may be short; every pair
+    stands in the epoch exactly once.
+    """
+    count = len(lengths)
+    order = np.arange(count) if epoch is None else np.random.default_rng([seed, epoch]).permutation(count)
+    steps = []
+    for start in range(0, count, global_batch_size):
+        members = order[start : start + global_batch_size]
+        members = members[np.argsort(-lengths[members], kind="stable")]
+        steps.append([members[i : i + micro_batch_size] for i in range(0, len(members), micro_batch_size)])
+    return steps
+
+
+def collate(rows: Sequence[dict[str, Any]], *, shared_prefix: bool, column_names: Sequence[str] = ()) -> MicroBatch:
+    """Tensors of a few pairs; an empty sequence gives a filler of one short row with `valid` 0.
+
+    Each row holds `prompt_ids`, `chosen_ids`, `rejected_ids` and the named float columns.
+
+    Raises:
+        ValueError: a prompt or response has no tokens.
+    """
+    valid = torch.ones(max(len(rows), 1)) if rows else torch.zeros(1)
+    filler = {name: [0] for name in TOKEN_COLUMNS} | {name: 0.0 for name in column_names}
+    pairs = list(rows) or [filler]
+    empty = [name for row in pairs for name in TOKEN_COLUMNS if len(row[name]) == 0]
+    if empty:
+        raise ValueError(f"no tokens in {sorted(set(empty))}: such pairs belong to the rejects")
+    layout = _shared_rows(pairs) if shared_prefix else _unshared_rows(pairs)
+    return MicroBatch(
+        **layout,
+        valid=valid,
+        columns={name: torch.tensor([float(row[name]) for row in pairs], dtype=torch.float64) for name in column_names},
+        pair_ids=tuple(row.get("pair_id", "") for row in rows),
+        pairs_in_step=max(len(rows), 1),
+    )
+
+
+def _shared_rows(pairs: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    parts = [[list(row[name]) for name in TOKEN_COLUMNS] for row in pairs]
+    length = max(sum(map(len, part)) for part in parts)
+    size = len(parts)
+    input_ids = torch.zeros(size, length, dtype=torch.long)
+    position_ids = torch.zeros(size, length, dtype=torch.long)
+    segment = torch.full((size, length), -1)  # 0 prompt, 1 chosen, 2 rejected, -1 padding
+    spans = []
+    for i, (prompt, chosen, rejected) in enumerate(parts):
+        p, c, r = len(prompt), len(chosen), len(rejected)
+        input_ids[i, : p + c + r] = torch.tensor(prompt + chosen + rejected)
+        position_ids[i, : p + c] = torch.arange(p + c)
+        position_ids[i, p + c : p + c + r] = torch.arange(p, p + r)
+        segment[i, : p + c + r] = torch.repeat_interleave(torch.arange(3), torch.tensor([p, c, r]))
+        spans.append((i * length + p - 1, i * length + p, c, chosen, i * length + p + c, r, rejected))
+    position = torch.arange(length)
+    causal = position[None, :] <= position[:, None]
+    query, key = segment[:, :, None], segment[:, None, :]
+    allowed = causal & (((key == 0) & (query >= 0)) | (key == query))  # a padded query sees padding, never nothing
+    chosen_spans = [(before, start, ids) for before, start, _, ids, *_ in spans]
+    rejected_spans = [(before, start, ids) for before, _, _, _, start, _, ids in spans]
+    return {
+        "input_ids": input_ids,
+        "position_ids": position_ids,
+        "attention_mask": allowed[:, None],
+        **_targets(chosen_spans + rejected_spans),
+    }
+
+
+def _unshared_rows(pairs: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    texts = [(list(row["prompt_ids"]), list(row[name])) for name in TOKEN_COLUMNS[1:] for row in pairs]
+    length = max(len(prompt) + len(response) for prompt, response in texts)
+    input_ids = torch.zeros(len(texts), length, dtype=torch.long)
+    attention_mask = torch.zeros(len(texts), length, dtype=torch.long)
+    for i, (prompt, response) in enumerate(texts):
+        end = len(prompt) + len(response)
+        input_ids[i, :end] = torch.tensor(prompt + response)
+        attention_mask[i, :end] = 1
+    spans = [
+        (i * length + len(prompt) - 1, i * length + len(prompt), response) for i, (prompt, response) in enumerate(texts)
+    ]
+    return {
+        "input_ids": input_ids,
+        "position_ids": torch.arange(length).expand(len(texts), length).contiguous(),
+        "attention_mask": attention_mask,
+        **_targets(spans),
+    }
+
+
+def _targets(spans: Sequence[tuple[int, int, list[int]]]) -> dict[str, Tensor]:
+    """Indices of every response token, from (position before it, position of its first token, its tokens)."""
+    predictor, target, response, last = [], [], [], []
+    for number, (before, start, ids) in enumerate(spans):
+        predictor += [before, *range(start, start + len(ids) - 1)]
+        target += ids
+        response += [number] * len(ids)
+        last.append(start + len(ids) - 1)
+    return {
+        "predictor_index": torch.tensor(predictor),
+        "target_ids": torch.tensor(target),
+        "response_of_target": torch.tensor(response),
+        "last_index": torch.tensor(last),
+        "response_lengths": torch.tensor([len(ids) for _, _, ids in spans]),
+    }

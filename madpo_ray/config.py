@@ -1,0 +1,357 @@
+"""Every setting once: default, unit, bounds, meaning.
+
+Strict, frozen, and free of torch, ray and deepspeed, so a config is checked in a fraction of a second. Names are TRL's where TRL
+has the thing.
+"""
+
+import difflib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+
+class UserError(Exception):
+    """The user's input or config is wrong. The message says how to mend it; the command exits with 2 and no traceback."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+Strings = Annotated[tuple[str, ...], Field(strict=False)]
+
+
+class RunConfig(Section):
+    name: str = Field("madpo", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the run's folder")
+    storage_path: str = Field("runs", description="folder that every node sees; the run's files go to storage_path/name")
+    seed: int = Field(0, ge=0, description="decides splits, order, initialisation and sampling")
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.storage_path) / self.name
+
+
+class ClusterConfig(Section):
+    address: str | None = Field(None, description="Ray address; null takes RAY_ADDRESS, else starts a local Ray")
+    num_workers: int = Field(1, ge=1, description="training workers, and scoring actors")
+    use_gpu: bool = Field(False, description="one GPU for every worker")
+    cpus_per_worker: float = Field(1.0, gt=0, description="logical CPUs of a worker; at least one thread")
+    autoscaling: bool = Field(False, description="nodes can still be added, so do not check that the workers fit now")
+    max_failures: int = Field(3, ge=-1, description="restarts of the worker group after an error, -1 without limit")
+
+
+class ModelConfig(Section):
+    model_name_or_path: str = Field(description="hub name, folder in transformers' format, or a .gguf file")
+    model_revision: str = Field("main", description="branch, tag or commit, for a hub name")
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    trust_remote_code: bool = Field(False, description="run Python code that a model brings")
+    chat_template_path: str | None = Field(None, description="Jinja file that replaces the tokenizer's chat template")
+    shared_prefix: Literal["auto", "off"] = Field(
+        "auto", description="one row [prompt | chosen | rejected] a pair, where the model's attention allows it"
+    )
+
+
+class DataConfig(Section):
+    files: Strings = Field(min_length=1, description="Parquet or JSON Lines files with preference pairs in TRL's formats")
+    split_column: str | None = Field(None, description="column with train, validation or test; null splits by group hash")
+    group_column: str | None = Field(None, description="pairs of one group never part; null groups by prompt")
+    validation_fraction: float = Field(0.05, ge=0, lt=1, description="share of the groups, where no split_column is given")
+    test_fraction: float = Field(0.05, ge=0, lt=1, description="share of the groups, where no split_column is given")
+    max_length: int = Field(1024, ge=2, description="tokens of prompt + response; responses are cut at the end")
+    keep_columns: Strings = Field((), description="further columns to carry through to the margins")
+
+    @model_validator(mode="after")
+    def _some_pairs_train(self) -> "DataConfig":
+        if self.validation_fraction + self.test_fraction >= 1:
+            raise ValueError("validation_fraction + test_fraction must stay below 1: nothing is left to train on")
+        return self
+
+
+class TrainingConfig(Section):
+    """What the one loop needs, whatever it trains."""
+
+    learning_rate: float = Field(1e-5, gt=0)
+    global_batch_size: int = Field(32, ge=1, description="pairs per optimizer step, over all workers")
+    per_device_train_batch_size: int = Field(8, ge=1, description="pairs of one forward; accumulation follows from it")
+    per_device_eval_batch_size: int = Field(8, ge=1, description="pairs of one forward in evaluation")
+    num_train_epochs: int = Field(1, ge=1)
+    max_steps: int = Field(-1, ge=-1, description="optimizer steps; -1 leaves it to num_train_epochs")
+    warmup_steps: float = Field(0.03, ge=0, description="optimizer steps; below 1 a share of all")
+    lr_scheduler_type: Literal["cosine", "linear", "constant_with_warmup", "constant"] = "cosine"
+    max_grad_norm: float = Field(1.0, ge=0, description="0 does not clip")
+    weight_decay: float = Field(0.01, ge=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.95, ge=0, lt=1)
+    adam_epsilon: float = Field(1e-8, gt=0)
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    stage3_param_persistence_threshold: int = Field(100_000, ge=0, description="smaller parameters stay whole under ZeRO-3")
+    gradient_checkpointing: bool = False
+    disable_dropout: bool = Field(True, description="every dropout is 0, LoRA's included, as in TRL")
+    use_peft: bool = Field(False, description="LoRA instead of all weights")
+    lora_r: int = Field(16, ge=1)
+    lora_alpha: int = Field(32, ge=1)
+    lora_dropout: float = Field(0.05, ge=0, lt=1, description="0 while disable_dropout is on")
+    lora_target_modules: Strings = Field(("all-linear",), description="module names, or all-linear")
+    lora_layers_to_transform: tuple[int, ...] = Field((), strict=False, description="layers with LoRA; empty: all (as peft)")
+    logging_steps: int = Field(10, ge=1)
+    eval_steps: int | None = Field(None, ge=1, description="optimizer steps between evaluations; null: at the end only")
+    save_steps: int | None = Field(None, ge=1, description="optimizer steps between checkpoints; null: at the end only")
+    save_total_limit: int = Field(2, ge=1, description="checkpoints kept")
+
+
+    @model_validator(mode="after")
+    def _layers_need_names(self) -> "TrainingConfig":
+        if self.lora_layers_to_transform and self.lora_target_modules == ("all-linear",):
+            raise ValueError("lora_layers_to_transform needs lora_target_modules by name, such as [q_proj, v_proj]")
+        return self
+
+
+class RewardConfig(TrainingConfig):
+    center_rewards_coefficient: float = Field(0.0, ge=0, description="weight of (chosen + rejected reward)^2, as in TRL")
+
+
+class MarginsConfig(Section):
+    calibrate: bool = Field(True, description="divide rewards by the temperature fitted on validation pairs")
+    per_device_eval_batch_size: int = Field(8, ge=1, description="pairs of one forward")
+    batch_size: int = Field(256, ge=1, description="pairs that one call of an actor sorts by length and scores")
+
+
+LossType = Literal["sigmoid", "ipo", "ipo_sum", "beta_dpo", "madpo"]
+
+
+class PolicyConfig(TrainingConfig):
+    loss_type: LossType = "madpo"
+    beta: float = Field(0.1, gt=0, description="base temperature")
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="cDPO, for loss_type sigmoid (TRL 1.16 ignores it there)")
+    c_min: float = Field(0.25, description="lower bound of the amplifier c; in (0, 1)")
+    c_max: float = Field(4.0, description="upper bound of the amplifier c; above 1")
+    lmbda: float = Field(1.0, gt=0, description="steepness of c around tau")
+    tau: float = Field(7.0, description="margin where the weight turns from amplifying to dampening, in reward units")
+    beta_dpo_variant: Literal["published", "madpo_paper"] = "published"
+    beta_dpo_a: float = Field(0.6, ge=0, description="how strongly beta follows the batch's mean gap")
+    beta_dpo_mode_weight: float = Field(0.2, ge=0, lt=1, description="share of pairs that the filter leaves out")
+
+    @field_validator("c_min")
+    @classmethod
+    def _c_min(cls, value: float) -> float:
+        if not 0 < value < 1:
+            reason = "c_min = 1 makes the weight 0/0; where every weight is 1, MADPO is DPO: use loss_type sigmoid"
+            raise ValueError(f"must lie strictly between 0 and 1 ({reason})")
+        return value
+
+    @field_validator("c_max")
+    @classmethod
+    def _c_max(cls, value: float) -> float:
+        if not value > 1:
+            reason = "c_max = 1 makes the weight 0/0; where every weight is 1, MADPO is DPO: use loss_type sigmoid"
+            raise ValueError(f"must be above 1 ({reason})")
+        return value
+
+    @field_validator("tau")
+    @classmethod
+    def _tau(cls, value: float) -> float:
+        if not value > 0:
+            raise ValueError("must be above 0: it is the size of margin at which the weight is 1 again, in reward units")
+        return value
+
+
+class EvaluateConfig(Section):
+    chosen_score_column: str | None = Field(None, description="kept column with the chosen response's true score")
+    rejected_score_column: str | None = Field(None, description="kept column with the rejected response's true score")
+    per_device_eval_batch_size: int = Field(8, ge=1, description="pairs of one forward")
+    num_samples: int = Field(32, ge=2, description="sampled responses for the KL estimate")
+    num_shown: int = Field(5, ge=1, description="samples printed from before and after the training")
+    max_new_tokens: int = Field(64, ge=1)
+    temperature: float = Field(1.0, gt=0, description="of the samples that are shown; the KL estimate always takes 1")
+
+
+class Range(Section):
+    min: float
+    max: float
+    log: bool = False
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Range":
+        if not self.min < self.max or (self.log and self.min <= 0):
+            raise ValueError("a range needs min < max, and min > 0 where log is true")
+        return self
+
+
+class TuneConfig(Section):
+    num_samples: int = Field(8, ge=1, description="trials")
+    max_concurrent_trials: int = Field(1, ge=1, description="trials at a time; each takes cluster.num_workers workers")
+    grace_period: int = Field(1, ge=1, description="evaluations before ASHA may stop a trial")
+    search_space: dict[str, Range] = Field(
+        {
+            "beta": Range(min=0.01, max=0.5, log=True),
+            "c_min": Range(min=0.1, max=0.9),
+            "c_max": Range(min=1.1, max=6.0),
+        },
+        description="keys of section train, and their ranges",
+    )
+
+    @field_validator("search_space")
+    @classmethod
+    def _known(cls, value: dict[str, Range]) -> dict[str, Range]:
+        for key in value:
+            if key not in PolicyConfig.model_fields:
+                raise ValueError(f"unknown key {key!r} of section train{nearest(key, PolicyConfig.model_fields)}")
+        return value
+
+
+class Config(Section):
+    model: ModelConfig
+    data: DataConfig
+    run: RunConfig = RunConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    reward: RewardConfig = RewardConfig()
+    margins: MarginsConfig = MarginsConfig()
+    train: PolicyConfig = PolicyConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    tune: TuneConfig = TuneConfig()
+
+    @model_validator(mode="after")
+    def _score_columns_are_kept(self) -> "Config":
+        columns = (self.evaluate.chosen_score_column, self.evaluate.rejected_score_column)
+        if (columns[0] is None) != (columns[1] is None):
+            raise ValueError("evaluate.chosen_score_column and evaluate.rejected_score_column go together: give both")
+        for column in filter(None, columns):
+            if column not in self.data.keep_columns:
+                raise ValueError(f"evaluate asks for column {column!r}: add it to data.keep_columns")
+        return self
+
+
+# Keys that change how a stage runs but not one of its numbers: a change of theirs redoes nothing.
+OPERATIONAL_KEYS = frozenset({"logging_steps", "save_steps", "save_total_limit"})
+
+
+def settings_of(section: Section) -> dict[str, Any]:
+    """The settings of a section that decide its numbers, for fingerprints."""
+    return section.model_dump(mode="json", exclude=set(OPERATIONAL_KEYS))
+
+
+def numerics_of(model: ModelConfig) -> dict[str, str]:
+    """How a model computes, as far as it shows in the numbers."""
+    return {"dtype": model.dtype, "attn_implementation": model.attn_implementation}
+
+
+def tokens_of(model: ModelConfig) -> dict[str, str | None]:
+    """What the config says about the tokens of a text; their content is hashed beside it."""
+    return model.model_dump(mode="json", include={"model_name_or_path", "model_revision", "chat_template_path"})
+
+
+def nearest(key: str, known: Mapping[str, Any] | Sequence[str]) -> str:
+    """`; did you mean 'x'?`, or an empty string where nothing is near."""
+    match = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {match[0]!r}?" if match else f"; known are {', '.join(sorted(known))}"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's floats: PyYAML would read 1e-5 as a string."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
+    list("-+0123456789."),
+)
+
+
+def _read_yaml(text: str) -> Any:
+    value = yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    return value
+
+
+def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
+    """The config of a YAML file with `section.key=value` overrides, its paths absolute.
+
+    Raises:
+        UserError: the file is missing or no YAML mapping, a key is unknown (the nearest is named), or a value is out of bounds.
+    """
+    try:
+        raw = _read_yaml(Path(path).read_text()) or {}
+    except FileNotFoundError:
+        raise UserError(f"config file {path} does not exist") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"config file {path} is no valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"config file {path} must hold sections with keys, like `model:` and `data:`")
+    for override in overrides:
+        _apply_override(raw, override)
+    return parse_config(raw)
+
+
+def parse_config(raw: Mapping[str, Any]) -> Config:
+    """The checked config of nested mappings. Raises UserError as `load_config` does."""
+    try:
+        return _with_absolute_paths(Config.model_validate(raw))
+    except ValidationError as error:
+        raise UserError("\n".join(_explain(item) for item in error.errors())) from None
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    parts = key.split(".")
+    if not equals or len(parts) < 2:
+        raise UserError(f"--set {override}: write it as section.key=value")
+    target = raw
+    for part in parts[:-1]:
+        target = target.setdefault(part, {})
+        if not isinstance(target, dict):
+            raise UserError(f"--set {override}: {part} is no section")
+    try:
+        target[parts[-1]] = _read_yaml(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override}: the value is no valid YAML: {error}") from None
+
+
+def _explain(error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"unknown key {where}{nearest(str(error['loc'][-1]), _keys_at(error['loc'][:-1]))}"
+    if error["type"] == "missing":
+        return f"{where} is required"
+    message = error["msg"].removeprefix("Value error, ")
+    given = "" if isinstance(error["input"], dict) else f" (given: {error['input']!r})"
+    return f"{where}: {message}{given}" if where else message
+
+
+def _keys_at(location: Sequence[str | int]) -> list[str]:
+    section: Any = Config
+    for part in location:
+        field = section.model_fields.get(part)
+        section = field.annotation if field is not None else section
+        if get_origin(section) is dict:
+            section = get_args(section)[1]
+            break
+    return list(section.model_fields)
+
+
+def _with_absolute_paths(config: Config) -> Config:
+    """Ray changes the working directory of its workers, so every path is made absolute once, here."""
+    model = config.model
+    updates: dict[str, Any] = {}
+    if Path(model.model_name_or_path).exists() or _is_path(model.model_name_or_path):
+        updates["model_name_or_path"] = os.path.abspath(model.model_name_or_path)
+    if model.chat_template_path is not None:
+        updates["chat_template_path"] = os.path.abspath(model.chat_template_path)
+    files = tuple(os.path.abspath(file) for file in config.data.files)
+    if "://" in config.run.storage_path:
+        raise UserError(f"run.storage_path: {config.run.storage_path} is a URI; name a folder that every node mounts")
+    return config.model_copy(
+        update={
+            "model": model.model_copy(update=updates),
+            "data": config.data.model_copy(update={"files": files}),
+            "run": config.run.model_copy(update={"storage_path": os.path.abspath(config.run.storage_path)}),
+        }
+    )
+
+
+def _is_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.endswith(".gguf") or name.count("/") > 1

@@ -1,0 +1,90 @@
+"""Response log-probs and rewards from one forward over a micro-batch; training, reference and reward model all come through here.
+
+Legend: B pairs, L row length, H hidden size, V vocabulary, N response tokens. Logits exist only for response tokens, and only a chunk
+of them at a time; the backward pass computes a chunk again instead of keeping it.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from madpo_ray.batching import MicroBatch
+from madpo_ray.models import base_of
+
+# Response tokens whose logits exist at the same time: 256 of a 150,000-word vocabulary are 150 MB in float32.
+TOKENS_PER_CHUNK = 256
+
+
+def hidden_states(model: Any, batch: MicroBatch) -> Tensor:
+    """The last hidden states, flattened to (rows * L, H). `model` is a transformers model with a head."""
+    backbone = getattr(model, model.base_model_prefix)
+    mask = batch.attention_mask
+    if mask.dim() == 4 and model.config._attn_implementation == "eager":
+        # The eager path adds the mask to the scores, so it takes numbers where SDPA takes booleans.
+        dtype = next(model.parameters()).dtype
+        mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+    output = backbone(
+        input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False
+    )
+    return output.last_hidden_state.flatten(0, 1)  # type: ignore[no-any-return]
+
+
+def _chunk_logps(head: nn.Module, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies, both (n,), of a chunk's targets from its hidden states (n, H)."""
+    logits = head(hidden).float()  # (n, V)
+    log_z = logits.logsumexp(-1)
+    logps = logits.gather(-1, targets[:, None])[:, 0] - log_z
+    with torch.no_grad():
+        entropy = log_z - ((logits - log_z[:, None]).exp() * logits).sum(-1)
+    return logps, entropy
+
+
+class PairLogps(nn.Module):
+    """A causal language model as a function of a micro-batch.
+
+    `forward` gives `logps` (2B,), each response's log-prob summed over its tokens, chosen first, and `entropy` (2B,), the mean
+    over its tokens, in nats. In training, `max_response_tokens` bounds N over all micro-batches and so fixes the number of
+    chunks: under ZeRO-3 every rank has to call the head equally often.
+    """
+
+    def __init__(self, model: nn.Module, max_response_tokens: int | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self._max_response_tokens = max_response_tokens
+
+    def forward(self, batch: MicroBatch) -> dict[str, Tensor]:
+        base = base_of(self.model)
+        hidden = hidden_states(base, batch)[batch.predictor_index]  # (N, H)
+        head = base.get_output_embeddings()
+        num_chunks = -(-(self._max_response_tokens or len(hidden)) // TOKENS_PER_CHUNK)
+        pieces = [
+            checkpoint(_chunk_logps, head, h, t, use_reentrant=False, preserve_rng_state=False)
+            if torch.is_grad_enabled()
+            else _chunk_logps(head, h, t)
+            for h, t in zip(hidden.tensor_split(num_chunks), batch.target_ids.tensor_split(num_chunks), strict=True)
+        ]
+        logps, entropy = (torch.cat(values) for values in zip(*pieces, strict=True))
+        return {
+            "logps": self._per_response(logps, batch),
+            "entropy": self._per_response(entropy, batch) / batch.response_lengths,
+        }
+
+    @staticmethod
+    def _per_response(values: Tensor, batch: MicroBatch) -> Tensor:
+        zeros = values.new_zeros(len(batch.response_lengths))
+        return zeros.index_add(0, batch.response_of_target, values)
+
+
+class PairRewards(nn.Module):
+    """A sequence classifier as a function of a micro-batch: `rewards` (2B,) at each response's last token, chosen first."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: MicroBatch) -> dict[str, Tensor]:
+        base = base_of(self.model)
+        hidden = hidden_states(base, batch)[batch.last_index]  # (2B, H)
+        return {"rewards": base.score(hidden)[:, 0].float()}

@@ -1,0 +1,226 @@
+"""Models: find one (hub name, folder, GGUF), load it as policy or reward model, add LoRA, save it as a transformers folder."""
+
+import importlib.util
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from madpo_ray.artifacts import Inputs, building, hash_file, hash_files, is_finished
+from madpo_ray.config import Config, ModelConfig, TrainingConfig, UserError
+
+logger = logging.getLogger(__name__)
+
+# Equal, by test, to two unpadded forwards under a 4-D mask with restarted positions. Others are read as two rows a pair.
+SHARED_PREFIX_MODEL_TYPES = frozenset({"llama", "qwen2", "qwen3", "gpt2", "gpt_neox", "mistral", "gemma"})
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
+TOKENIZER_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
+
+
+def check_model(model: ModelConfig) -> None:
+    """Raises UserError where the model, or a package or file that it needs, is not there. Loads nothing."""
+    path = Path(model.model_name_or_path)
+    if model.chat_template_path is not None and not Path(model.chat_template_path).is_file():
+        raise UserError(f"model.chat_template_path: {model.chat_template_path} does not exist")
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UserError(f"model.model_name_or_path: {path} does not exist")
+        if importlib.util.find_spec("gguf") is None:
+            raise UserError(f"{path.name} needs the package gguf: pip install 'madpo-ray[gguf]'")
+    elif path.is_absolute():
+        if not (path / "config.json").is_file():
+            raise UserError(f"model.model_name_or_path: {path} is no folder with a config.json")
+        if not any(path.glob("*.safetensors")):
+            raise UserError(f"model.model_name_or_path: {path} has no safetensors weights, and no others are read")
+    if model.attn_implementation == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        raise UserError("model.attn_implementation: flash_attention_2 needs the package flash-attn; sdpa needs none")
+
+
+def source_folder(model: ModelConfig) -> Path:
+    """The local folder, or .gguf file, of a model; a hub name is fetched (safetensors only) into the hub's cache."""
+    check_model(model)
+    path = Path(model.model_name_or_path)
+    if path.is_absolute():
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(
+            model.model_name_or_path, revision=model.model_revision, allow_patterns=[*WEIGHT_FILES, *TOKENIZER_FILES]
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"model.model_name_or_path: {model.model_name_or_path} is neither a local path nor reachable on the hub "
+            f"({type(error).__name__}); check the name, the network, and HF_TOKEN for gated models"
+        ) from None
+    return Path(folder)
+
+
+def model_inputs(config: Config) -> Inputs:
+    """What identifies the base model: its files' content and the chat template, wherever they lie."""
+    source = source_folder(config.model)
+    template = config.model.chat_template_path
+    hashes = {source.name: hash_file(source)} if source.is_file() else hash_files(source)
+    content = {"files": hashes, "chat_template": hash_file(Path(template)) if template else None}
+    return Inputs("model", settings={}, content=content)
+
+
+def base_folder(config: Config) -> Path:
+    """The folder that every worker loads the base model from: a GGUF file is converted once, a template put in place."""
+    source = source_folder(config.model)
+    if source.is_dir() and config.model.chat_template_path is None:
+        return source
+    folder, inputs = config.run.folder / "model", model_inputs(config)
+    if not is_finished(folder, inputs):
+        with building(folder, inputs) as (partial, _):
+            _convert(source, config.model, partial)
+    return folder
+
+
+def _convert(source: Path, model: ModelConfig, folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    gguf = {"gguf_file": source.name} if source.is_file() else {}
+    parent = source.parent if source.is_file() else source
+    tokenizer = AutoTokenizer.from_pretrained(parent, trust_remote_code=model.trust_remote_code, **gguf)
+    if model.chat_template_path is not None:
+        tokenizer.chat_template = Path(model.chat_template_path).read_text()
+    if gguf:
+        logger.info("converting %s to float weights", source.name)
+        weights = _load("AutoModelForCausalLM", parent, model, dtype=torch.float32, **gguf)
+        # The weights are plain floats now; transformers refuses to save what still calls itself quantized.
+        del weights.config.quantization_config
+        weights.hf_quantizer = None
+        weights.save_pretrained(folder)
+    else:
+        for file in source.iterdir():
+            if file.is_file():
+                (folder / file.name).symlink_to(file)
+        for name in ("chat_template.jinja", "tokenizer_config.json"):
+            (folder / name).unlink(missing_ok=True)
+    tokenizer.save_pretrained(folder)
+
+
+def _load(auto_class: str, folder: Path, model: ModelConfig, **options: Any) -> Any:
+    import transformers
+
+    return getattr(transformers, auto_class).from_pretrained(
+        folder,
+        attn_implementation=model.attn_implementation,
+        trust_remote_code=model.trust_remote_code,
+        **({} if "gguf_file" in options else {"use_safetensors": True}),
+        **options,
+    )
+
+
+def load_tokenizer(folder: Path, model: ModelConfig) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+
+
+def load_policy(folder: Path, model: ModelConfig) -> nn.Module:
+    """A causal language model in the config's dtype; `folder` may hold a LoRA adapter with its base's path inside."""
+    if (folder / "adapter_config.json").exists():
+        from peft import PeftConfig, PeftModel
+
+        base = load_policy(Path(str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)), model)
+        return PeftModel.from_pretrained(base, str(folder))
+    loaded: nn.Module = _load("AutoModelForCausalLM", folder, model, dtype=DTYPES[model.dtype])
+    return loaded
+
+
+def load_reward_model(folder: Path, model: ModelConfig) -> nn.Module:
+    """A sequence classifier with one label; a folder without its head gets a new one of zeros."""
+    from transformers import AutoConfig
+
+    options: dict[str, Any] = {"dtype": DTYPES[model.dtype], "num_labels": 1}
+    loaded: nn.Module = _load("AutoModelForSequenceClassification", folder, model, **options)
+    if not any("SequenceClassification" in name for name in AutoConfig.from_pretrained(folder).architectures or []):
+        # All rewards 0 at the start: the first loss is ln 2 whatever the seed, and no random direction has to be unlearned.
+        nn.init.zeros_(loaded.score.weight)  # type: ignore[union-attr, arg-type]
+    return loaded
+
+
+def prepare_for_training(model: nn.Module, settings: TrainingConfig, *, task_type: str) -> nn.Module:
+    """LoRA, dropout and activation checkpointing as the settings say. `task_type` is peft's: CAUSAL_LM or SEQ_CLS."""
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+        if settings.use_peft:
+            model.enable_input_require_grads()  # type: ignore[operator]
+    if settings.use_peft:
+        from peft import LoraConfig, get_peft_model
+
+        targets = settings.lora_target_modules
+        lora = LoraConfig(
+            r=settings.lora_r,
+            lora_alpha=settings.lora_alpha,
+            lora_dropout=settings.lora_dropout,
+            target_modules="all-linear" if targets == ("all-linear",) else list(targets),
+            layers_to_transform=list(settings.lora_layers_to_transform) or None,
+            modules_to_save=["score"] if task_type == "SEQ_CLS" else None,
+            task_type=task_type,
+        )
+        model = get_peft_model(model, lora)  # type: ignore[arg-type]
+    if settings.disable_dropout:
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        _zero_config_dropout(model)
+    return model
+
+
+def _zero_config_dropout(model: nn.Module) -> None:
+    """Attention dropout is a number that layers read at each forward, not a module."""
+    for module in model.modules():
+        for name in ("attention_dropout", "attn_dropout", "dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def base_of(model: nn.Module) -> Any:
+    """The transformers model, below a LoRA wrapper if there is one."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+
+def can_share_prefix(model: Any, max_length: int) -> bool:
+    """Whether one row [prompt | chosen | rejected] gives this model's numbers: full attention over known positions.
+
+    `model` is a transformers model; `max_length` is the longest prompt + response, in tokens. A window shorter than that
+    would be dropped silently by a 4-D mask.
+    """
+    config = model.config
+    window = getattr(config, "sliding_window", None)
+    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
+    return (
+        config.model_type in SHARED_PREFIX_MODEL_TYPES
+        and config._attn_implementation in ("sdpa", "eager")
+        and (window is None or window >= max_length)
+        and layer_types <= {"full_attention", "sliding_attention"}
+    )
+
+
+def shares_prefix(model: nn.Module, settings: ModelConfig, max_length: int) -> bool:
+    """`can_share_prefix`, unless the config turns it off; says so once where the model does not allow it."""
+    if settings.shared_prefix == "off":
+        return False
+    shared = can_share_prefix(base_of(model), max_length)
+    if not shared:
+        logger.warning(
+            "%s does not take shared-prefix rows; each pair is read as two rows (slower, same numbers)",
+            base_of(model).config.model_type,
+        )
+    return shared
+
+
+def save_model(model: nn.Module, folder: Path, state: dict[str, torch.Tensor], tokenizer: Any) -> None:
+    """A folder that transformers (and peft, for an adapter) loads: safetensors weights, config and tokenizer.
+
+    `state` holds the trained parameters by name, whole, as `engine.full_state` collects them.
+    """
+    model.save_pretrained(str(folder), state_dict=state)  # type: ignore[operator]
+    tokenizer.save_pretrained(folder)

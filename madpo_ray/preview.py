@@ -1,0 +1,49 @@
+"""What a run would do, without a model or a cluster: rows, steps, workers."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from madpo_ray import pairs
+from madpo_ray.artifacts import is_finished, read_manifest
+from madpo_ray.config import Config, TrainingConfig
+from madpo_ray.pipeline import check, pending
+
+
+def preview(config: Config) -> dict[str, Any]:
+    """Row counts (of the files, and by split once stage pairs is done), optimizer steps, workers, stages to do.
+
+    Raises UserError as the stages themselves would.
+    """
+    check(config)
+    rows = {file: _count_rows(Path(file)) for file in config.data.files}
+    numbers: dict[str, Any] = {"rows": rows}
+    if is_finished(pairs.folder(config), pairs.inputs(config)):
+        manifest = read_manifest(pairs.folder(config))
+        assert manifest is not None
+        splits = manifest["results"]["pairs"]
+        numbers["pairs"], training = splits, splits["train"]
+    else:
+        held_out = config.data.validation_fraction + config.data.test_fraction
+        training = math.floor(sum(rows.values()) * (1 if config.data.split_column else 1 - held_out))
+        numbers["pairs"] = "known once stage pairs is done; steps are estimates from the rows"
+    for name, settings in (("reward", config.reward), ("train", config.train)):
+        numbers[f"steps of {name}"] = _steps(settings, training)
+    cluster = config.cluster
+    numbers["workers"] = f"{cluster.num_workers}, each {cluster.cpus_per_worker:g} CPUs" + (" and a GPU" if cluster.use_gpu else "")
+    numbers["stages to do"] = ", ".join(stage.name for stage in pending(config)) or "none"
+    return numbers
+
+
+def _steps(settings: TrainingConfig, pairs_to_train: int) -> int:
+    epochs = settings.num_train_epochs * math.ceil(pairs_to_train / settings.global_batch_size)
+    return settings.max_steps if settings.max_steps > 0 else epochs
+
+
+def _count_rows(path: Path) -> int:
+    if path.suffix == ".parquet":
+        return int(pq.read_metadata(path).num_rows)
+    with path.open("rb") as stream:
+        return sum(1 for _ in stream)
