@@ -33,6 +33,7 @@ class MicroBatch:
     response_lengths: Tensor  # (2B,) tokens
     valid: Tensor  # (B,) 1 for a pair, 0 for the filler of an empty micro-batch
     columns: dict[str, Tensor]  # name -> (B,) float64, such as margin and ref_chosen_logps
+    num_real_tokens: int = 0  # without padding
     pair_ids: tuple[str, ...] = ()
     pairs_in_step: int = 1  # pairs of the optimizer step, over all ranks and micro-batches
     step: int = 0
@@ -100,9 +101,15 @@ def collate(rows: Sequence[dict[str, Any]], *, shared_prefix: bool, column_names
         **layout,
         valid=valid,
         columns={name: torch.tensor([float(row[name]) for row in pairs], dtype=torch.float64) for name in column_names},
+        num_real_tokens=_real_tokens(rows, shared_prefix=shared_prefix),
         pair_ids=tuple(row.get("pair_id", "") for row in rows),
         pairs_in_step=max(len(rows), 1),
     )
+
+
+def _real_tokens(rows: Sequence[dict[str, Any]], *, shared_prefix: bool) -> int:
+    prompts = sum(len(row["prompt_ids"]) for row in rows) * (1 if shared_prefix else 2)
+    return prompts + sum(len(row[name]) for row in rows for name in TOKEN_COLUMNS[1:])
 
 
 def _shared_rows(pairs: Sequence[dict[str, Any]]) -> dict[str, Tensor]:

@@ -65,9 +65,13 @@ def initialize(module: nn.Module, settings: TrainingConfig, *, dtype: str, total
     return engine
 
 
+def world_size() -> int:
+    return dist.get_world_size()
+
+
 def backward(engine: Any, loss: Tensor) -> None:
     """Adds the gradient of `loss` summed, not averaged, over ranks and micro-batches of the step."""
-    engine.backward(loss * dist.get_world_size())
+    engine.backward(loss * world_size())
 
 
 def step(engine: Any) -> float:

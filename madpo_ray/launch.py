@@ -28,9 +28,10 @@ from madpo_ray.cluster import num_threads, ordered_execution, worker_resources
 from madpo_ray.config import Config, TrainingConfig, UserError
 from madpo_ray.loop import Objective, Progress, evaluate, fit
 from madpo_ray.metrics import MetricsLog
-from madpo_ray.models import shares_prefix
+from madpo_ray.models import DTYPES, shares_prefix
 from madpo_ray.progress import training_progress
 from madpo_ray.tables import read_split
+from madpo_ray.throughput import ModelFlops, peak_flops
 
 logger = logging.getLogger(__name__)
 
@@ -225,6 +226,7 @@ def train_worker(spec: dict[str, TrainingJob]) -> None:
     plan = Plan(job, world)
     module = job.task.load(job.config, job.base, plan.max_response_tokens)
     shared = shares_prefix(module.model, job.config.model, plan.max_length)  # type: ignore[arg-type]
+    flops = ModelFlops(module.model)  # type: ignore[arg-type]
     engine = ds.initialize(module, job.settings, dtype=job.config.model.dtype, total_steps=plan.total_steps)
     objective, progress = job.task.objective(job.config), Progress()
     checkpoint = ray.train.get_checkpoint()
@@ -246,6 +248,8 @@ def train_worker(spec: dict[str, TrainingJob]) -> None:
             steps_per_epoch=plan.steps_per_epoch,
             evaluate=lambda: evaluate(engine, objective, held_out, engine.device),
             reporter=RunReporter(engine, objective, log),
+            flops=flops,
+            peak_flops=peak_flops(DTYPES[job.config.model.dtype], engine.device),
         )
     if job.export:
         state = ds.full_state(engine, module.model)  # type: ignore[arg-type]

@@ -55,8 +55,7 @@ class Progress:
     """How far a run is; saved whole in every checkpoint."""
 
     step: int = 0  # optimizer steps done
-    num_tokens: int = 0  # read so far by all ranks, padding included
-    pairs: int = 0  # seen so far by all ranks
+    num_tokens: int = 0  # read so far by all ranks, without padding
 
     def state_dict(self) -> dict[str, int]:
         return asdict(self)
@@ -81,8 +80,12 @@ def fit(
     steps_per_epoch: int,
     evaluate: Callable[[], dict[str, float]],
     reporter: Reporter,
+    flops: Callable[[MicroBatch], float],
+    peak_flops: float,
 ) -> None:
     """Trains over `batches` (this rank's, in order) until `total_steps`, evaluating, logging and saving on the way.
+
+    `flops` of a micro-batch and `peak_flops` (FLOP/s of one rank) give the model FLOP utilisation, `mfu`.
 
     Raises:
         RuntimeError: a loss is not finite, or the batches end early.
@@ -91,7 +94,7 @@ def fit(
     step_loss = torch.zeros((), device=engine.device)
     for batch in batches:
         batch = batch.to(engine.device)
-        step_loss += _forward_backward(engine, objective, batch, meter)
+        step_loss += _forward_backward(engine, objective, batch, meter, flops(batch))
         if not batch.last_of_step:
             continue
         if not torch.isfinite(step_loss):
@@ -105,7 +108,7 @@ def fit(
         done = progress.step == total_steps
         if done or progress.step % settings.logging_steps == 0:
             elapsed, clock = time.monotonic() - clock, time.monotonic()
-            metrics = _logged(meter.reduce(), progress, elapsed)
+            metrics = _logged(meter.reduce(), progress, elapsed, peak_flops)
             metrics |= {"grad_norm": grad_norm, "learning_rate": rate, "epoch": progress.step / steps_per_epoch}
             reporter.log(progress, metrics)
         evaluates = done or _due(progress.step, settings.eval_steps)
@@ -123,31 +126,34 @@ def _due(step: int, interval: int | None) -> bool:
     return interval is not None and step % interval == 0
 
 
-def _forward_backward(engine: Any, objective: Objective, batch: MicroBatch, meter: Meter) -> Tensor:
+def _forward_backward(engine: Any, objective: Objective, batch: MicroBatch, meter: Meter, flops: float) -> Tensor:
     """Adds one micro-batch to the step's gradient; returns its share of the step's loss."""
     engine.set_gradient_accumulation_boundary(batch.last_of_step)
     terms = objective(engine(batch), batch, training=True)
     assert terms.loss.shape == batch.valid.shape, f"a loss of {tuple(terms.loss.shape)} for {len(batch.valid)} pairs"
     loss = (terms.loss * batch.valid).sum() / batch.pairs_in_step
     ds.backward(engine, loss)
-    meter.add({"loss": terms.loss, **terms.metrics, "num_tokens": _spread(batch.num_tokens, batch)}, batch.valid)
+    totals = {"num_tokens": batch.num_real_tokens, "padded_tokens": batch.num_tokens, "flops": flops}
+    spread = {name: _spread(total, batch) for name, total in totals.items()}
+    meter.add({"loss": terms.loss, **terms.metrics, **spread}, batch.valid)
     return loss.detach()
 
 
-def _spread(total: int, batch: MicroBatch) -> Tensor:
+def _spread(total: float, batch: MicroBatch) -> Tensor:
     """A number of the whole micro-batch as a per-pair value, so that the pair-weighted mean keeps its sum."""
-    return torch.full_like(batch.valid, total) / len(batch.valid)
+    return torch.full_like(batch.valid, total, dtype=torch.float64) / len(batch.valid)
 
 
-def _logged(reduced: dict[str, float], progress: Progress, elapsed: float) -> dict[str, float]:
+def _logged(reduced: dict[str, float], progress: Progress, elapsed: float, peak_flops: float) -> dict[str, float]:
     pairs = reduced.pop("pairs")
-    tokens = reduced.pop("num_tokens") * pairs
+    tokens, padded, flops = (reduced.pop(name) * pairs for name in ("num_tokens", "padded_tokens", "flops"))
     progress.num_tokens += round(tokens)
-    progress.pairs += round(pairs)
     return with_effective_sample_size(reduced) | {
         "num_tokens": progress.num_tokens,
+        "padding_fraction": 1 - tokens / padded,
         "tokens_per_second": tokens / elapsed,
         "pairs_per_second": pairs / elapsed,
+        "mfu": flops / elapsed / (peak_flops * ds.world_size()),
     }
 
 

@@ -19,7 +19,7 @@ from madpo_ray.artifacts import Inputs, building, hash_file
 from madpo_ray.batching import split_joint
 from madpo_ray.cluster import connected
 from madpo_ray.config import Config, DataConfig, ModelConfig, UserError, nearest, settings_of, tokens_of
-from madpo_ray.tables import parquet_folder, read_split, write_rows
+from madpo_ray.tables import parquet_folder, write_rows
 from madpo_ray.models import base_folder, load_tokenizer, model_inputs
 
 SPLITS = ("train", "validation", "test")
@@ -272,15 +272,12 @@ def run(config: Config) -> Path:
     base = base_folder(config)
     with building(folder(config), inputs(config)) as (partial, results), connected(config.cluster):
         checked = _read_all(config, base)
+        results.update(_counts(checked))
+        _refuse_empty(results, config.data)
         good = checked.map_batches(_identify, fn_kwargs={"repeats": _repeats(checked)}, batch_format="pyarrow")
         write_rows(good, parquet_folder(partial))
-        rejected = pa.concat_tables(
-            [_rejects(table) for table in checked.iter_batches(batch_format="pyarrow", batch_size=None)]
-        )
-        pq.write_table(rejected, partial / "rejects.parquet")
-        results["rejects"] = dict(Counter(rejected["reason"].to_pylist()))
-        results["pairs"] = {split: read_split(parquet_folder(partial), split, ("split",)).num_rows for split in SPLITS}
-        _refuse_empty(results, config.data)
+        rejected = [_rejects(table) for table in checked.iter_batches(batch_format="pyarrow", batch_size=None)]
+        pq.write_table(pa.concat_tables(rejected), partial / "rejects.parquet")
     return folder(config)
 
 
@@ -320,6 +317,15 @@ def _is_conversational(data: DataConfig) -> bool:
             except BadRow:
                 continue
     return False
+
+
+def _counts(checked: Any) -> dict[str, dict[str, int]]:
+    """Good rows by split, rejects by reason."""
+    counted: dict[str, Counter[str]] = {"split": Counter(), "reason": Counter()}
+    for table in checked.select_columns(list(counted)).iter_batches(batch_format="pyarrow", batch_size=None):
+        for name, counter in counted.items():
+            counter.update(value for value in table[name].to_pylist() if value is not None)
+    return {"pairs": {split: counted["split"][split] for split in SPLITS}, "rejects": dict(counted["reason"])}
 
 
 def _repeats(checked: Any) -> dict[tuple[int, int], int]:

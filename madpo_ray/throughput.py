@@ -1,0 +1,56 @@
+"""How much of the machine a training uses: model FLOPs against the peak of a matrix product on the same device."""
+
+import time
+from typing import Any
+
+import torch
+from torch import nn
+
+from madpo_ray.batching import MicroBatch
+from madpo_ray.models import base_of
+
+
+class ModelFlops:
+    """FLOPs that the mathematics of one forward and backward needs, without recomputation.
+
+    Counts the products of linear layers: 2 per weight and token forward, 2 more where a gradient passes to the input (something
+    before the layer is trained), 2 more where the weight itself is trained. Attention scores and element-wise work are left out.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        base = base_of(model)
+        head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+        self._per_token, self._per_response_token, trained_before = 0, 0, False
+        for module in model.modules():
+            trained_here = any(p.requires_grad for p in module.parameters(recurse=False))
+            weight = getattr(module, "weight", None)
+            if isinstance(weight, torch.Tensor) and weight.dim() == 2 and not isinstance(module, nn.Embedding):
+                flops = 2 * weight.numel() * (1 + trained_before + weight.requires_grad)
+                if module is head:
+                    self._per_response_token += flops
+                else:
+                    self._per_token += flops
+            trained_before = trained_before or trained_here
+
+    def __call__(self, batch: MicroBatch) -> int:
+        """FLOPs of a micro-batch; padding counts for nothing."""
+        responses = int(batch.target_ids.numel())
+        return self._per_token * batch.num_real_tokens + self._per_response_token * responses
+
+
+def peak_flops(dtype: torch.dtype, device: torch.device, size: int = 1024, repeats: int = 5) -> float:
+    """FLOP/s of the fastest of a few matrix products (size x size), on this process's threads or GPU."""
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(repeats + 1):
+        _wait(device)
+        began = time.perf_counter()
+        torch.mm(a, b)
+        _wait(device)
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
+
+
+def _wait(device: Any) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)

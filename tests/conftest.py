@@ -1,0 +1,163 @@
+"""Tiny random models, pairs to learn from, and one local Ray for all tests that need it."""
+
+import os
+
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("RAY_DATA_PARQUET_FOOTER_NUM_ACTORS", "1")
+os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", "120")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from madpo_ray.config import Config, parse_config
+
+WORDS = "the a film actor scene plot is was good bad great dull fine poor warm cold bright flat".split()
+TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def make_tokenizer() -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([" ".join(WORDS)] * 3, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|pad|>",
+        eos_token="<|im_end|>",
+        bos_token="<|im_start|>",
+        chat_template=TEMPLATE,
+    )
+
+
+def tiny_config(model_type: str, vocab_size: int = 400, **changes: Any) -> Any:
+    from transformers import AutoConfig
+
+    common = {"vocab_size": vocab_size, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    if model_type == "gpt2":
+        sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
+    else:
+        sizes = {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "max_position_embeddings": 256,
+        }
+    return AutoConfig.for_model(model_type, **{**common, **sizes, **changes})
+
+
+def make_model(model_type: str = "llama", seed: int = 0, **changes: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(tiny_config(model_type, **changes), attn_implementation="sdpa")
+    with torch.no_grad():  # larger than the usual initialisation, so that attention has something to say
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(0, 0.15 if "embed" not in name else 0.5)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    make_model().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_rows(count: int, seed: int = 0, *, conversational: bool = False) -> list[dict[str, Any]]:
+    """Pairs whose chosen response is the one with the kinder words, four times of five."""
+    rng = random.Random(seed)
+    rows = []
+    for number in range(count):
+        kind, unkind = ((" ".join(rng.choices(words, k=rng.randint(2, 6)))) for words in (["good", "great", "warm"], ["bad", "dull", "poor"]))
+        chosen, rejected = (kind, unkind) if rng.random() < 0.8 else (unkind, kind)
+        prompt = f"say {number}: " + " ".join(rng.choices(WORDS, k=rng.randint(1, 8)))
+        row: dict[str, Any] = {"prompt": prompt, "chosen": " " + chosen, "rejected": " " + rejected}
+        if conversational:
+            roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+            row = {name: [{"role": role, "content": row[name]}] for name, role in roles.items()}
+        rows.append(row)
+    return rows
+
+
+def write_jsonl(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("data") / "pairs.jsonl", make_rows(90))
+
+
+@pytest.fixture
+def raw_config(model_folder: Path, pairs_file: Path, tmp_path: Path) -> dict[str, Any]:
+    return raw_config_for(model_folder, pairs_file, tmp_path)
+
+
+def raw_config_for(model_folder: Path, pairs_file: Path, storage: Path) -> dict[str, Any]:
+    training = {"learning_rate": 1e-2, "global_batch_size": 8, "per_device_train_batch_size": 2, "logging_steps": 1}
+    return {
+        "model": {"model_name_or_path": str(model_folder)},
+        "data": {
+            "files": [str(pairs_file)],
+            "max_length": 64,
+            "validation_fraction": 0.25,
+            "test_fraction": 0.2,
+        },
+        "run": {"name": "tiny", "storage_path": str(storage)},
+        "cluster": {"num_workers": 2},
+        "reward": {**training, "num_train_epochs": 3},
+        "margins": {"calibrate": False},
+        "train": {**training, "learning_rate": 1e-3, "max_steps": 5},
+        "evaluate": {"num_samples": 4, "num_shown": 2, "max_new_tokens": 4},
+    }
+
+
+@pytest.fixture
+def config(raw_config: dict[str, Any]) -> Config:
+    return parse_config(raw_config)
+
+
+@pytest.fixture(scope="session")
+def ray_local() -> Iterator[None]:
+    import ray
+
+    # Logical CPUs, more than there are: the tests' workers wait more than they compute.
+    ray.init(num_cpus=8, num_gpus=0, include_dashboard=False, object_store_memory=200 * 2**20, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+Edit = Callable[[dict[str, Any]], None]

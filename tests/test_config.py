@@ -1,0 +1,92 @@
+"""The config: strict, with messages that say how to mend it, and light to import."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Edit
+
+from madpo_ray.config import Config, UserError, load_config, parse_config
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_import_is_light() -> None:
+    code = "import sys, madpo_ray.config; print([m for m in ('torch', 'ray', 'deepspeed', 'transformers') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "jobs" / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_shipped_configs_parse(file: Path) -> None:
+    assert isinstance(load_config(file), Config)
+
+
+def set_in(section: str, key: str, value: Any) -> Edit:
+    return lambda raw: raw.setdefault(section, {}).update({key: value})
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (set_in("train", "learning_rat", 1.0), "unknown key train.learning_rat; did you mean 'learning_rate'?"),
+        (set_in("trian", "beta", 1.0), "unknown key trian; did you mean 'train'?"),
+        (set_in("tune", "search_space", {"bta": {"min": 0.1, "max": 1.0}}), "did you mean 'beta'?"),
+        (set_in("tune", "search_space", {"beta": {"mini": 0.1, "max": 1.0}}), "did you mean 'min'?"),
+        (set_in("train", "c_min", 1.0), "MADPO is DPO"),
+        (set_in("train", "c_min", 0.0), "strictly between 0 and 1"),
+        (set_in("train", "c_max", 1.0), "MADPO is DPO"),
+        (set_in("train", "tau", 0.0), "must be above 0"),
+        (set_in("train", "beta", "0.1"), "train.beta: Input should be a valid number"),
+        (set_in("train", "loss_type", "madop"), "'madpo'"),
+        (set_in("evaluate", "chosen_score_column", "x"), "go together"),
+        (set_in("data", "files", []), "at least 1 item"),
+        (set_in("run", "storage_path", "s3://bucket/runs"), "is a URI"),
+        (set_in("reward", "lora_layers_to_transform", [1]), "by name"),
+    ],
+)
+def test_bad_values_say_how_to_mend_them(raw_config: dict[str, Any], edit: Edit, message: str) -> None:
+    edit(raw_config)
+    with pytest.raises(UserError, match=".*") as error:
+        parse_config(raw_config)
+    assert message in str(error.value)
+
+
+def test_overrides_and_floats_as_people_write_them(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("model: {model_name_or_path: org/name}\ndata: {files: [a.jsonl]}\ntrain: {learning_rate: 1e-5}\n")
+    config = load_config(file, ["train.beta=5e-2", "data.files=[b.jsonl, c.jsonl]", "run.name=x"])
+    assert config.train.learning_rate == 1e-5
+    assert config.train.beta == 0.05
+    assert [Path(name).name for name in config.data.files] == ["b.jsonl", "c.jsonl"]
+    assert config.model.model_name_or_path == "org/name"
+
+
+def test_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = parse_config({"model": {"model_name_or_path": "./m"}, "data": {"files": ["a.jsonl"]}})
+    assert config.model.model_name_or_path == str(tmp_path / "m")
+    assert config.data.files == (str(tmp_path / "a.jsonl"),)
+    assert config.run.folder == tmp_path / "runs" / "madpo"
+
+
+@pytest.mark.parametrize("override", ["beta=1", "train.beta", "train.beta.x=1"])
+def test_overrides_that_cannot_be_read(raw_config: dict[str, Any], tmp_path: Path, override: str) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("model: {model_name_or_path: org/name}\ndata: {files: [a.jsonl]}\ntrain: {beta: 0.1}\n")
+    with pytest.raises(UserError, match="--set"):
+        load_config(file, [override])
+
+
+def test_a_missing_file_and_broken_yaml(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        load_config(tmp_path / "none.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [")
+    with pytest.raises(UserError, match="no valid YAML"):
+        load_config(tmp_path / "broken.yaml")
+
+
+def test_frozen(config: Config) -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        config.train.beta = 1.0  # type: ignore[misc]
