@@ -1,8 +1,9 @@
 """Builds the demo's preference pairs from human ratings, and names the demo's model file.
 
-The ratings are the movie-review part of the VADER sentiment data (Hutto and Gilbert, ICWSM 2014): 10,605 sentences, each with
-15 to 29 ratings from -4 to +4. A pair is two sentences as answers to one prompt, and its label comes from one rater drawn for
-each sentence, so it carries the noise of real annotators; both mean ratings stay as columns, so the true margin is known.
+The ratings are the movie-review part of the VADER sentiment data (Hutto and Gilbert, ICWSM 2014): 10,605 sentences,
+each with 15 to 29 ratings from -4 to +4. A pair is two sentences as answers to one prompt, and its label comes from
+one rater drawn for each sentence, so it carries the noise of real annotators; both mean ratings stay as columns, so
+the true margin is known.
 """
 
 import argparse
@@ -76,7 +77,7 @@ def build_pairs(sentences: list[Sentence], sizes: dict[str, int], seed: int) -> 
     """Pairs for each split. Every sentence is used at most once, so no sentence stands in two splits."""
     rng = random.Random(seed)
     shuffled = iter(rng.sample(sentences, len(sentences)))
-    rows = []
+    rows: list[dict[str, Any]] = []
     for split, size in sizes.items():
         drawn = 0
         while drawn < size:
@@ -99,7 +100,7 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=400, help="pairs for training")
     parser.add_argument("--validation", type=int, default=100, help="pairs for validation")
     parser.add_argument("--test", type=int, default=200, help="pairs for the test")
-    parser.add_argument("--max-words", type=int, default=14, help="words of a sentence, at most")
+    parser.add_argument("--max-words", type=int, default=12, help="words of a sentence, at most")
     parser.add_argument("--seed", type=int, default=0, help="draws sentences and raters")
     args = parser.parse_args()
 

@@ -1,7 +1,7 @@
 """A stage's folder: what it was made from, its files' hashes, and a manifest written last.
 
-A stage is finished when `manifest.json` exists. It is built in a folder beside its place and moved there whole, so a stage that is
-redone keeps its old result until the new one is complete.
+A stage is finished when `manifest.json` exists. It is built in a folder beside its place and moved there whole, so a
+stage that is redone keeps its old result until the new one is complete.
 """
 
 import contextlib
@@ -51,7 +51,7 @@ def hash_file(path: Path) -> str:
     return _hash_file(path, stat.st_size, stat.st_mtime_ns)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _hash_file(path: Path, size: int, mtime_ns: int) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
@@ -101,7 +101,9 @@ def require(folder: Path, inputs: Inputs) -> dict[str, Any]:
         raise UserError(f"{folder} is not there yet: run `madpo-ray {inputs.stage}` first, or `madpo-ray run`")
     if differs:
         raise UserError(
-            f"{folder} was made from other inputs:\n  " + "\n  ".join(differs) + f"\nrun `madpo-ray {inputs.stage}` again "
+            f"{folder} was made from other inputs:\n  "
+            + "\n  ".join(differs)
+            + f"\nrun `madpo-ray {inputs.stage}` again "
             "with this config, or `madpo-ray run`, or give another run.name"
         )
     missing = [name for name in manifest["files"] if not (folder / name).exists()]
@@ -151,7 +153,11 @@ def check_writable(folder: Path) -> None:
 def _flat(parts: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(parts, dict):
         return {prefix: parts}
-    return {key: value for name, part in parts.items() for key, value in _flat(part, f"{prefix}.{name}" if prefix else name).items()}
+    return {
+        key: value
+        for name, part in parts.items()
+        for key, value in _flat(part, f"{prefix}.{name}" if prefix else name).items()
+    }
 
 
 def _short(value: Any) -> str:

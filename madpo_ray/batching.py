@@ -1,10 +1,11 @@
-"""Tokens of a pair, the order of pairs, and the rows that a model reads.
+"""The rows that a model reads.
 
 Legend: B pairs of a micro-batch, L length of a row, N response tokens of a micro-batch (chosen and rejected together).
 
-A pair becomes one row [prompt | chosen | rejected]: the rejected part does not see the chosen one, and its positions continue the
-prompt's. Where a model's attention does not allow that, two rows [prompt | chosen] and [prompt | rejected]. Both give the same
-indices into the flattened hidden states, so nothing behind this file knows which it was.
+A pair becomes one row [prompt | chosen | rejected]: the rejected part does not see the chosen one, and its positions
+continue the prompt's. Where a model's attention does not allow that, two rows [prompt | chosen] and [prompt |
+rejected]. Both give the same indices into the flattened hidden states, so nothing behind this file knows which it
+was.
 """
 
 import dataclasses
@@ -12,11 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+from madpo_ray.plan import TOKEN_COLUMNS
 
 
 @dataclass(frozen=True)
@@ -54,34 +54,6 @@ class MicroBatch:
         return self.input_ids.numel()
 
 
-def split_joint(prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[int]) -> int:
-    """Where the responses begin, given the tokens of the prompt alone and of prompt + response for both responses.
-
-    A tokenizer may merge the prompt's end with the response's begin; the merged token then belongs to the response.
-    """
-    shared = min(len(prompt), len(chosen), len(rejected))
-    for k in range(shared):
-        if not prompt[k] == chosen[k] == rejected[k]:
-            return k
-    return shared
-
-
-def plan_epoch(lengths: np.ndarray, *, seed: int, epoch: int | None, global_batch_size: int, micro_batch_size: int) -> list[list[np.ndarray]]:
-    """Micro-batches of row numbers, by optimizer step: a function of its arguments alone, never of the number of workers.
-
-    `lengths` are the tokens of each pair's row. `epoch` None keeps the pairs in order. The last step may be short; every pair
-    stands in the epoch exactly once.
-    """
-    count = len(lengths)
-    order = np.arange(count) if epoch is None else np.random.default_rng([seed, epoch]).permutation(count)
-    steps = []
-    for start in range(0, count, global_batch_size):
-        members = order[start : start + global_batch_size]
-        members = members[np.argsort(-lengths[members], kind="stable")]
-        steps.append([members[i : i + micro_batch_size] for i in range(0, len(members), micro_batch_size)])
-    return steps
-
-
 def collate(rows: Sequence[dict[str, Any]], *, shared_prefix: bool, column_names: Sequence[str] = ()) -> MicroBatch:
     """Tensors of a few pairs; an empty sequence gives a filler of one short row with `valid` 0.
 
@@ -91,14 +63,14 @@ def collate(rows: Sequence[dict[str, Any]], *, shared_prefix: bool, column_names
         ValueError: a prompt or response has no tokens.
     """
     valid = torch.ones(max(len(rows), 1)) if rows else torch.zeros(1)
-    filler = {name: [0] for name in TOKEN_COLUMNS} | {name: 0.0 for name in column_names}
+    filler = {name: [0] for name in TOKEN_COLUMNS} | dict.fromkeys(column_names, 0.0)
     pairs = list(rows) or [filler]
     empty = [name for row in pairs for name in TOKEN_COLUMNS if len(row[name]) == 0]
     if empty:
         raise ValueError(f"no tokens in {sorted(set(empty))}: such pairs belong to the rejects")
     layout = _shared_rows(pairs) if shared_prefix else _unshared_rows(pairs)
     return MicroBatch(
-        **layout,
+        **layout,  # type: ignore[arg-type]
         valid=valid,
         columns={name: torch.tensor([float(row[name]) for row in pairs], dtype=torch.float64) for name in column_names},
         num_real_tokens=_real_tokens(rows, shared_prefix=shared_prefix),

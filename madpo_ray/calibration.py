@@ -1,7 +1,8 @@
-"""How far margins can be taken at their word: accuracy with its interval, a temperature, and errors before and after it.
+"""How far margins can be taken at their word: accuracy with its interval, a temperature, and errors before and after
+it.
 
-A margin h is calibrated where sigmoid(h) is the share of pairs whose label agrees. Rows are chosen-oriented, so a pair's label agrees
-where its margin is positive.
+A margin h is calibrated where sigmoid(h) is the share of pairs whose label agrees. Rows are chosen-oriented, so a
+pair's label agrees where its margin is positive.
 """
 
 from typing import Any
@@ -25,7 +26,8 @@ def interval(successes: int, count: int) -> tuple[float, float]:
 
 
 def fit_temperature(margins: Margins) -> float | None:
-    """The T that minimises mean -log sigmoid(margin / T) (Guo et al. 2017, for two classes); None where none is finite."""
+    """The T that minimises mean -log sigmoid(margin / T) (Guo et al. 2017, for two classes); None where none is
+    finite."""
     if len(margins) == 0 or np.mean(margins > 0) <= 0.5 or np.all(margins > 0):
         return None
     low, high = np.log(TEMPERATURE_BOUNDS)
@@ -39,8 +41,8 @@ def fit_temperature(margins: Margins) -> float | None:
 def expected_calibration_error(margins: Margins, bins: int = 10) -> float:
     """Mean |confidence - accuracy| over equal-width bins of the confidence sigmoid(|margin|), in [0.5, 1].
 
-    On chosen-oriented rows the confidence must be of the sign that the margin has: comparing sigmoid(margin) with an outcome
-    that is always 1 would give 0.30 for a perfect model.
+    On chosen-oriented rows the confidence must be of the sign that the margin has: comparing sigmoid(margin) with an
+    outcome that is always 1 would give 0.30 for a perfect model.
     """
     confidence, right = expit(np.abs(margins)), margins > 0
     index = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)

@@ -11,7 +11,8 @@ import typer
 import yaml
 from rich.console import Console
 
-from madpo_ray.config import Config, UserError, load_config
+from madpo_ray.config import Config, UserError
+from madpo_ray.config_file import load_config
 
 console = Console(soft_wrap=not sys.stdout.isatty())
 app = typer.Typer(
@@ -19,8 +20,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     help=(
-        "Margin-Adaptive DPO on Ray: train a reward model on preference pairs, score every pair's margin once, then train a "
-        "policy whose DPO loss is weighted by it.\n\nStart with: madpo-ray run --config FILE.yaml --dry-run"
+        "Margin-Adaptive DPO on Ray: train a reward model on preference pairs, score every pair's margin once, "
+        "then train a policy whose DPO loss is weighted by it.\n\n"
+        "Start with: madpo-ray run --config FILE.yaml --dry-run"
     ),
 )
 

@@ -32,7 +32,9 @@ def connected(cluster: ClusterConfig, *, dashboard: bool = False) -> Iterator[No
         try:
             ray.init(address=address, **options)
         except ConnectionError as error:
-            raise UserError(f"no Ray cluster answers at {address} ({error}); start one, or leave cluster.address out") from None
+            raise UserError(
+                f"no Ray cluster answers at {address} ({error}); start one, or leave cluster.address out"
+            ) from None
     else:
         _check_local(cluster)
         # Parquet footers are read by a pool of up to 32 one-CPU actors, which would starve a small machine.
@@ -70,8 +72,8 @@ def check_workers_fit(cluster: ClusterConfig) -> None:
 def _too_many(cluster: ClusterConfig, have: str) -> str:
     each = f"{cluster.cpus_per_worker:g} CPUs" + (" and a GPU" if cluster.use_gpu else "")
     return (
-        f"cluster.num_workers: {cluster.num_workers} workers of {each} can never be placed: {have}. Lower num_workers or "
-        "cpus_per_worker, or set cluster.autoscaling: true if nodes will be added"
+        f"cluster.num_workers: {cluster.num_workers} workers of {each} can never be placed: {have}. "
+        "Lower num_workers or cpus_per_worker, or set cluster.autoscaling: true if nodes will be added"
     )
 
 

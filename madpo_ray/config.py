@@ -1,22 +1,20 @@
 """Every setting once: default, unit, bounds, meaning.
 
-Strict, frozen, and free of torch, ray and deepspeed, so a config is checked in a fraction of a second. Names are TRL's where TRL
-has the thing.
+Strict, frozen, and free of torch, ray and deepspeed, so a config is checked in a fraction of a second. Names are
+TRL's where TRL has the thing.
 """
 
 import difflib
-import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class UserError(Exception):
-    """The user's input or config is wrong. The message says how to mend it; the command exits with 2 and no traceback."""
+    """The user's input or config is wrong. The message says how to mend it; the command exits with 2 and no
+    traceback."""
 
 
 class Section(BaseModel):
@@ -28,7 +26,9 @@ Strings = Annotated[tuple[str, ...], Field(strict=False)]
 
 class RunConfig(Section):
     name: str = Field("madpo", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the run's folder")
-    storage_path: str = Field("runs", description="folder that every node sees; the run's files go to storage_path/name")
+    storage_path: str = Field(
+        "runs", description="folder that every node sees; the run's files go to storage_path/name"
+    )
     seed: int = Field(0, ge=0, description="decides splits, order, initialisation and sampling")
 
     @property
@@ -58,10 +58,16 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    files: Strings = Field(min_length=1, description="Parquet or JSON Lines files with preference pairs in TRL's formats")
-    split_column: str | None = Field(None, description="column with train, validation or test; null splits by group hash")
+    files: Strings = Field(
+        min_length=1, description="Parquet or JSON Lines files with preference pairs in TRL's formats"
+    )
+    split_column: str | None = Field(
+        None, description="column with train, validation or test; null splits by group hash"
+    )
     group_column: str | None = Field(None, description="pairs of one group never part; null groups by prompt")
-    validation_fraction: float = Field(0.05, ge=0, lt=1, description="share of the groups, where no split_column is given")
+    validation_fraction: float = Field(
+        0.05, ge=0, lt=1, description="share of the groups, where no split_column is given"
+    )
     test_fraction: float = Field(0.05, ge=0, lt=1, description="share of the groups, where no split_column is given")
     max_length: int = Field(1024, ge=2, description="tokens of prompt + response; responses are cut at the end")
     keep_columns: Strings = Field((), description="further columns to carry through to the margins")
@@ -90,7 +96,9 @@ class TrainingConfig(Section):
     adam_beta2: float = Field(0.95, ge=0, lt=1)
     adam_epsilon: float = Field(1e-8, gt=0)
     zero_stage: Literal[0, 1, 2, 3] = 2
-    stage3_param_persistence_threshold: int = Field(100_000, ge=0, description="smaller parameters stay whole under ZeRO-3")
+    stage3_param_persistence_threshold: int = Field(
+        100_000, ge=0, description="smaller parameters stay whole under ZeRO-3"
+    )
     gradient_checkpointing: bool = False
     disable_dropout: bool = Field(True, description="every dropout is 0, LoRA's included, as in TRL")
     use_peft: bool = Field(False, description="LoRA instead of all weights")
@@ -98,12 +106,13 @@ class TrainingConfig(Section):
     lora_alpha: int = Field(32, ge=1)
     lora_dropout: float = Field(0.05, ge=0, lt=1, description="0 while disable_dropout is on")
     lora_target_modules: Strings = Field(("all-linear",), description="module names, or all-linear")
-    lora_layers_to_transform: tuple[int, ...] = Field((), strict=False, description="layers with LoRA; empty: all (as peft)")
+    lora_layers_to_transform: tuple[int, ...] = Field(
+        (), strict=False, description="layers with LoRA; empty: all (as peft)"
+    )
     logging_steps: int = Field(10, ge=1)
     eval_steps: int | None = Field(None, ge=1, description="optimizer steps between evaluations; null: at the end only")
     save_steps: int | None = Field(None, ge=1, description="optimizer steps between checkpoints; null: at the end only")
     save_total_limit: int = Field(2, ge=1, description="checkpoints kept")
-
 
     @model_validator(mode="after")
     def _layers_need_names(self) -> "TrainingConfig":
@@ -113,7 +122,9 @@ class TrainingConfig(Section):
 
 
 class RewardConfig(TrainingConfig):
-    center_rewards_coefficient: float = Field(0.0, ge=0, description="weight of (chosen + rejected reward)^2, as in TRL")
+    center_rewards_coefficient: float = Field(
+        0.0, ge=0, description="weight of (chosen + rejected reward)^2, as in TRL"
+    )
 
 
 class MarginsConfig(Section):
@@ -128,7 +139,9 @@ LossType = Literal["sigmoid", "ipo", "ipo_sum", "beta_dpo", "madpo"]
 class PolicyConfig(TrainingConfig):
     loss_type: LossType = "madpo"
     beta: float = Field(0.1, gt=0, description="base temperature")
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="cDPO, for loss_type sigmoid (TRL 1.16 ignores it there)")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="cDPO, for loss_type sigmoid (TRL 1.16 ignores it there)"
+    )
     c_min: float = Field(0.25, description="lower bound of the amplifier c; in (0, 1)")
     c_max: float = Field(4.0, description="upper bound of the amplifier c; above 1")
     lmbda: float = Field(1.0, gt=0, description="steepness of c around tau")
@@ -157,7 +170,9 @@ class PolicyConfig(TrainingConfig):
     @classmethod
     def _tau(cls, value: float) -> float:
         if not value > 0:
-            raise ValueError("must be above 0: it is the size of margin at which the weight is 1 again, in reward units")
+            raise ValueError(
+                "must be above 0: it is the size of margin at which the weight is 1 again, in reward units"
+            )
         return value
 
 
@@ -166,9 +181,8 @@ class EvaluateConfig(Section):
     rejected_score_column: str | None = Field(None, description="kept column with the rejected response's true score")
     per_device_eval_batch_size: int = Field(8, ge=1, description="pairs of one forward")
     num_samples: int = Field(32, ge=2, description="sampled responses for the KL estimate")
-    num_shown: int = Field(5, ge=1, description="samples printed from before and after the training")
+    num_shown: int = Field(5, ge=1, description="samples of these to print, from before and after the training")
     max_new_tokens: int = Field(64, ge=1)
-    temperature: float = Field(1.0, gt=0, description="of the samples that are shown; the KL estimate always takes 1")
 
 
 class Range(Section):
@@ -250,108 +264,3 @@ def nearest(key: str, known: Mapping[str, Any] | Sequence[str]) -> str:
     """`; did you mean 'x'?`, or an empty string where nothing is near."""
     match = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
     return f"; did you mean {match[0]!r}?" if match else f"; known are {', '.join(sorted(known))}"
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's floats: PyYAML would read 1e-5 as a string."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
-    list("-+0123456789."),
-)
-
-
-def _read_yaml(text: str) -> Any:
-    value = yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
-    return value
-
-
-def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
-    """The config of a YAML file with `section.key=value` overrides, its paths absolute.
-
-    Raises:
-        UserError: the file is missing or no YAML mapping, a key is unknown (the nearest is named), or a value is out of bounds.
-    """
-    try:
-        raw = _read_yaml(Path(path).read_text()) or {}
-    except FileNotFoundError:
-        raise UserError(f"config file {path} does not exist") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"config file {path} is no valid YAML: {error}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"config file {path} must hold sections with keys, like `model:` and `data:`")
-    for override in overrides:
-        _apply_override(raw, override)
-    return parse_config(raw)
-
-
-def parse_config(raw: Mapping[str, Any]) -> Config:
-    """The checked config of nested mappings. Raises UserError as `load_config` does."""
-    try:
-        return _with_absolute_paths(Config.model_validate(raw))
-    except ValidationError as error:
-        raise UserError("\n".join(_explain(item) for item in error.errors())) from None
-
-
-def _apply_override(raw: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
-    parts = key.split(".")
-    if not equals or len(parts) < 2:
-        raise UserError(f"--set {override}: write it as section.key=value")
-    target = raw
-    for part in parts[:-1]:
-        target = target.setdefault(part, {})
-        if not isinstance(target, dict):
-            raise UserError(f"--set {override}: {part} is no section")
-    try:
-        target[parts[-1]] = _read_yaml(value)
-    except yaml.YAMLError as error:
-        raise UserError(f"--set {override}: the value is no valid YAML: {error}") from None
-
-
-def _explain(error: Any) -> str:
-    where = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        return f"unknown key {where}{nearest(str(error['loc'][-1]), _keys_at(error['loc'][:-1]))}"
-    if error["type"] == "missing":
-        return f"{where} is required"
-    message = error["msg"].removeprefix("Value error, ")
-    given = "" if isinstance(error["input"], dict) else f" (given: {error['input']!r})"
-    return f"{where}: {message}{given}" if where else message
-
-
-def _keys_at(location: Sequence[str | int]) -> list[str]:
-    section: Any = Config
-    for part in location:
-        field = section.model_fields.get(part)
-        section = field.annotation if field is not None else section
-        if get_origin(section) is dict:
-            section = get_args(section)[1]
-            break
-    return list(section.model_fields)
-
-
-def _with_absolute_paths(config: Config) -> Config:
-    """Ray changes the working directory of its workers, so every path is made absolute once, here."""
-    model = config.model
-    updates: dict[str, Any] = {}
-    if Path(model.model_name_or_path).exists() or _is_path(model.model_name_or_path):
-        updates["model_name_or_path"] = os.path.abspath(model.model_name_or_path)
-    if model.chat_template_path is not None:
-        updates["chat_template_path"] = os.path.abspath(model.chat_template_path)
-    files = tuple(os.path.abspath(file) for file in config.data.files)
-    if "://" in config.run.storage_path:
-        raise UserError(f"run.storage_path: {config.run.storage_path} is a URI; name a folder that every node mounts")
-    return config.model_copy(
-        update={
-            "model": model.model_copy(update=updates),
-            "data": config.data.model_copy(update={"files": files}),
-            "run": config.run.model_copy(update={"storage_path": os.path.abspath(config.run.storage_path)}),
-        }
-    )
-
-
-def _is_path(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or name.endswith(".gguf") or name.count("/") > 1

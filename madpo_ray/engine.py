@@ -37,7 +37,8 @@ def deepspeed_config(settings: TrainingConfig, *, dtype: str) -> dict[str, Any]:
 
 
 def initialize(module: nn.Module, settings: TrainingConfig, *, dtype: str, total_steps: int) -> Any:
-    """A DeepSpeed engine around `module`, with AdamW over what can be trained and the config's learning-rate schedule."""
+    """A DeepSpeed engine around `module`, with AdamW over what can be trained and the config's learning-rate
+    schedule."""
     # DeepSpeed takes this for a launcher's job and looks for MPI where the variables are missing; Ray has set them.
     os.environ.setdefault("LOCAL_RANK", "0")
     import deepspeed
@@ -57,7 +58,7 @@ def initialize(module: nn.Module, settings: TrainingConfig, *, dtype: str, total
     )
     engine, *_ = deepspeed.initialize(
         model=module,
-        model_parameters=parameters,  # type: ignore[arg-type]
+        model_parameters=parameters,
         optimizer=optimizer,
         lr_scheduler=schedule,
         config=deepspeed_config(settings, dtype=dtype),
@@ -103,7 +104,9 @@ def load(engine: Any, folder: Path) -> dict[str, Any]:
     for listing in sorted(folder.glob("rank-*.json")):
         for name, digest in json.loads(listing.read_text()).items():
             if not (folder / name).exists() or hash_file(folder / name) != digest:
-                raise RuntimeError(f"checkpoint {folder} is damaged: {name} is missing or changed; delete the checkpoint")
+                raise RuntimeError(
+                    f"checkpoint {folder} is damaged: {name} is missing or changed; delete the checkpoint"
+                )
     engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=False)
     own = folder / f"rank-{dist.get_rank()}.pt"
     state: dict[str, Any] = torch.load(own if own.exists() else folder / "rank-0.pt", weights_only=False)

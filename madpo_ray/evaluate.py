@@ -1,4 +1,5 @@
-"""Stage 6: what the training did, on the test split: preference accuracy, rank correlation, KL from samples, and samples to read."""
+"""Stage 5: what the training did, on the test split: preference accuracy, rank correlation, KL from samples, and
+samples to read."""
 
 import random
 from collections.abc import Mapping
@@ -12,18 +13,22 @@ from scipy.stats import spearmanr
 
 from madpo_ray import margins, train
 from madpo_ray.artifacts import Inputs, building, require, write_json
-from madpo_ray.batching import TOKEN_COLUMNS
 from madpo_ray.calibration import interval
 from madpo_ray.cluster import connected
 from madpo_ray.config import Config, UserError, settings_of
 from madpo_ray.generation import sample_responses
 from madpo_ray.models import base_folder
+from madpo_ray.plan import TOKEN_COLUMNS
 from madpo_ray.scoring import score_dataset
 from madpo_ray.tables import parquet_folder, read_split
 
 
 def inputs(config: Config) -> Inputs:
-    settings = {"train": train.inputs(config).fingerprint, "seed": config.run.seed, "evaluate": settings_of(config.evaluate)}
+    settings = {
+        "train": train.inputs(config).fingerprint,
+        "seed": config.run.seed,
+        "evaluate": settings_of(config.evaluate),
+    }
     return Inputs("evaluate", settings)
 
 
@@ -72,13 +77,20 @@ def _scored(table: pa.Table, config: Config, **policies: Path) -> pa.Table:
 def preference_metrics(scored: pa.Table, score_columns: tuple[str, ...]) -> dict[str, Any]:
     """Accuracies with 95 % intervals, and Spearman's rank correlation with the true margin where scores are known.
 
-    `reference` and `policy` rank by the log-prob of the whole response, `implicit` by the policy's log-ratio to the reference,
-    `reward_model` by its margin.
+    `reference` and `policy` rank by the log-prob of the whole response, `implicit` by the policy's log-ratio to the
+    reference, `reward_model` by its margin.
     """
-    column = {name: scored[name].to_numpy() for name in scored.column_names if name.endswith("_logps") or name == "margin"}
+    column = {
+        name: scored[name].to_numpy() for name in scored.column_names if name.endswith("_logps") or name == "margin"
+    }
     reference = column["ref_chosen_logps"] - column["ref_rejected_logps"]
     policy = column["policy_chosen_logps"] - column["policy_rejected_logps"]
-    rankings = {"reference": reference, "policy": policy, "implicit": policy - reference, "reward_model": column["margin"]}
+    rankings = {
+        "reference": reference,
+        "policy": policy,
+        "implicit": policy - reference,
+        "reward_model": column["margin"],
+    }
     true = scored[score_columns[0]].to_numpy() - scored[score_columns[1]].to_numpy() if score_columns else None
     metrics: dict[str, Any] = {"test_pairs": scored.num_rows}
     for name, differences in rankings.items():
@@ -95,25 +107,26 @@ def _divergence_and_samples(test: pa.Table, config: Config, policy: Path, base: 
     rng = random.Random(config.run.seed)
     count = -(-settings.num_samples // 2)  # two samples a prompt make a pair, which the scorer reads at once
     drawn = [rng.randrange(test.num_rows) for _ in range(count)]
-    prompts = test.select(["pair_id", "prompt_ids"]).take(drawn + drawn)
-    common = {
-        "cluster": config.cluster,
-        "batch_size": settings.per_device_eval_batch_size * 2,
-        "model": config.model,
-        "max_new_tokens": settings.max_new_tokens,
-        "seed": config.run.seed,
-    }
-    ids = sample_responses(prompts, policy=policy, temperature=1.0, **common)["response_ids"].combine_chunks()
-    drawn_pairs = prompts.slice(0, count).append_column("chosen_ids", ids[:count]).append_column("rejected_ids", ids[count:])
-    scored = _scored(drawn_pairs, config, policy_=policy, ref_=base)
-    gaps = np.concatenate(
-        [scored[f"policy_{side}_logps"].to_numpy() - scored[f"ref_{side}_logps"].to_numpy() for side in ("chosen", "rejected")]
+    sampled = sample_responses(
+        test.select(["pair_id", "prompt_ids"]).take(drawn + drawn),
+        config.cluster,
+        batch_size=settings.per_device_eval_batch_size * 2,
+        model=config.model,
+        policies={"after": policy, "before": base},
+        max_new_tokens=settings.max_new_tokens,
+        seed=config.run.seed,
     )
-    shown = prompts.slice(0, settings.num_shown)
-    samples = {
-        name: sample_responses(shown, policy=path, temperature=settings.temperature, **common)["response"].to_pylist()
-        for name, path in (("before", base), ("after", policy))
-    }
+    ids = sampled["after_ids"].combine_chunks()
+    pairs = sampled.select(["pair_id", "prompt_ids"]).slice(0, count)
+    pairs = pairs.append_column("chosen_ids", ids[:count]).append_column("rejected_ids", ids[count:])
+    scored = _scored(pairs, config, policy_=policy, ref_=base)
+    gaps = np.concatenate(
+        [
+            scored[f"policy_{side}_logps"].to_numpy() - scored[f"ref_{side}_logps"].to_numpy()
+            for side in ("chosen", "rejected")
+        ]
+    )
+    samples = {name: sampled[name].slice(0, settings.num_shown).to_pylist() for name in ("before", "after")}
     standard_error = float(gaps.std(ddof=1) / np.sqrt(len(gaps)))
     return {"kl": float(gaps.mean()), "kl_standard_error": standard_error, "kl_samples": len(gaps), "samples": samples}
 

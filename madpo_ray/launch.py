@@ -1,11 +1,6 @@
-"""A training run on Ray: the plan of micro-batches as a Ray dataset, TorchTrainer around the loop, checkpoints and logs.
-
-The order is a plan made from (seed, epoch, lengths) alone. One row of the dataset is one micro-batch and one block; blocks are dealt
-to the ranks in turn, so rank r of W reads rows r, r + W, r + 2W, ... Each step is filled up with empty micro-batches to a multiple of W.
-"""
+"""A training run on Ray: TorchTrainer around the loop, fed by the plan's dataset; checkpoints and logs."""
 
 import dataclasses
-import functools
 import json
 import logging
 import resource
@@ -15,22 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from madpo_ray import engine as ds
-from madpo_ray.batching import TOKEN_COLUMNS, MicroBatch, collate, plan_epoch
+from madpo_ray.batching import MicroBatch, collate
 from madpo_ray.cluster import num_threads, ordered_execution, worker_resources
-from madpo_ray.config import Config, TrainingConfig, UserError
+from madpo_ray.config import Config, TrainingConfig
 from madpo_ray.loop import Objective, Progress, evaluate, fit
 from madpo_ray.metrics import MetricsLog
 from madpo_ray.models import DTYPES, shares_prefix
+from madpo_ray.plan import TOKEN_COLUMNS, Plan, PlanSpec, micro_batch_dataset
 from madpo_ray.progress import training_progress
-from madpo_ray.tables import read_split
 from madpo_ray.throughput import ModelFlops, peak_flops
 
 logger = logging.getLogger(__name__)
@@ -39,7 +32,9 @@ logger = logging.getLogger(__name__)
 class Task(Protocol):
     """What is trained: the part of a stage that runs inside the workers."""
 
-    columns: tuple[str, ...]  # float columns of the source that the objective reads
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Float columns of the source that the objective reads."""
 
     def settings(self, config: Config) -> TrainingConfig: ...
 
@@ -48,7 +43,9 @@ class Task(Protocol):
 
     def objective(self, config: Config) -> Objective: ...
 
-    def export(self, config: Config, model: nn.Module, state: dict[str, torch.Tensor], base: Path, folder: Path) -> None:
+    def export(
+        self, config: Config, model: nn.Module, state: dict[str, torch.Tensor], base: Path, folder: Path
+    ) -> None:
         """Writes the trained model; on rank 0 only."""
 
 
@@ -72,75 +69,25 @@ class TrainingJob:
     def storage(self) -> Path:
         return self.config.run.folder / "ray"
 
-
-class Plan:
-    """The micro-batches of a whole run, in order, as rows of a table."""
-
-    def __init__(self, job: TrainingJob, num_workers: int, split: str = "train") -> None:
-        settings = job.settings
-        self._table = read_split(job.source, split, ("pair_id", *TOKEN_COLUMNS, *job.task.columns))
-        if self._table.num_rows == 0:
-            raise UserError(f"no pair of {job.source.parent} is in split {split!r}; see the data section's fractions or split_column")
-        lengths = [pc.list_value_length(self._table[name]).to_numpy() for name in TOKEN_COLUMNS]
-        self.lengths = np.sum(lengths, axis=0)
-        self.max_response_tokens = self._max_response_tokens(lengths[1] + lengths[2], settings)
-        self.max_length = int((lengths[0] + np.maximum(lengths[1], lengths[2])).max())
-        self._seed, self._num_workers = job.config.run.seed, num_workers
-        self._training = split == "train"
-        self._planned: tuple[int, list[list[np.ndarray]]] | None = None
-        self._global = settings.global_batch_size
-        self._micro = settings.per_device_train_batch_size if self._training else settings.per_device_eval_batch_size
-        self.steps_per_epoch = -(-len(self.lengths) // self._global)
-        epochs = settings.num_train_epochs * self.steps_per_epoch
-        self.total_steps = settings.max_steps if settings.max_steps > 0 else epochs
-
-    @staticmethod
-    def _max_response_tokens(responses: np.ndarray, settings: TrainingConfig) -> int:
-        largest = max(settings.per_device_train_batch_size, settings.per_device_eval_batch_size)
-        return int(np.sort(responses)[-largest:].sum())
-
-    @property
-    def micro_batches_per_step(self) -> int:
-        """Empty ones included, with which each step is filled up to a multiple of the workers."""
-        planned = -(-self._global // self._micro)
-        return -(-planned // self._num_workers) * self._num_workers
-
-    def row(self, number: int) -> pa.Table:
-        """Micro-batch `number` of the run, counted over all steps, as a table of one row."""
-        step, index = divmod(number, self.micro_batches_per_step)
-        epoch, within = divmod(step, self.steps_per_epoch)
-        members = self._epoch(epoch)[within]
-        rows = members[index] if index < len(members) else np.array([], dtype=np.int64)
-        return self._row(
-            rows,
-            step=step,
-            pairs_in_step=sum(map(len, members)),
-            last_of_step=index >= self.micro_batches_per_step - self._num_workers,
+    def plan(self, num_workers: int, split: str = "train") -> PlanSpec:
+        """The order of the pairs to train on, or of those held out."""
+        settings, training = self.settings, split == "train"
+        return PlanSpec(
+            source=self.source,
+            split=split,
+            columns=self.task.columns,
+            seed=self.config.run.seed,
+            global_batch_size=settings.global_batch_size,
+            micro_batch_size=settings.per_device_train_batch_size if training else settings.per_device_eval_batch_size,
+            num_workers=num_workers,
+            num_epochs=settings.num_train_epochs if training else 1,
+            max_steps=settings.max_steps if training else -1,
+            shuffled=training,
         )
-
-    def _epoch(self, epoch: int) -> list[list[np.ndarray]]:
-        if self._planned is None or self._planned[0] != epoch:
-            steps = plan_epoch(
-                self.lengths,
-                seed=self._seed,
-                epoch=epoch if self._training else None,
-                global_batch_size=self._global,
-                micro_batch_size=self._micro,
-            )
-            self._planned = (epoch, steps)
-        return self._planned[1]
-
-    def _row(self, rows: np.ndarray, **scalars: Any) -> pa.Table:
-        taken = self._table.take(rows)
-        columns = {name: pa.array([value]) for name, value in scalars.items()}
-        for name in taken.column_names:
-            values = taken[name].combine_chunks()
-            columns[name] = pa.LargeListArray.from_arrays(pa.array([0, len(rows)], type=pa.int64()), values)
-        return pa.table(columns)
 
 
 def decode_row(row: pa.Table, columns: tuple[str, ...], *, shared_prefix: bool) -> MicroBatch:
-    """The micro-batch of a row of `Plan.rows`."""
+    """The micro-batch of a row of `Plan.row`."""
     values = {name: row[name][0].as_py() for name in row.column_names}
     names = ("pair_id", *TOKEN_COLUMNS, *columns)
     pairs = [dict(zip(names, cells, strict=True)) for cells in zip(*(values[name] for name in names), strict=True)]
@@ -149,36 +96,9 @@ def decode_row(row: pa.Table, columns: tuple[str, ...], *, shared_prefix: bool) 
     return dataclasses.replace(batch, **scalars)
 
 
-class _PlannedRows:
-    """A Ray Data stage that turns the number of a micro-batch into its row."""
-
-    def __init__(self, job: TrainingJob, num_workers: int, start: int) -> None:
-        self._plan, self._start = Plan(job, num_workers), start
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        return pa.concat_tables([self._plan.row(self._start + number) for number in batch["id"].to_pylist()])
-
-
-def micro_batch_dataset(job: TrainingJob, num_workers: int) -> Any:
-    """The run's micro-batches as a Ray dataset, from the step of the newest checkpoint on."""
-    import ray.data
-
-    plan = Plan(job, num_workers)
-    start, stop = (step * plan.micro_batches_per_step for step in (newest_step(job), plan.total_steps))
-    count = max(stop - start, 1)  # a finished run reads nothing, but Ray wants a row
-    return ray.data.range(count, override_num_blocks=count).map_batches(
-        _PlannedRows,
-        fn_constructor_kwargs={"job": job, "num_workers": num_workers, "start": min(start, stop - 1)},
-        batch_size=1,
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=1, max_tasks_in_flight_per_actor=4),
-        num_cpus=0.5,
-    )
-
-
-def newest_step(job: TrainingJob) -> int:
-    """The step of the run's newest checkpoint, by Ray's own record; 0 without one."""
-    record = job.storage / job.experiment / "checkpoint_manager_snapshot.json"
+def newest_step(experiment: Path) -> int:
+    """The step of a run's newest checkpoint, by Ray's own record; 0 without one."""
+    record = experiment / "checkpoint_manager_snapshot.json"
     latest = json.loads(record.read_text())["latest_checkpoint_result"] if record.exists() else None
     return int(latest["metrics"]["step"]) if latest else 0
 
@@ -223,7 +143,7 @@ def train_worker(spec: dict[str, TrainingJob]) -> None:
     rank, world = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(num_threads(job.config.cluster))
     torch.manual_seed(job.config.run.seed)
-    plan = Plan(job, world)
+    plan = Plan(job.plan(world))
     module = job.task.load(job.config, job.base, plan.max_response_tokens)
     shared = shares_prefix(module.model, job.config.model, plan.max_length)  # type: ignore[arg-type]
     flops = ModelFlops(module.model)  # type: ignore[arg-type]
@@ -273,9 +193,11 @@ def _own_batches(job: TrainingJob, start_step: int, *, shared_prefix: bool) -> I
 
 def _held_out(job: TrainingJob, rank: int, world: int, *, shared_prefix: bool) -> list[MicroBatch]:
     """This rank's share of the validation pairs, filled up so that every rank has equally many micro-batches."""
-    plan = Plan(job, world, split="validation")
-    count = plan.steps_per_epoch * plan.micro_batches_per_step
-    return [decode_row(plan.row(i), job.task.columns, shared_prefix=shared_prefix) for i in range(rank, count, world)]
+    plan = Plan(job.plan(world, split="validation"))
+    return [
+        decode_row(plan.row(i), job.task.columns, shared_prefix=shared_prefix)
+        for i in range(rank, plan.num_micro_batches, world)
+    ]
 
 
 def train_on_ray(job: TrainingJob, callbacks: list[Any] | None = None) -> None:
@@ -288,13 +210,14 @@ def train_on_ray(job: TrainingJob, callbacks: list[Any] | None = None) -> None:
     from ray.train.torch import TorchTrainer
 
     cluster, settings = job.config.cluster, job.settings
+    spec, folder = job.plan(cluster.num_workers), job.storage / job.experiment
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"job": job},
         scaling_config=ray.train.ScalingConfig(
             num_workers=cluster.num_workers, use_gpu=cluster.use_gpu, resources_per_worker=worker_resources(cluster)
         ),
-        datasets={"train": functools.partial(micro_batch_dataset, job, cluster.num_workers)},
+        datasets={"train": lambda: micro_batch_dataset(spec, newest_step(folder))},
         dataset_config=ray.train.DataConfig(
             datasets_to_split=["train"], execution_options=ordered_execution(), enable_shard_locality=False
         ),
@@ -308,6 +231,5 @@ def train_on_ray(job: TrainingJob, callbacks: list[Any] | None = None) -> None:
             ),
         ),
     )
-    steps = Plan(job, cluster.num_workers).total_steps
-    with training_progress(job.experiment.split("-")[0], job.output / "metrics.jsonl", steps):
+    with training_progress(job.experiment.split("-")[0], job.output / "metrics.jsonl", Plan(spec).total_steps):
         trainer.fit()

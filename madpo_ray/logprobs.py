@@ -1,7 +1,8 @@
-"""Response log-probs and rewards from one forward over a micro-batch; training, reference and reward model all come through here.
+"""Response log-probs and rewards from one forward over a micro-batch; training, reference and reward model all come
+through here.
 
-Legend: B pairs, L row length, H hidden size, V vocabulary, N response tokens. Logits exist only for response tokens, and only a chunk
-of them at a time; the backward pass computes a chunk again instead of keeping it.
+Legend: B pairs, L row length, H hidden size, V vocabulary, N response tokens. Logits exist only for response tokens,
+and only a chunk of them at a time; the backward pass computes a chunk again instead of keeping it.
 """
 
 from typing import Any
@@ -25,9 +26,7 @@ def hidden_states(model: Any, batch: MicroBatch) -> Tensor:
         # The eager path adds the mask to the scores, so it takes numbers where SDPA takes booleans.
         dtype = next(model.parameters()).dtype
         mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
-    output = backbone(
-        input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False
-    )
+    output = backbone(input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False)
     return output.last_hidden_state.flatten(0, 1)  # type: ignore[no-any-return]
 
 
@@ -44,9 +43,9 @@ def _chunk_logps(head: nn.Module, hidden: Tensor, targets: Tensor) -> tuple[Tens
 class PairLogps(nn.Module):
     """A causal language model as a function of a micro-batch.
 
-    `forward` gives `logps` (2B,), each response's log-prob summed over its tokens, chosen first, and `entropy` (2B,), the mean
-    over its tokens, in nats. In training, `max_response_tokens` bounds N over all micro-batches and so fixes the number of
-    chunks: under ZeRO-3 every rank has to call the head equally often.
+    `forward` gives `logps` (2B,), each response's log-prob summed over its tokens, chosen first, and `entropy` (2B,),
+    the mean over its tokens, in nats. In training, `max_response_tokens` bounds N over all micro-batches and so fixes
+    the number of chunks: under ZeRO-3 every rank has to call the head equally often.
     """
 
     def __init__(self, model: nn.Module, max_response_tokens: int | None = None) -> None:
@@ -78,7 +77,8 @@ class PairLogps(nn.Module):
 
 
 class PairRewards(nn.Module):
-    """A sequence classifier as a function of a micro-batch: `rewards` (2B,) at each response's last token, chosen first."""
+    """A sequence classifier as a function of a micro-batch: `rewards` (2B,) at each response's last token, chosen
+    first."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

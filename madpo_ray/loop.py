@@ -158,8 +158,11 @@ def _logged(reduced: dict[str, float], progress: Progress, elapsed: float, peak_
 
 
 @torch.no_grad()
-def evaluate(module: nn.Module, objective: Objective, batches: Iterable[MicroBatch], device: torch.device) -> dict[str, float]:
-    """`eval_` metrics over every pair of `batches` (this rank's), reduced over ranks. All ranks need equally many batches."""
+def evaluate(
+    module: nn.Module, objective: Objective, batches: Iterable[MicroBatch], device: torch.device
+) -> dict[str, float]:
+    """`eval_` metrics over every pair of `batches` (this rank's), reduced over ranks. All ranks need equally many
+    batches."""
     module.eval()
     meter = Meter()
     for batch in batches:

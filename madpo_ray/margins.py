@@ -1,5 +1,6 @@
 """Stage 3: the margin of every pair and the reference's log-probs, computed once, in one pass of Ray Data."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ def run(config: Config) -> Path:
     """Writes the margins artifact: the pairs with rewards (in calibrated units), margin and reference log-probs.
 
     Raises:
-        UserError: the pairs or the reward model are missing or made from other inputs, or no temperature could be fitted.
+        UserError: the pairs or the reward model are missing or made from other inputs, or no temperature could be
+        fitted.
     """
     require(pairs.folder(config), pairs.inputs(config))
     fitted = require(reward.folder(config), reward.inputs(config))["results"]
@@ -89,10 +91,11 @@ def _summary(data: Path) -> dict[str, Any]:
     return {"splits": summary}
 
 
-def describe(results: dict[str, Any]) -> str:
+def describe(results: Mapping[str, Any]) -> str:
     """The stage's outcome, a line a split."""
     return "\n".join(
-        f"{split}: {numbers['pairs']} pairs, mean margin {numbers['margin']:.3f}, {numbers['negative_fraction']:.1%} negative"
+        f"{split}: {numbers['pairs']} pairs, mean margin {numbers['margin']:.3f}, "
+        f"{numbers['negative_fraction']:.1%} negative"
         for split, numbers in results["splits"].items()
         if numbers["pairs"]
     )

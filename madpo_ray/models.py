@@ -1,4 +1,5 @@
-"""Models: find one (hub name, folder, GGUF), load it as policy or reward model, add LoRA, save it as a transformers folder."""
+"""Models: find one (hub name, folder, GGUF), load it as policy or reward model, add LoRA, save it as a transformers
+folder."""
 
 import importlib.util
 import logging
@@ -13,7 +14,7 @@ from madpo_ray.config import Config, ModelConfig, TrainingConfig, UserError
 
 logger = logging.getLogger(__name__)
 
-# Equal, by test, to two unpadded forwards under a 4-D mask with restarted positions. Others are read as two rows a pair.
+# Equal, by test, to two unpadded forwards under a 4-D mask with restarted positions. Others: two rows a pair.
 SHARED_PREFIX_MODEL_TYPES = frozenset({"llama", "qwen2", "qwen3", "gpt2", "gpt_neox", "mistral", "gemma"})
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
@@ -70,7 +71,8 @@ def model_inputs(config: Config) -> Inputs:
 
 
 def base_folder(config: Config) -> Path:
-    """The folder that every worker loads the base model from: a GGUF file is converted once, a template put in place."""
+    """The folder that every worker loads the base model from: a GGUF file is converted once, a template put in
+    place."""
     source = source_folder(config.model)
     if source.is_dir() and config.model.chat_template_path is None:
         return source
@@ -129,7 +131,8 @@ def load_policy(folder: Path, model: ModelConfig) -> nn.Module:
         from peft import PeftConfig, PeftModel
 
         base = load_policy(Path(str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)), model)
-        return PeftModel.from_pretrained(base, str(folder))
+        adapted: nn.Module = PeftModel.from_pretrained(base, str(folder))
+        return adapted
     loaded: nn.Module = _load("AutoModelForCausalLM", folder, model, dtype=DTYPES[model.dtype])
     return loaded
 
@@ -141,7 +144,7 @@ def load_reward_model(folder: Path, model: ModelConfig) -> nn.Module:
     options: dict[str, Any] = {"dtype": DTYPES[model.dtype], "num_labels": 1}
     loaded: nn.Module = _load("AutoModelForSequenceClassification", folder, model, **options)
     if not any("SequenceClassification" in name for name in AutoConfig.from_pretrained(folder).architectures or []):
-        # All rewards 0 at the start: the first loss is ln 2 whatever the seed, and no random direction has to be unlearned.
+        # All rewards 0 at the start: the first loss is ln 2, and no random direction has to be unlearned.
         nn.init.zeros_(loaded.score.weight)  # type: ignore[union-attr, arg-type]
     return loaded
 
@@ -165,7 +168,7 @@ def prepare_for_training(model: nn.Module, settings: TrainingConfig, *, task_typ
             modules_to_save=["score"] if task_type == "SEQ_CLS" else None,
             task_type=task_type,
         )
-        model = get_peft_model(model, lora)  # type: ignore[arg-type]
+        model = get_peft_model(model, lora)
     if settings.disable_dropout:
         for module in model.modules():
             if isinstance(module, nn.Dropout):
@@ -190,8 +193,8 @@ def base_of(model: nn.Module) -> Any:
 def can_share_prefix(model: Any, max_length: int) -> bool:
     """Whether one row [prompt | chosen | rejected] gives this model's numbers: full attention over known positions.
 
-    `model` is a transformers model; `max_length` is the longest prompt + response, in tokens. A window shorter than that
-    would be dropped silently by a 4-D mask.
+    `model` is a transformers model; `max_length` is the longest prompt + response, in tokens. A window shorter than
+    that would be dropped silently by a 4-D mask.
     """
     config = model.config
     window = getattr(config, "sliding_window", None)

@@ -1,7 +1,7 @@
 """Stage 1: read preference pairs, check every row, tokenise, split. Good rows get a stable id, bad ones a reason.
 
-Takes TRL's formats from Parquet and JSON Lines: standard (strings), conversational (lists of messages), and both with an implicit
-prompt (no `prompt` column: the common beginning of chosen and rejected).
+Takes TRL's formats from Parquet and JSON Lines: standard (strings), conversational (lists of messages), and both with
+an implicit prompt (no `prompt` column: the common beginning of chosen and rejected).
 """
 
 import hashlib
@@ -16,24 +16,21 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from madpo_ray.artifacts import Inputs, building, hash_file
-from madpo_ray.batching import split_joint
 from madpo_ray.cluster import connected
 from madpo_ray.config import Config, DataConfig, ModelConfig, UserError, nearest, settings_of, tokens_of
-from madpo_ray.tables import parquet_folder, write_rows
+from madpo_ray.formats import ROWS_PER_BATCH, BadRowError, Row, parse_pair, read_file, tokenize_pair
 from madpo_ray.models import base_folder, load_tokenizer, model_inputs
+from madpo_ray.tables import parquet_folder, write_rows
 
 SPLITS = ("train", "validation", "test")
-ROWS_PER_BATCH = 1024
-Row = dict[str, Any]
-
-
-class BadRow(ValueError):
-    """A row that goes to the rejects, with this reason."""
 
 
 def inputs(config: Config) -> Inputs:
     settings = {"seed": config.run.seed, "data": settings_of(config.data), "model": tokens_of(config.model)}
-    content = {"files": {file: hash_file(Path(file)) for file in config.data.files}, "model": model_inputs(config).fingerprint}
+    content = {
+        "files": {file: hash_file(Path(file)) for file in config.data.files},
+        "model": model_inputs(config).fingerprint,
+    }
     return Inputs("pairs", settings, content)
 
 
@@ -59,126 +56,17 @@ def check_files(data: DataConfig) -> None:
 
 
 def _columns(path: Path) -> list[str] | None:
-    """A file's columns: a Parquet schema's, or the keys of the first JSON line that parses; None where there is none."""
+    """A file's columns: a Parquet schema's, or the keys of the first JSON line that parses; None where there is
+    none."""
     if path.suffix == ".parquet":
         try:
             return list(pq.read_schema(path).names)
         except pa.ArrowInvalid as error:
             raise UserError(f"data.files: {path} is no Parquet file ({error})") from None
-    for _, row in _read_file(path):
+    for _, row in read_file(path):
         if isinstance(row, dict):
             return list(row)
     return None
-
-
-def _read_file(path: Path) -> Iterator[tuple[int, Row | str]]:
-    """Rows of a file with their number, from 0; in place of a row that cannot be read, the reason."""
-    if path.suffix == ".parquet":
-        number = 0
-        for batch in pq.ParquetFile(path).iter_batches(batch_size=ROWS_PER_BATCH):
-            for row in batch.to_pylist():
-                yield number, row
-                number += 1
-        return
-    with path.open("rb") as stream:
-        for number, line in enumerate(stream):
-            try:
-                row = json.loads(line.decode("utf-8"))
-            except ValueError as error:
-                yield number, f"line is no JSON: {error}"
-                continue
-            yield number, row if isinstance(row, dict) else "line is no JSON object"
-
-
-def parse_pair(row: Mapping[str, Any]) -> Row:
-    """`prompt`, `chosen`, `rejected` of a row, with the prompt made explicit: all strings, or all lists of messages.
-
-    Raises:
-        BadRow: a cell is missing, empty, or neither text nor messages, or chosen and rejected are the same.
-    """
-    chosen, rejected = (_cell(row, name) for name in ("chosen", "rejected"))
-    if type(chosen) is not type(rejected):
-        raise BadRow("chosen and rejected are of different kinds")
-    if row.get("prompt") is None and "prompt" not in row:
-        prompt, chosen, rejected = _implicit_prompt(chosen, rejected)
-    else:
-        prompt = _cell(row, "prompt")
-        if type(prompt) is not type(chosen):
-            raise BadRow("prompt and chosen are of different kinds")
-    for name, value in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
-        if not _text(value).strip():
-            raise BadRow(f"{name} is empty")
-    if chosen == rejected:
-        raise BadRow("chosen and rejected are identical")
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-
-
-def _cell(row: Mapping[str, Any], name: str) -> str | list[dict[str, str]]:
-    value = row.get(name)
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list) and all(
-        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
-        for message in value
-    ):
-        return [{"role": message["role"], "content": message["content"]} for message in value]
-    kind = "missing" if value is None else f"neither text nor a list of messages with role and content ({type(value).__name__})"
-    raise BadRow(f"{name} is {kind}")
-
-
-def _text(value: str | list[dict[str, str]]) -> str:
-    return value if isinstance(value, str) else "".join(message["content"] for message in value)
-
-
-def _implicit_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
-    """The common beginning as the prompt, as TRL's `extract_prompt`: a text's prompt does not take the last space along."""
-    shared = next(
-        (i for i, (c, r) in enumerate(zip(chosen, rejected, strict=False)) if c != r), min(len(chosen), len(rejected))
-    )
-    if isinstance(chosen, str) and shared > 0 and chosen[shared - 1] == " ":
-        shared -= 1
-    return chosen[:shared], chosen[shared:], rejected[shared:]
-
-
-def tokenize_pair(pair: Row, tokenizer: Any, max_length: int) -> dict[str, list[int]]:
-    """Token ids of prompt and responses, split on the tokens of the joint text; responses are cut to `max_length` in all.
-
-    Text pairs get an end-of-sequence token (TRL's rule); in messages the chat template decides.
-
-    Raises:
-        BadRow: the prompt alone fills max_length, a response has no tokens of its own, or the template treats the prompt
-            differently before a response.
-    """
-    if isinstance(pair["prompt"], str):
-        prompt = tokenizer(pair["prompt"])["input_ids"]
-        joint = [tokenizer(pair["prompt"] + pair[name])["input_ids"] for name in ("chosen", "rejected")]
-        eos = tokenizer.eos_token_id
-        # Some tokenizers append the end by themselves; a prompt must not end with it.
-        if eos is not None and prompt and prompt[-1] == eos:
-            prompt = prompt[:-1]
-        joint = [ids if eos is None or ids[-1:] == [eos] else [*ids, eos] for ids in joint]
-    else:
-        text = _render(tokenizer, pair["prompt"], add_generation_prompt=True)
-        full = [_render(tokenizer, pair["prompt"] + pair[name]) for name in ("chosen", "rejected")]
-        if not all(rendered.startswith(text) for rendered in full):
-            raise BadRow("the chat template renders the prompt differently before a response")
-        prompt, *joint = (tokenizer(rendered, add_special_tokens=False)["input_ids"] for rendered in [text, *full])
-    start = split_joint(prompt, *joint)
-    if start == 0:
-        raise BadRow("prompt and response share no token")
-    if start >= max_length:
-        raise BadRow(f"prompt of {start} tokens leaves no room for a response in max_length {max_length}")
-    responses = [ids[start:max_length] for ids in joint]
-    if not all(responses):
-        raise BadRow("a response has no tokens of its own")
-    if responses[0] == responses[1]:
-        raise BadRow("chosen and rejected are identical within max_length")
-    return {"prompt_ids": prompt[:start], "chosen_ids": responses[0], "rejected_ids": responses[1]}
-
-
-def _render(tokenizer: Any, messages: list[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
-    rendered: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    return rendered
 
 
 def content_hash(pair: Row) -> str:
@@ -197,7 +85,8 @@ def split_of(group: str, data: DataConfig, seed: int) -> str:
 
 
 class PairReader:
-    """Reads, checks and tokenises one file after another; both good and bad rows come out, the bad ones with `reason`."""
+    """Reads, checks and tokenises one file after another; both good and bad rows come out, the bad ones with
+    `reason`."""
 
     def __init__(self, data: DataConfig, model: ModelConfig, base: Path, seed: int, conversational: bool) -> None:
         self._data, self._seed, self._conversational = data, seed, conversational
@@ -207,7 +96,7 @@ class PairReader:
     def __call__(self, files: pa.Table) -> Iterator[pa.Table]:
         for number, name in zip(files["file_number"].to_pylist(), files["file"].to_pylist(), strict=True):
             rows: list[Row] = []
-            for row_number, row in _read_file(Path(name)):
+            for row_number, row in read_file(Path(name)):
                 rows.append({"file": name, "file_number": number, "row": row_number, **self._checked(row)})
                 if len(rows) == ROWS_PER_BATCH:
                     yield pa.Table.from_pylist(rows, schema=self._schema)
@@ -217,17 +106,17 @@ class PairReader:
     def _checked(self, row: Row | str) -> Row:
         try:
             if isinstance(row, str):
-                raise BadRow(row)
+                raise BadRowError(row)
             pair = parse_pair(row)
             if isinstance(pair["prompt"], list) != self._conversational:
-                raise BadRow("text among messages, or messages among text: one run takes one kind")
+                raise BadRowError("text among messages, or messages among text: one run takes one kind")
             tokens = tokenize_pair(pair, self._tokenizer, self._data.max_length)
             group = self._named(row, self._data.group_column) or json.dumps(pair["prompt"], sort_keys=True)
             split = self._named(row, self._data.split_column) or split_of(group, self._data, self._seed)
             if split not in SPLITS:
-                raise BadRow(f"{self._data.split_column} is {split!r}, not one of {', '.join(SPLITS)}")
+                raise BadRowError(f"{self._data.split_column} is {split!r}, not one of {', '.join(SPLITS)}")
             kept = {name: self._number(row, name) for name in self._data.keep_columns}
-        except BadRow as error:
+        except BadRowError as error:
             return {"reason": str(error)}
         return {**pair, **tokens, **kept, "content_hash": content_hash(pair), "group": group, "split": split}
 
@@ -236,14 +125,14 @@ class PairReader:
         if column is None:
             return None
         if row.get(column) is None:
-            raise BadRow(f"{column} is missing")
+            raise BadRowError(f"{column} is missing")
         return str(row[column])
 
     @staticmethod
     def _number(row: Row, column: str) -> float:
         value = row.get(column)
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise BadRow(f"{column} is no number")
+            raise BadRowError(f"{column} is no number")
         return float(value)
 
 
@@ -310,11 +199,11 @@ def _read_all(config: Config, base: Path) -> Any:
 def _is_conversational(data: DataConfig) -> bool:
     """The kind of the first good row; a run takes one kind."""
     for name in data.files:
-        for _, row in _read_file(Path(name)):
+        for _, row in read_file(Path(name)):
             try:
                 if isinstance(row, dict):
                     return isinstance(parse_pair(row)["prompt"], list)
-            except BadRow:
+            except BadRowError:
                 continue
     return False
 
@@ -359,13 +248,17 @@ def _rejects(table: pa.Table) -> pa.Table:
 def _refuse_empty(results: Mapping[str, Any], data: DataConfig) -> None:
     counts, rejects = results["pairs"], results["rejects"]
     if not sum(counts.values()):
-        reasons = "; ".join(f"{count} x {reason}" for reason, count in Counter(rejects).most_common(5)) or "the files are empty"
+        reasons = (
+            "; ".join(f"{count} x {reason}" for reason, count in Counter(rejects).most_common(5))
+            or "the files are empty"
+        )
         raise UserError(f"no usable pair in {', '.join(data.files)}: {reasons}")
     for split in ("train", "validation"):
         if not counts[split]:
             raise UserError(
-                f"no pair falls into split {split} (pairs: {counts}). Pairs of one group never part: if all share a prompt, "
-                "name a data.group_column or data.split_column; else give data.validation_fraction and test_fraction room"
+                f"no pair falls into split {split} (pairs: {counts}). Pairs of one group never part: if all "
+                "share a prompt, name a data.group_column or data.split_column; else give data.validation_fraction "
+                "and test_fraction room"
             )
 
 

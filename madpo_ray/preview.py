@@ -32,7 +32,9 @@ def preview(config: Config) -> dict[str, Any]:
     for name, settings in (("reward", config.reward), ("train", config.train)):
         numbers[f"steps of {name}"] = _steps(settings, training)
     cluster = config.cluster
-    numbers["workers"] = f"{cluster.num_workers}, each {cluster.cpus_per_worker:g} CPUs" + (" and a GPU" if cluster.use_gpu else "")
+    numbers["workers"] = f"{cluster.num_workers}, each {cluster.cpus_per_worker:g} CPUs" + (
+        " and a GPU" if cluster.use_gpu else ""
+    )
     numbers["stages to do"] = ", ".join(stage.name for stage in pending(config)) or "none"
     return numbers
 

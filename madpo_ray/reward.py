@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from madpo_ray import pairs
 from madpo_ray.artifacts import Inputs, building, require, write_json
-from madpo_ray.batching import TOKEN_COLUMNS, MicroBatch
+from madpo_ray.batching import MicroBatch
 from madpo_ray.calibration import calibration_report
 from madpo_ray.cluster import connected
 from madpo_ray.config import Config, RewardConfig, numerics_of, settings_of
@@ -26,6 +26,7 @@ from madpo_ray.models import (
     prepare_for_training,
     save_model,
 )
+from madpo_ray.plan import TOKEN_COLUMNS
 from madpo_ray.scoring import score_dataset
 from madpo_ray.tables import parquet_folder, read_split
 
@@ -86,7 +87,7 @@ class RewardTask:
             adapter = folder.with_name("adapter")
             save_model(model, adapter, state, tokenizer)
             merged = PeftModel.from_pretrained(load_reward_model(base, config.model), str(adapter))
-            model = merged.merge_and_unload()  # type: ignore[operator]
+            model = merged.merge_and_unload()
             state = dict(model.state_dict())
         # Plain transformers reads the reward at the last token that is not padding, so padding must not end a response.
         model.config.pad_token_id = _padding_token(tokenizer)  # type: ignore[union-attr]
@@ -140,7 +141,7 @@ def _validation_margins(config: Config, model: Path) -> Any:
     return (table["chosen_reward"] - table["rejected_reward"]).to_numpy()
 
 
-def describe(results: dict[str, Any]) -> str:
+def describe(results: Mapping[str, Any]) -> str:
     """The stage's outcome in one line."""
     low, high = results["accuracy_interval"]
     accuracy = f"validation accuracy {results['accuracy']:.3f} (95 % {low:.3f} to {high:.3f})"

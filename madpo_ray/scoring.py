@@ -8,18 +8,20 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from madpo_ray.batching import TOKEN_COLUMNS, collate
+from madpo_ray.batching import collate
 from madpo_ray.cluster import actor_pool, num_threads
 from madpo_ray.config import ClusterConfig, ModelConfig
 from madpo_ray.logprobs import PairLogps, PairRewards
 from madpo_ray.models import load_policy, load_reward_model, shares_prefix
+from madpo_ray.plan import TOKEN_COLUMNS
 
 
 class PairScorer:
     """Adds columns to batches of tokenised pairs; a model is loaded once per actor.
 
-    `reward_model` adds `chosen_reward` and `rejected_reward`, in the model's own units; `policies` maps a prefix to a folder
-    and adds `{prefix}chosen_logps` and `{prefix}rejected_logps`, summed over response tokens. All float64 columns.
+    `reward_model` adds `chosen_reward` and `rejected_reward`, in the model's own units; `policies` maps a prefix to a
+    folder and adds `{prefix}chosen_logps` and `{prefix}rejected_logps`, summed over response tokens. All float64
+    columns.
     """
 
     def __init__(

@@ -13,8 +13,9 @@ from madpo_ray.models import base_of
 class ModelFlops:
     """FLOPs that the mathematics of one forward and backward needs, without recomputation.
 
-    Counts the products of linear layers: 2 per weight and token forward, 2 more where a gradient passes to the input (something
-    before the layer is trained), 2 more where the weight itself is trained. Attention scores and element-wise work are left out.
+    Counts the products of linear layers: 2 per weight and token forward, 2 more where a gradient passes to the input
+    (something before the layer is trained), 2 more where the weight itself is trained. Attention scores and element-
+    wise work are left out.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -38,11 +39,14 @@ class ModelFlops:
         return self._per_token * batch.num_real_tokens + self._per_response_token * responses
 
 
-def peak_flops(dtype: torch.dtype, device: torch.device, size: int = 1024, repeats: int = 5) -> float:
-    """FLOP/s of the fastest of a few matrix products (size x size), on this process's threads or GPU."""
+def peak_flops(dtype: torch.dtype, device: torch.device, size: int = 1024, seconds: float = 1.0) -> float:
+    """FLOP/s of the fastest matrix product (size x size) in a while, on this process's threads or GPU.
+
+    The while is long enough for a quiet moment: at a run's start other processes are still busy starting.
+    """
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(repeats + 1):
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
         _wait(device)
         began = time.perf_counter()
         torch.mm(a, b)

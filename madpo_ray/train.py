@@ -1,4 +1,4 @@
-"""Stage 5: the policy, trained on stored margins and reference log-probs."""
+"""Stage 4: the policy, trained on stored margins and reference log-probs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -91,7 +91,9 @@ class PolicyObjective(Stateless):
     def _metrics(self, logps: Logps, outputs: Mapping[str, Tensor], batch: MicroBatch) -> dict[str, Tensor]:
         """TRL's metrics, and ours of margins and weights; each (B,)."""
         beta, margin = self._settings.beta, batch.columns["margin"]
-        chosen, rejected = (beta * value for value in (logps.chosen - logps.ref_chosen, logps.rejected - logps.ref_rejected))
+        chosen, rejected = (
+            beta * value for value in (logps.chosen - logps.ref_chosen, logps.rejected - logps.ref_rejected)
+        )
         entropy = outputs["entropy"] * batch.response_lengths
         metrics = {
             "rewards/chosen": chosen,
@@ -113,8 +115,8 @@ class PolicyObjective(Stateless):
 class BetaDPOObjective(PolicyObjective):
     """beta-DPO: one beta and one mask for a micro-batch of all ranks, from running statistics of the gaps.
 
-    `published` follows junkangwu/beta-DPO. `madpo_paper` is what the MADPO authors' table used: gaps scaled by beta, statistics
-    per optimizer step from (0, 1), beta from the mean over all pairs, without a floor.
+    `published` follows junkangwu/beta-DPO. `madpo_paper` is what the MADPO authors' table used: gaps scaled by beta,
+    statistics per optimizer step from (0, 1), beta from the mean over all pairs, without a floor.
     """
 
     def __init__(self, settings: PolicyConfig, seed: int) -> None:
@@ -209,7 +211,8 @@ def job(config: Config, *, output: Path, experiment: str, export: bool = True) -
 
 
 def run(config: Config) -> Path:
-    """Trains the policy; its artifact holds `model/` (a LoRA adapter, or whole weights), `metrics.jsonl` and TensorBoard files."""
+    """Trains the policy; its artifact holds `model/` (a LoRA adapter, or whole weights), `metrics.jsonl` and
+    TensorBoard files."""
     require(margins.folder(config), margins.inputs(config))
     stage = inputs(config)
     with building(folder(config), stage) as (partial, results):
@@ -223,5 +226,6 @@ def describe(results: Mapping[str, Any]) -> str:
     """The last evaluation in a line."""
     return (
         f"step {results['step']}: eval_loss {results['eval_loss']:.4f}, "
-        f"eval_rewards/accuracies {results['eval_rewards/accuracies']:.3f}, eval_rewards/margins {results['eval_rewards/margins']:.4f}"
+        f"eval_rewards/accuracies {results['eval_rewards/accuracies']:.3f}, "
+        f"eval_rewards/margins {results['eval_rewards/margins']:.4f}"
     )

@@ -1,4 +1,5 @@
-"""Stage 7: search keys of section `train` over margins that are computed once. A trial is stage 5's training, nothing else."""
+"""Stage 6: search keys of section `train` over margins that are computed once. A trial is stage 4's training, nothing
+else."""
 
 import functools
 from collections.abc import Mapping
@@ -8,9 +9,11 @@ from typing import Any
 from madpo_ray import margins, train
 from madpo_ray.artifacts import Inputs, building, require, write_json
 from madpo_ray.cluster import connected
-from madpo_ray.config import Config, parse_config, settings_of
-from madpo_ray.launch import Plan, train_on_ray
+from madpo_ray.config import Config, settings_of
+from madpo_ray.config_file import parse_config
+from madpo_ray.launch import train_on_ray
 from madpo_ray.pipeline import save_config
+from madpo_ray.plan import Plan
 
 METRIC = "eval_rewards/accuracies"
 # Evaluations in a trial where the config names no eval_steps: ASHA can only stop a trial that reports.
@@ -73,7 +76,10 @@ def describe(results: Mapping[str, Any]) -> str:
     """The search's outcome in a line."""
     best = results["best"]
     values = ", ".join(f"{key} {value:.4g}" for key, value in best["values"].items())
-    return f"{results['trials']} trials, {results['failed']} failed; best {METRIC} {best[METRIC]:.3f} with {values}; see best.yaml"
+    return (
+        f"{results['trials']} trials, {results['failed']} failed; "
+        f"best {METRIC} {best[METRIC]:.3f} with {values}; see best.yaml"
+    )
 
 
 def _reporting(config: Config) -> Config:
@@ -81,7 +87,7 @@ def _reporting(config: Config) -> Config:
     if config.train.eval_steps is not None:
         return config
     probe = train.job(config, output=folder(config), experiment="plan", export=False)
-    total = Plan(probe, config.cluster.num_workers).total_steps
+    total = Plan(probe.plan(config.cluster.num_workers)).total_steps
     return with_values(config, {"eval_steps": max(1, total // EVALUATIONS)})
 
 

@@ -18,9 +18,29 @@ from typing import Any
 import pytest
 import torch
 
-from madpo_ray.config import Config, parse_config
+from madpo_ray.config import Config
+from madpo_ray.config_file import parse_config
 
-WORDS = "the a film actor scene plot is was good bad great dull fine poor warm cold bright flat".split()
+WORDS = [
+    "the",
+    "a",
+    "film",
+    "actor",
+    "scene",
+    "plot",
+    "is",
+    "was",
+    "good",
+    "bad",
+    "great",
+    "dull",
+    "fine",
+    "poor",
+    "warm",
+    "cold",
+    "bright",
+    "flat",
+]
 TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -100,7 +120,10 @@ def make_rows(count: int, seed: int = 0, *, conversational: bool = False) -> lis
     rng = random.Random(seed)
     rows = []
     for number in range(count):
-        kind, unkind = ((" ".join(rng.choices(words, k=rng.randint(2, 6)))) for words in (["good", "great", "warm"], ["bad", "dull", "poor"]))
+        kind, unkind = (
+            (" ".join(rng.choices(words, k=rng.randint(2, 6))))
+            for words in (["good", "great", "warm"], ["bad", "dull", "poor"])
+        )
         chosen, rejected = (kind, unkind) if rng.random() < 0.8 else (unkind, kind)
         prompt = f"say {number}: " + " ".join(rng.choices(WORDS, k=rng.randint(1, 8)))
         row: dict[str, Any] = {"prompt": prompt, "chosen": " " + chosen, "rejected": " " + rejected}
@@ -158,6 +181,19 @@ def ray_local() -> Iterator[None]:
     ray.init(num_cpus=8, num_gpus=0, include_dashboard=False, object_store_memory=200 * 2**20, log_to_driver=False)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def finished_run(
+    model_folder: Path, pairs_file: Path, tmp_path_factory: pytest.TempPathFactory, ray_local: None
+) -> tuple[Config, list[str]]:
+    """A tiny run of stages 1 to 5 on two workers, and what it said."""
+    from madpo_ray import pipeline
+
+    config = parse_config(raw_config_for(model_folder, pairs_file, tmp_path_factory.mktemp("runs")))
+    said: list[str] = []
+    pipeline.run_all(config, say=lambda what: said.append(str(what)))
+    return config, said
 
 
 Edit = Callable[[dict[str, Any]], None]

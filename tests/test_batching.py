@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from madpo_ray.batching import collate, plan_epoch, split_joint
+from madpo_ray.batching import collate
+from madpo_ray.formats import split_joint
+from madpo_ray.plan import plan_epoch
 
 
 def flat(steps: list[list[np.ndarray]]) -> list[int]:

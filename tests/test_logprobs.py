@@ -16,10 +16,15 @@ GENERATOR = torch.Generator().manual_seed(3)
 
 
 def random_ids(low: int, high: int) -> list[int]:
-    return torch.randint(3, 400, (int(torch.randint(low, high, (), generator=GENERATOR)),), generator=GENERATOR).tolist()
+    return torch.randint(
+        3, 400, (int(torch.randint(low, high, (), generator=GENERATOR)),), generator=GENERATOR
+    ).tolist()
 
 
-ROWS = [{"prompt_ids": random_ids(1, 20), "chosen_ids": random_ids(1, 12), "rejected_ids": random_ids(1, 12)} for _ in range(5)]
+ROWS = [
+    {"prompt_ids": random_ids(1, 20), "chosen_ids": random_ids(1, 12), "rejected_ids": random_ids(1, 12)}
+    for _ in range(5)
+]
 
 
 def alone(model: Any, prompt: list[int], response: list[int]) -> torch.Tensor:
@@ -30,7 +35,9 @@ def alone(model: Any, prompt: list[int], response: list[int]) -> torch.Tensor:
 
 
 def all_alone(model: Any) -> torch.Tensor:
-    return torch.stack([alone(model, row["prompt_ids"], row[side]) for side in ("chosen_ids", "rejected_ids") for row in ROWS])
+    return torch.stack(
+        [alone(model, row["prompt_ids"], row[side]) for side in ("chosen_ids", "rejected_ids") for row in ROWS]
+    )
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "gpt2", "gpt_neox", "mistral", "gemma"])
@@ -92,7 +99,9 @@ def test_chunks_do_not_change_log_probs_or_gradients(monkeypatch: pytest.MonkeyP
 def test_entropy_is_the_mean_over_response_tokens() -> None:
     model, row = make_model(), ROWS[0]
     entropy = PairLogps(model)(collate([row], shared_prefix=True))["entropy"][0]
-    logits = model(input_ids=torch.tensor([row["prompt_ids"] + row["chosen_ids"]])).logits[0, len(row["prompt_ids"]) - 1 : -1]
+    logits = model(input_ids=torch.tensor([row["prompt_ids"] + row["chosen_ids"]])).logits[
+        0, len(row["prompt_ids"]) - 1 : -1
+    ]
     expected = torch.distributions.Categorical(logits=logits).entropy().mean()
     torch.testing.assert_close(entropy, expected, rtol=1e-4, atol=1e-5)
 
@@ -101,7 +110,9 @@ def make_reward_model() -> Any:
     from transformers import AutoModelForSequenceClassification
 
     torch.manual_seed(0)
-    return AutoModelForSequenceClassification.from_config(tiny_config("llama", num_labels=1), attn_implementation="sdpa").eval()
+    return AutoModelForSequenceClassification.from_config(
+        tiny_config("llama", num_labels=1), attn_implementation="sdpa"
+    ).eval()
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -120,7 +131,10 @@ def test_padding_on_the_left_changes_no_reward() -> None:
     model, right = make_reward_model(), collate(ROWS, shared_prefix=False)
     lengths = right.attention_mask.sum(1)
     shift = right.input_ids.shape[1] - lengths
-    rolled = [torch.stack([r.roll(int(s)) for r, s in zip(t, shift, strict=True)]) for t in (right.input_ids, right.attention_mask)]
+    rolled = [
+        torch.stack([r.roll(int(s)) for r, s in zip(t, shift, strict=True)])
+        for t in (right.input_ids, right.attention_mask)
+    ]
     left = dataclasses.replace(
         right,
         input_ids=rolled[0],
@@ -128,7 +142,9 @@ def test_padding_on_the_left_changes_no_reward() -> None:
         position_ids=(rolled[1].cumsum(1) - 1).clamp(min=0),
         last_index=right.last_index + shift,
     )
-    torch.testing.assert_close(PairRewards(model)(left)["rewards"], PairRewards(model)(right)["rewards"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        PairRewards(model)(left)["rewards"], PairRewards(model)(right)["rewards"], rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("use_peft", [False, True])

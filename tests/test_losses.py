@@ -64,7 +64,9 @@ def test_weight_equals_the_plain_quotient_where_that_is_finite() -> None:
 
 
 def test_largest_weight_of_the_paper_setting() -> None:
-    assert madpo_weight(torch.linspace(0, 7, 7001, dtype=torch.float64), **PAPER).max().item() == pytest.approx(1.42, abs=5e-3)
+    assert madpo_weight(torch.linspace(0, 7, 7001, dtype=torch.float64), **PAPER).max().item() == pytest.approx(
+        1.42, abs=5e-3
+    )
 
 
 @given(settings)
@@ -182,7 +184,9 @@ def test_beta_dpo_batch_follows_the_published_code() -> None:
     statistics = BetaStatistics(torch.tensor(0.0), torch.tensor(0.0)).updated(gaps)
     assert statistics.mean.item() == pytest.approx(0.2)
     assert statistics.std.item() == pytest.approx(0.1 * math.sqrt(2.5))
-    beta, mask = beta_dpo_batch(gaps, statistics, beta=0.1, a=0.6, mode_weight=0.2, generator=torch.Generator().manual_seed(0))
+    beta, mask = beta_dpo_batch(
+        gaps, statistics, beta=0.1, a=0.6, mode_weight=0.2, generator=torch.Generator().manual_seed(0)
+    )
     assert int(mask.sum()) == 4
     assert beta.item() == pytest.approx(0.1 * (1 + 0.6 * (gaps[mask].mean().item() - 0.2)))
 

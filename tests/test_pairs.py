@@ -10,8 +10,10 @@ from conftest import make_rows, write_jsonl
 
 from madpo_ray import pairs
 from madpo_ray.artifacts import read_manifest
-from madpo_ray.config import DataConfig, UserError, parse_config
-from madpo_ray.pairs import BadRow, parse_pair, split_of, tokenize_pair
+from madpo_ray.config import DataConfig, UserError
+from madpo_ray.config_file import parse_config
+from madpo_ray.formats import BadRowError, parse_pair, tokenize_pair
+from madpo_ray.pairs import split_of
 from madpo_ray.tables import parquet_folder, read_split
 
 
@@ -30,7 +32,10 @@ def test_formats() -> None:
         "chosen": " blue",
         "rejected": " green",
     }
-    implicit = {"chosen": conversation["prompt"] + conversation["chosen"], "rejected": conversation["prompt"] + conversation["rejected"]}
+    implicit = {
+        "chosen": conversation["prompt"] + conversation["chosen"],
+        "rejected": conversation["prompt"] + conversation["rejected"],
+    }
     assert parse_pair(implicit) == conversation
 
 
@@ -49,12 +54,15 @@ def test_formats() -> None:
     ],
 )
 def test_bad_rows(row: dict[str, Any], reason: str) -> None:
-    with pytest.raises(BadRow, match=reason):
+    with pytest.raises(BadRowError, match=reason):
         parse_pair(row)
 
 
 def test_tokens_are_those_of_the_joint_text(tokenizer: Any) -> None:
-    for pair in ({"prompt": "the film", "chosen": " is good", "rejected": " is bad"}, messages(prompt="p", chosen="a", rejected="b")):
+    for pair in (
+        {"prompt": "the film", "chosen": " is good", "rejected": " is bad"},
+        messages(prompt="p", chosen="a", rejected="b"),
+    ):
         tokens = tokenize_pair(pair, tokenizer, 64)
         for side in ("chosen", "rejected"):
             ids = tokens["prompt_ids"] + tokens[f"{side}_ids"]
@@ -80,9 +88,9 @@ def test_truncation_cuts_responses_and_refuses_long_prompts(tokenizer: Any) -> N
     prompt = len(tokenize_pair(pair, tokenizer, 64)["prompt_ids"])
     tokens = tokenize_pair(pair, tokenizer, prompt + 3)
     assert [len(tokens[f"{side}_ids"]) for side in ("chosen", "rejected")] == [3, 3]
-    with pytest.raises(BadRow, match="leaves no room"):
+    with pytest.raises(BadRowError, match="leaves no room"):
         tokenize_pair(pair, tokenizer, prompt)
-    with pytest.raises(BadRow, match="identical within"):
+    with pytest.raises(BadRowError, match="identical within"):
         tokenize_pair(pair, tokenizer, prompt + 1)
 
 
@@ -98,7 +106,9 @@ def test_split_is_by_group_and_seed() -> None:
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_local")
 class TestStage:
-    def run(self, raw: dict[str, Any], rows: list[Any], tmp_path: Path, **data: Any) -> tuple[dict[str, Any], pa.Table, pa.Table]:
+    def run(
+        self, raw: dict[str, Any], rows: list[Any], tmp_path: Path, **data: Any
+    ) -> tuple[dict[str, Any], pa.Table, pa.Table]:
         raw["data"] |= {"files": [str(write_jsonl(tmp_path / "in.jsonl", rows))], **data}
         folder = pairs.run(parse_config(raw))
         manifest = read_manifest(folder)
@@ -108,7 +118,12 @@ class TestStage:
 
     def test_good_rows_and_rejects(self, raw_config: dict[str, Any], tmp_path: Path) -> None:
         good = make_rows(60)
-        bad = ["{not json", {"prompt": "", "chosen": "a", "rejected": "b"}, "[1]", {**good[0], "chosen": good[0]["rejected"]}]
+        bad = [
+            "{not json",
+            {"prompt": "", "chosen": "a", "rejected": "b"},
+            "[1]",
+            {**good[0], "chosen": good[0]["rejected"]},
+        ]
         rows = [*good[:30], *bad, *good[30:], good[5], good[5], {**good[1], "prompt": "film " * 90}]
         results, table, rejects = self.run(raw_config, rows, tmp_path)
         assert table.num_rows == 62
@@ -134,7 +149,10 @@ class TestStage:
         assert all(len(own) == 1 for own in splits.values())
 
     def test_split_column_and_conversations_from_parquet(self, raw_config: dict[str, Any], tmp_path: Path) -> None:
-        rows = [{**row, "part": ["train", "validation", "test"][i % 3]} for i, row in enumerate(make_rows(30, conversational=True))]
+        rows = [
+            {**row, "part": ["train", "validation", "test"][i % 3]}
+            for i, row in enumerate(make_rows(30, conversational=True))
+        ]
         pq.write_table(pa.Table.from_pylist(rows), tmp_path / "in.parquet")
         raw_config["data"] |= {"files": [str(tmp_path / "in.parquet")], "split_column": "part"}
         folder = pairs.run(parse_config(raw_config))
@@ -142,7 +160,7 @@ class TestStage:
         assert table["prompt"].to_pylist() == [row["prompt"] for row in rows[2::3]]
 
     def test_no_usable_pair(self, raw_config: dict[str, Any], tmp_path: Path) -> None:
-        with pytest.raises(UserError, match="no usable pair.*2 x chosen and rejected are identical"):
+        with pytest.raises(UserError, match=r"no usable pair.*2 x chosen and rejected are identical"):
             self.run(raw_config, [{"prompt": "p", "chosen": "a", "rejected": "a"}] * 2, tmp_path)
         assert not (tmp_path / "tiny" / "pairs").exists()
 

@@ -4,18 +4,17 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pyarrow.compute as pc
 import pyarrow.dataset
 import pytest
 import torch
-from conftest import raw_config_for
 
 from madpo_ray import evaluate, margins, pipeline, reward, train
 from madpo_ray.artifacts import read_manifest
 from madpo_ray.batching import collate
-from madpo_ray.config import Config, UserError, load_config, parse_config
+from madpo_ray.config import Config, UserError
+from madpo_ray.config_file import load_config
 from madpo_ray.logprobs import PairLogps
 from madpo_ray.metrics import read_metrics
 from madpo_ray.models import load_policy
@@ -24,32 +23,25 @@ from madpo_ray.tables import parquet_folder, read_split
 pytestmark = [pytest.mark.ray, pytest.mark.deepspeed]
 
 
-@pytest.fixture(scope="module")
-def run(model_folder: Path, pairs_file: Path, tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> tuple[Config, list[str]]:
-    """A finished run, and what it said."""
-    config = parse_config(raw_config_for(model_folder, pairs_file, tmp_path_factory.mktemp("runs")))
-    said: list[str] = []
-    pipeline.run_all(config, say=lambda what: said.append(str(what)))
-    return config, said
-
-
-def test_every_stage_ran_and_said_its_seconds(run: tuple[Config, list[str]]) -> None:
+def test_every_stage_ran_and_said_its_seconds(finished_run: tuple[Config, list[str]]) -> None:
     for stage in pipeline.STAGES:
-        assert any(line.startswith(f"{stage.name}: ") and line.endswith(" s") for line in run[1])
+        assert any(line.startswith(f"{stage.name}: ") and line.endswith(" s") for line in finished_run[1])
 
 
-def test_margins_hold_every_pair_once(run: tuple[Config, list[str]]) -> None:
-    config, _ = run
+def test_margins_hold_every_pair_once(finished_run: tuple[Config, list[str]]) -> None:
+    config, _ = finished_run
     ids = [
-        pyarrow.dataset.dataset(str(parquet_folder(stage(config))), format="parquet").to_table(columns=["pair_id"])["pair_id"].to_pylist()
+        pyarrow.dataset.dataset(str(parquet_folder(stage(config))), format="parquet")
+        .to_table(columns=["pair_id"])["pair_id"]
+        .to_pylist()
         for stage in (pipeline.STAGES[0].folder, margins.folder)
     ]
     assert len(ids[0]) == len(set(ids[0])) == 90
     assert ids[1] == ids[0]
 
 
-def test_margin_is_the_difference_of_rewards_and_learned_something(run: tuple[Config, list[str]]) -> None:
-    config, _ = run
+def test_margin_is_the_difference_of_rewards_and_learned_something(finished_run: tuple[Config, list[str]]) -> None:
+    config, _ = finished_run
     columns = ("margin", "chosen_reward", "rejected_reward")
     table = read_split(parquet_folder(margins.folder(config)), "train", columns)
     assert pc.subtract(table["chosen_reward"], table["rejected_reward"]).to_pylist() == table["margin"].to_pylist()
@@ -58,10 +50,10 @@ def test_margin_is_the_difference_of_rewards_and_learned_something(run: tuple[Co
     assert manifest["results"]["accuracy"] > 0.6
 
 
-def test_saved_reward_model_scores_the_same_in_plain_transformers(run: tuple[Config, list[str]]) -> None:
+def test_saved_reward_model_scores_the_same_in_plain_transformers(finished_run: tuple[Config, list[str]]) -> None:
     from transformers import AutoModelForSequenceClassification
 
-    config, _ = run
+    config, _ = finished_run
     model = AutoModelForSequenceClassification.from_pretrained(reward.folder(config) / "model").eval()
     columns = ("prompt_ids", "chosen_ids", "chosen_reward")
     rows = read_split(parquet_folder(margins.folder(config)), "test", columns).slice(0, 4).to_pylist()
@@ -74,8 +66,8 @@ def test_saved_reward_model_scores_the_same_in_plain_transformers(run: tuple[Con
     torch.testing.assert_close(scores, torch.tensor([row["chosen_reward"] for row in rows]), rtol=1e-4, atol=1e-5)
 
 
-def test_stored_reference_log_probs_are_the_models_own(run: tuple[Config, list[str]]) -> None:
-    config, _ = run
+def test_stored_reference_log_probs_are_the_models_own(finished_run: tuple[Config, list[str]]) -> None:
+    config, _ = finished_run
     names = ("prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps")
     rows = read_split(parquet_folder(margins.folder(config)), "train", names).slice(0, 6).to_pylist()
     policy = load_policy(Path(config.model.model_name_or_path), config.model).eval()
@@ -85,8 +77,8 @@ def test_stored_reference_log_probs_are_the_models_own(run: tuple[Config, list[s
     torch.testing.assert_close(logps.double(), torch.tensor(stored, dtype=torch.float64), rtol=0, atol=1e-4)
 
 
-def test_metrics_have_the_names_of_the_field(run: tuple[Config, list[str]]) -> None:
-    config, _ = run
+def test_metrics_have_the_names_of_the_field(finished_run: tuple[Config, list[str]]) -> None:
+    config, _ = finished_run
     lines = read_metrics(train.folder(config) / "metrics.jsonl")
     logged = {name for line in lines for name in line}
     for name in (
@@ -102,25 +94,25 @@ def test_metrics_have_the_names_of_the_field(run: tuple[Config, list[str]]) -> N
     assert list((train.folder(config) / "tensorboard").glob("events*"))
 
 
-def test_the_first_step_starts_from_the_reference(run: tuple[Config, list[str]]) -> None:
-    first = read_metrics(train.folder(run[0]) / "metrics.jsonl")[0]
+def test_the_first_step_starts_from_the_reference(finished_run: tuple[Config, list[str]]) -> None:
+    first = read_metrics(train.folder(finished_run[0]) / "metrics.jsonl")[0]
     assert abs(first["rewards/margins"]) < 1e-6
     assert abs(first["rewards/chosen"]) < 1e-6
 
 
-def test_the_policy_loads_in_another_process(run: tuple[Config, list[str]]) -> None:
+def test_the_policy_loads_in_another_process(finished_run: tuple[Config, list[str]]) -> None:
     code = (
         "import sys; from transformers import AutoModelForCausalLM, AutoTokenizer;"
         "m = AutoModelForCausalLM.from_pretrained(sys.argv[1]); t = AutoTokenizer.from_pretrained(sys.argv[1]);"
         "print(m(**t('the film', return_tensors='pt')).logits.shape[-1])"
     )
-    folder = str(train.folder(run[0]) / "model")
+    folder = str(train.folder(finished_run[0]) / "model")
     done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "400", done.stderr
 
 
-def test_evaluation_has_its_table(run: tuple[Config, list[str]]) -> None:
-    config, said = run
+def test_evaluation_has_its_table(finished_run: tuple[Config, list[str]]) -> None:
+    config, _ = finished_run
     results = json.loads((evaluate.folder(config) / "evaluation.json").read_text())
     for name in ("reference", "policy", "implicit", "reward_model"):
         low, high = results[name]["accuracy_interval"]
@@ -129,8 +121,8 @@ def test_evaluation_has_its_table(run: tuple[Config, list[str]]) -> None:
     assert len(results["samples"]["before"]) == len(results["samples"]["after"]) == 2
 
 
-def test_a_second_call_does_nothing_but_say_so(run: tuple[Config, list[str]]) -> None:
-    config, _ = run
+def test_a_second_call_does_nothing_but_say_so(finished_run: tuple[Config, list[str]]) -> None:
+    config, _ = finished_run
     before = {path: path.stat().st_mtime_ns for path in config.run.folder.rglob("*") if path.is_file()}
     said: list[str] = []
     pipeline.run_all(config, say=lambda what: said.append(str(what)))
@@ -138,8 +130,8 @@ def test_a_second_call_does_nothing_but_say_so(run: tuple[Config, list[str]]) ->
     assert {path: path.stat().st_mtime_ns for path in config.run.folder.rglob("*") if path.is_file()} == before
 
 
-def test_a_changed_config_names_the_first_stage_and_why(run: tuple[Config, list[str]]) -> None:
-    config, _ = run
+def test_a_changed_config_names_the_first_stage_and_why(finished_run: tuple[Config, list[str]]) -> None:
+    config, _ = finished_run
     changed = config.model_copy(update={"train": config.train.model_copy(update={"beta": 0.3})})
     assert [stage.name for stage in pipeline.pending(changed)] == ["train", "evaluate"]
     said: list[str] = []
@@ -149,27 +141,27 @@ def test_a_changed_config_names_the_first_stage_and_why(run: tuple[Config, list[
     assert pipeline.pending(reported) == []
 
 
-def test_a_stage_refuses_inputs_made_otherwise(run: tuple[Config, list[str]]) -> None:
-    config, _ = run
+def test_a_stage_refuses_inputs_made_otherwise(finished_run: tuple[Config, list[str]]) -> None:
+    config, _ = finished_run
     changed = config.model_copy(update={"reward": config.reward.model_copy(update={"num_train_epochs": 1})})
     with pytest.raises(UserError, match="made from other inputs"):
         pipeline.run_stage(changed, pipeline.STAGES[2], say=lambda what: None)
 
 
 def test_changed_files_under_the_same_config_are_refused(
-    model_folder: Path, tmp_path: Path, run: tuple[Config, list[str]], pairs_file: Path
+    finished_run: tuple[Config, list[str]], pairs_file: Path
 ) -> None:
-    config, _ = run
+    config, _ = finished_run
     content = pairs_file.read_text()
     try:
         pairs_file.write_text(content + content.splitlines()[0] + "\n")
-        with pytest.raises(UserError, match="give another run.name"):
+        with pytest.raises(UserError, match=r"give another run\.name"):
             pipeline.run_all(config, say=lambda what: None)
     finally:
         pairs_file.write_text(content)
     assert pipeline.pending(config) == []
 
 
-def test_the_resolved_config_lies_beside_the_results(run: tuple[Config, list[str]]) -> None:
-    config, _ = run
+def test_the_resolved_config_lies_beside_the_results(finished_run: tuple[Config, list[str]]) -> None:
+    config, _ = finished_run
     assert load_config(config.run.folder / "config.yaml") == config

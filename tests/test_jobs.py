@@ -1,0 +1,93 @@
+"""The scripts under jobs/, and a pipeline submitted for real to a cluster of its own."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+STAGES = (
+    "prepare_pairs",
+    "train_reward",
+    "score_margins",
+    "train_policy",
+    "evaluate_policy",
+    "tune_policy",
+    "run_pipeline",
+)
+
+
+@pytest.mark.parametrize("script", STAGES)
+def test_scripts_take_the_flags_of_the_command(script: str) -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "jobs" / f"{script}.py", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "--config" in done.stdout
+    assert "--dry-run" in done.stdout
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The dashboard's address of a one-node cluster with job submission."""
+    dashboard = free_port()
+    ports = {"port": free_port(), "dashboard-port": dashboard, "dashboard-agent-listen-port": free_port()}
+    command = [
+        BIN / "ray",
+        "start",
+        "--head",
+        "--block",
+        "--num-cpus=6",
+        "--disable-usage-stats",
+        "--dashboard-host=127.0.0.1",
+    ]
+    command += [f"--{name}={value}" for name, value in ports.items()]
+    log = (tmp_path_factory.mktemp("head") / "log").open("w")
+    process = subprocess.Popen(
+        [*command, f"--temp-dir=/tmp/ray-test-{os.getpid()}"], stdout=log, stderr=log, start_new_session=True
+    )
+    address = f"http://127.0.0.1:{dashboard}"
+    deadline = time.monotonic() + 60
+    while subprocess.run(
+        [BIN / "ray", "job", "list", "--address", address], capture_output=True, check=False
+    ).returncode:
+        assert time.monotonic() < deadline, "the cluster did not come up"
+        time.sleep(1)
+    yield address
+    os.killpg(process.pid, signal.SIGTERM)
+    process.wait(30)
+    log.close()
+
+
+@pytest.mark.ray
+@pytest.mark.deepspeed
+def test_run_pipeline_by_ray_job_submit(head: str, raw_config: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(raw_config))
+    submit = [BIN / "ray", "job", "submit", "--address", head, "--working-dir", str(ROOT), "--", "python"]
+    done = subprocess.run(
+        [*submit, "jobs/run_pipeline.py", "--config", str(file)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"evaluate: \d+ s", done.stdout)
+    assert (tmp_path / "tiny" / "evaluate" / "evaluation.json").exists()
+
+    wrong = [*submit, "jobs/train_policy.py", "--config", str(file), "--set", "train.bta=1"]
+    done = subprocess.run(wrong, capture_output=True, text=True, check=False)
+    assert done.returncode == 1  # ray job submit's own code for a job that ended with 2
+    assert "did you mean 'beta'?" in done.stdout + done.stderr
