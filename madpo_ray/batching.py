@@ -49,7 +49,7 @@ class MicroBatch:
         return dataclasses.replace(self, **moved, columns=columns)
 
     @property
-    def num_tokens(self) -> int:
+    def padded_tokens(self) -> int:
         """Tokens that the model reads, padding included."""
         return self.input_ids.numel()
 
@@ -62,7 +62,7 @@ def collate(rows: Sequence[dict[str, Any]], *, shared_prefix: bool, column_names
     Raises:
         ValueError: a prompt or response has no tokens.
     """
-    valid = torch.ones(max(len(rows), 1)) if rows else torch.zeros(1)
+    valid = torch.ones(len(rows)) if rows else torch.zeros(1)
     filler = {name: [0] for name in TOKEN_COLUMNS} | dict.fromkeys(column_names, 0.0)
     pairs = list(rows) or [filler]
     empty = [name for row in pairs for name in TOKEN_COLUMNS if len(row[name]) == 0]

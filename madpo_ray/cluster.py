@@ -11,6 +11,8 @@ from madpo_ray.config import ClusterConfig, UserError
 
 # Logical CPUs of a local Ray beyond the machine's: data tasks and Tune's trial drivers wait more than they compute.
 LOCAL_EXTRA_CPUS = 2
+# What Ray Data needs beside the workers: a read task, and the actor that assembles micro-batches.
+DATA_CPUS = 1.5
 
 
 @contextlib.contextmanager
@@ -24,6 +26,7 @@ def connected(cluster: ClusterConfig, *, dashboard: bool = False) -> Iterator[No
 
     if ray.is_initialized():
         check_workers_fit(cluster)
+        _prepare_data()
         yield
         return
     address = cluster.address or os.environ.get("RAY_ADDRESS")
@@ -42,7 +45,7 @@ def connected(cluster: ClusterConfig, *, dashboard: bool = False) -> Iterator[No
         ray.init(num_cpus=(os.cpu_count() or 1) + LOCAL_EXTRA_CPUS, include_dashboard=dashboard, **options)
     try:
         check_workers_fit(cluster)
-        _quiet_data()
+        _prepare_data()
         yield
     finally:
         ray.shutdown()
@@ -61,12 +64,13 @@ def check_workers_fit(cluster: ClusterConfig) -> None:
     if cluster.autoscaling:
         return
     have = ray.cluster_resources()
-    needs = {"CPU": cluster.num_workers * cluster.cpus_per_worker}
+    needs = {"CPU": cluster.num_workers * cluster.cpus_per_worker + DATA_CPUS}
     if cluster.use_gpu:
         needs["GPU"] = cluster.num_workers
+    beside = f", and feeding them takes {DATA_CPUS:g} CPUs"
     for resource, amount in needs.items():
         if amount > have.get(resource, 0):
-            raise UserError(_too_many(cluster, f"the cluster has {have.get(resource, 0):g} {resource}s in all"))
+            raise UserError(_too_many(cluster, f"the cluster has {have.get(resource, 0):g} {resource}s in all{beside}"))
 
 
 def _too_many(cluster: ClusterConfig, have: str) -> str:
@@ -103,7 +107,8 @@ def ordered_execution() -> Any:
     return ray.data.ExecutionOptions(preserve_order=True)
 
 
-def _quiet_data() -> None:
+def _prepare_data() -> None:
+    """Rows keep their order; no bars where there is no terminal."""
     import ray.data
 
     context = ray.data.DataContext.get_current()

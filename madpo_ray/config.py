@@ -18,7 +18,7 @@ class UserError(Exception):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 Strings = Annotated[tuple[str, ...], Field(strict=False)]
@@ -57,6 +57,15 @@ class ModelConfig(Section):
     )
 
 
+RESERVED_COLUMNS = frozenset(
+    {
+        *("pair_id", "group", "split", "prompt", "chosen", "rejected", "prompt_ids", "chosen_ids", "rejected_ids"),
+        *("chosen_reward", "rejected_reward", "margin", "ref_chosen_logps", "ref_rejected_logps"),
+        *("policy_chosen_logps", "policy_rejected_logps", "file", "file_number", "row", "reason", "content_hash"),
+    }
+)
+
+
 class DataConfig(Section):
     files: Strings = Field(
         min_length=1, description="Parquet or JSON Lines files with preference pairs in TRL's formats"
@@ -71,6 +80,15 @@ class DataConfig(Section):
     test_fraction: float = Field(0.05, ge=0, lt=1, description="share of the groups, where no split_column is given")
     max_length: int = Field(1024, ge=2, description="tokens of prompt + response; responses are cut at the end")
     keep_columns: Strings = Field((), description="further columns to carry through to the margins")
+
+    @field_validator("keep_columns")
+    @classmethod
+    def _own_names_are_taken(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if taken := sorted(RESERVED_COLUMNS & set(value)):
+            raise ValueError(f"{', '.join(taken)} would stand beside a column of ours with that name: rename it")
+        if len(set(value)) < len(value):
+            raise ValueError("a column stands there twice")
+        return value
 
     @model_validator(mode="after")
     def _some_pairs_train(self) -> "DataConfig":
@@ -150,6 +168,12 @@ class PolicyConfig(TrainingConfig):
     beta_dpo_a: float = Field(0.6, ge=0, description="how strongly beta follows the batch's mean gap")
     beta_dpo_mode_weight: float = Field(0.2, ge=0, lt=1, description="share of pairs that the filter leaves out")
 
+    @model_validator(mode="after")
+    def _smoothing_is_sigmoids(self) -> "PolicyConfig":
+        if self.label_smoothing and self.loss_type != "sigmoid":
+            raise ValueError(f"label_smoothing belongs to loss_type sigmoid, not {self.loss_type}: leave it out")
+        return self
+
     @field_validator("c_min")
     @classmethod
     def _c_min(cls, value: float) -> float:
@@ -213,9 +237,10 @@ class TuneConfig(Section):
     @field_validator("search_space")
     @classmethod
     def _known(cls, value: dict[str, Range]) -> dict[str, Range]:
+        numbers = [name for name, field in PolicyConfig.model_fields.items() if field.annotation is float]
         for key in value:
-            if key not in PolicyConfig.model_fields:
-                raise ValueError(f"unknown key {key!r} of section train{nearest(key, PolicyConfig.model_fields)}")
+            if key not in numbers:
+                raise ValueError(f"{key!r} is no real number of section train{nearest(key, numbers)}")
         return value
 
 
@@ -241,13 +266,16 @@ class Config(Section):
         return self
 
 
-# Keys that change how a stage runs but not one of its numbers: a change of theirs redoes nothing.
-OPERATIONAL_KEYS = frozenset({"logging_steps", "save_steps", "save_total_limit"})
+# Keys of a training that change neither weights nor results: a change of theirs redoes nothing.
+OPERATIONAL_KEYS = frozenset(
+    {"logging_steps", "save_steps", "save_total_limit", "eval_steps", "per_device_eval_batch_size"}
+)
 
 
 def settings_of(section: Section) -> dict[str, Any]:
     """The settings of a section that decide its numbers, for fingerprints."""
-    return section.model_dump(mode="json", exclude=set(OPERATIONAL_KEYS))
+    operational = OPERATIONAL_KEYS if isinstance(section, TrainingConfig) else frozenset()
+    return section.model_dump(mode="json", exclude=set(operational))
 
 
 def numerics_of(model: ModelConfig) -> dict[str, str]:

@@ -38,6 +38,8 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         raw = _read_yaml(Path(path).read_text()) or {}
     except FileNotFoundError:
         raise UserError(f"config file {path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config file {path} cannot be read: {error}") from None
     except yaml.YAMLError as error:
         raise UserError(f"config file {path} is no valid YAML: {error}") from None
     if not isinstance(raw, dict):
@@ -98,19 +100,23 @@ def _with_absolute_paths(config: Config) -> Config:
     model = config.model
     updates: dict[str, Any] = {}
     if Path(model.model_name_or_path).exists() or _is_path(model.model_name_or_path):
-        updates["model_name_or_path"] = os.path.abspath(model.model_name_or_path)
+        updates["model_name_or_path"] = _absolute(model.model_name_or_path)
     if model.chat_template_path is not None:
-        updates["chat_template_path"] = os.path.abspath(model.chat_template_path)
-    files = tuple(os.path.abspath(file) for file in config.data.files)
+        updates["chat_template_path"] = _absolute(model.chat_template_path)
+    files = tuple(_absolute(file) for file in config.data.files)
     if "://" in config.run.storage_path:
         raise UserError(f"run.storage_path: {config.run.storage_path} is a URI; name a folder that every node mounts")
     return config.model_copy(
         update={
             "model": model.model_copy(update=updates),
             "data": config.data.model_copy(update={"files": files}),
-            "run": config.run.model_copy(update={"storage_path": os.path.abspath(config.run.storage_path)}),
+            "run": config.run.model_copy(update={"storage_path": _absolute(config.run.storage_path)}),
         }
     )
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))
 
 
 def _is_path(name: str) -> bool:

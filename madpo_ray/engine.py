@@ -1,7 +1,6 @@
 """DeepSpeed: config, start, checkpoint, whole weights. The only file that imports it."""
 
 import json
-import logging
 import math
 import os
 from collections.abc import Mapping
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 from madpo_ray.artifacts import hash_file, write_json
 from madpo_ray.config import TrainingConfig
 
-logger = logging.getLogger(__name__)
 TAG = "state"
 
 
@@ -70,16 +68,31 @@ def world_size() -> int:
     return dist.get_world_size()
 
 
+def sum_over_ranks(value: float, device: torch.device) -> float:
+    total = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return float(total)
+
+
 def backward(engine: Any, loss: Tensor) -> None:
     """Adds the gradient of `loss` summed, not averaged, over ranks and micro-batches of the step."""
     engine.backward(loss * world_size())
 
 
 def step(engine: Any) -> float:
-    """One optimizer step; returns the gradient norm before clipping."""
+    """One optimizer step; returns the gradient norm before clipping, over all ranks.
+
+    A norm that is not finite means that the optimizer has not moved: under ZeRO and bfloat16 DeepSpeed skips such a
+    step, in silence; without, it would apply it, so the norm is looked at before.
+    """
+    if engine.zero_optimization_stage() == 0 and not engine.bfloat16_enabled():
+        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        before = float(torch.nn.utils.get_total_norm(gradients))
+        if math.isfinite(before):
+            engine.step()
+        return before
     engine.step()
-    norm = engine.get_global_grad_norm()
-    return float(norm) if norm is not None else float("nan")
+    return float(engine.get_global_grad_norm())
 
 
 def learning_rate(engine: Any) -> float:
@@ -88,29 +101,39 @@ def learning_rate(engine: Any) -> float:
 
 def save(engine: Any, folder: Path, state: Mapping[str, Any]) -> None:
     """This rank's part of a checkpoint; all ranks call it. Frozen weights stay out: they are the base model's."""
-    engine.save_checkpoint(str(folder), tag=TAG, exclude_frozen_parameters=True)
     rank = dist.get_rank()
-    torch.save({**state, "rng": torch.get_rng_state()}, folder / f"rank-{rank}.pt")
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.endswith(".json"))
-    write_json(folder / f"rank-{rank}.json", {str(path.relative_to(folder)): hash_file(path) for path in files})
+    engine.save_checkpoint(str(folder), tag=TAG, exclude_frozen_parameters=True)
+    random = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
+    torch.save({**state, "random": random}, folder / f"rank-{rank}.pt")
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    listing = {
+        "step": state["progress"]["step"],
+        "world_size": dist.get_world_size(),
+        "files": {str(path.relative_to(folder)): hash_file(path) for path in files},
+    }
+    write_json(folder / f"rank-{rank}.json", listing)
+
+
+def checkpoint_step(folder: Path) -> int | None:
+    """The step of a checkpoint of which every rank's files are there as they were written; None for any other."""
+    listings = [json.loads(path.read_text()) for path in sorted(folder.glob("rank-*.json"))]
+    if not listings or len(listings) != listings[0]["world_size"]:
+        return None
+    for name, digest in (item for listing in listings for item in listing["files"].items()):
+        if not (folder / name).exists() or hash_file(folder / name) != digest:
+            return None
+    return int(listings[0]["step"])
 
 
 def load(engine: Any, folder: Path) -> dict[str, Any]:
-    """Restores a checkpoint and returns rank 0's `state`. Its files are pickles, so their hashes are checked first.
-
-    Raises:
-        RuntimeError: a file is missing or changed since it was written.
-    """
-    for listing in sorted(folder.glob("rank-*.json")):
-        for name, digest in json.loads(listing.read_text()).items():
-            if not (folder / name).exists() or hash_file(folder / name) != digest:
-                raise RuntimeError(
-                    f"checkpoint {folder} is damaged: {name} is missing or changed; delete the checkpoint"
-                )
+    """Restores a checkpoint and returns its `state`. Its files are pickles: `checkpoint_step` has checked their
+    hashes."""
     engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=False)
-    own = folder / f"rank-{dist.get_rank()}.pt"
-    state: dict[str, Any] = torch.load(own if own.exists() else folder / "rank-0.pt", weights_only=False)
-    torch.set_rng_state(state.pop("rng"))
+    state: dict[str, Any] = torch.load(folder / f"rank-{dist.get_rank()}.pt", weights_only=False)
+    random = state.pop("random")
+    torch.set_rng_state(random["cpu"])
+    if random["cuda"] is not None:
+        torch.cuda.set_rng_state(random["cuda"])
     dist.barrier()
     return state
 

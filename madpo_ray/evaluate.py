@@ -67,7 +67,6 @@ def _scored(table: pa.Table, config: Config, **policies: Path) -> pa.Table:
         num_rows=table.num_rows,
         batch_size=config.margins.batch_size,
         model=config.model,
-        max_length=config.data.max_length + config.evaluate.max_new_tokens,
         micro_batch_size=config.evaluate.per_device_eval_batch_size,
         policies=policies,
     )

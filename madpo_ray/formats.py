@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+from jinja2 import TemplateError
 
 ROWS_PER_BATCH = 1024
 Row = dict[str, Any]
@@ -47,7 +48,7 @@ def parse_pair(row: Mapping[str, Any]) -> Row:
     chosen, rejected = (_cell(row, name) for name in ("chosen", "rejected"))
     if type(chosen) is not type(rejected):
         raise BadRowError("chosen and rejected are of different kinds")
-    if row.get("prompt") is None and "prompt" not in row:
+    if "prompt" not in row:
         prompt, chosen, rejected = _implicit_prompt(chosen, rejected)
     else:
         prompt = _cell(row, "prompt")
@@ -144,5 +145,10 @@ def split_joint(prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence
 
 
 def _render(tokenizer: Any, messages: list[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
-    rendered: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    try:
+        rendered: str = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except TemplateError as error:  # such as "roles must alternate", which a template raises by itself
+        raise BadRowError(f"the chat template refuses the messages: {error}") from None
     return rendered

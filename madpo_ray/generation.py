@@ -14,19 +14,23 @@ from madpo_ray.models import load_policy, load_tokenizer
 class Sampler:
     """Adds `{name}_ids`, and the decoded `{name}`, for each of `policies`, to batches with `index` and `prompt_ids`.
 
-    Samples from the model's whole distribution at temperature 1: top-k and top-p of its generation config are off.
+    Samples from the model's whole distribution at temperature 1: whatever its generation config says.
     The seed of a batch is its first row's index, so samples do not depend on which actor draws them.
     """
 
     def __init__(
         self, *, policies: dict[str, Path], model: ModelConfig, max_new_tokens: int, seed: int, num_threads: int
     ) -> None:
+        from transformers import GenerationConfig
+
         torch.set_num_threads(num_threads)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._tokenizer = load_tokenizer(next(iter(policies.values())), model)
         self._models: dict[str, Any] = {
             name: load_policy(folder, model).to(self._device).eval() for name, folder in policies.items()
         }
+        for loaded in self._models.values():
+            loaded.generation_config = GenerationConfig()  # the model's own may hold penalties and filters
         self._seed = seed
         eos = self._tokenizer.eos_token_id
         self._eos = eos if eos is not None else -1
@@ -76,4 +80,5 @@ def sample_responses(prompts: pa.Table, cluster: ClusterConfig, *, batch_size: i
             **actor_pool(cluster),
         )
     )
-    return pa.concat_tables(list(sampled.iter_batches(batch_format="pyarrow", batch_size=None)))
+    tables = list(sampled.iter_batches(batch_format="pyarrow", batch_size=None))
+    return pa.concat_tables(tables).sort_by("index")

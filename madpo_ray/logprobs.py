@@ -21,23 +21,59 @@ TOKENS_PER_CHUNK = 256
 def hidden_states(model: Any, batch: MicroBatch) -> Tensor:
     """The last hidden states, flattened to (rows * L, H). `model` is a transformers model with a head."""
     backbone = getattr(model, model.base_model_prefix)
-    mask = batch.attention_mask
-    if mask.dim() == 4 and model.config._attn_implementation == "eager":
-        # The eager path adds the mask to the scores, so it takes numbers where SDPA takes booleans.
-        dtype = next(model.parameters()).dtype
-        mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
-    output = backbone(input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False)
+    output = backbone(
+        input_ids=batch.input_ids,
+        attention_mask=_attention_masks(model, batch),
+        position_ids=batch.position_ids,
+        use_cache=False,
+    )
     return output.last_hidden_state.flatten(0, 1)  # type: ignore[no-any-return]
 
 
-def _chunk_logps(head: nn.Module, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def _attention_masks(model: Any, batch: MicroBatch) -> Tensor | dict[str, Tensor]:
+    """What the model's layers take as mask: for shared rows one (B, 1, L, L), or one for each kind of layer.
+
+    transformers takes such a mask as it is, so a sliding window has to be in it, counted on the restarted positions.
+    """
+    mask, config = batch.attention_mask, model.config
+    if mask.dim() == 2:
+        return mask
+    window = getattr(config, "sliding_window", None)
+    masks = {"full_attention": _as_scores(model, mask)}
+    if window is None:
+        return masks["full_attention"]
+    distance = batch.position_ids[:, :, None] - batch.position_ids[:, None, :]  # (B, L, L)
+    masks["sliding_attention"] = _as_scores(model, mask & (distance < window)[:, None])
+    return masks if getattr(config, "layer_types", None) else masks["sliding_attention"]
+
+
+def _as_scores(model: Any, mask: Tensor) -> Tensor:
+    """SDPA takes booleans; the eager path adds the mask to the scores, so it takes numbers."""
+    if model.config._attn_implementation != "eager":
+        return mask
+    dtype = next(model.parameters()).dtype
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def _chunk_logps(model: Any, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies, both (n,), of a chunk's targets from its hidden states (n, H)."""
-    logits = head(hidden).float()  # (n, V)
+    logits = _scaled(model.config, model.get_output_embeddings()(hidden)).float()  # (n, V)
     log_z = logits.logsumexp(-1)
     logps = logits.gather(-1, targets[:, None])[:, 0] - log_z
     with torch.no_grad():
         entropy = log_z - ((logits - log_z[:, None]).exp() * logits).sum(-1)
     return logps, entropy
+
+
+def _scaled(config: Any, logits: Tensor) -> Tensor:
+    """What some architectures do to their logits behind the head: Granite divides, Cohere multiplies, Gemma 2 caps."""
+    if divisor := getattr(config, "logits_scaling", None):
+        logits = logits / divisor
+    if factor := getattr(config, "logit_scale", None):
+        logits = logits * factor
+    if cap := getattr(config, "final_logit_softcapping", None):
+        logits = cap * torch.tanh(logits / cap)
+    return logits
 
 
 class PairLogps(nn.Module):
@@ -56,12 +92,11 @@ class PairLogps(nn.Module):
     def forward(self, batch: MicroBatch) -> dict[str, Tensor]:
         base = base_of(self.model)
         hidden = hidden_states(base, batch)[batch.predictor_index]  # (N, H)
-        head = base.get_output_embeddings()
         num_chunks = -(-(self._max_response_tokens or len(hidden)) // TOKENS_PER_CHUNK)
         pieces = [
-            checkpoint(_chunk_logps, head, h, t, use_reentrant=False, preserve_rng_state=False)
+            checkpoint(_chunk_logps, base, h, t, use_reentrant=False, preserve_rng_state=False)
             if torch.is_grad_enabled()
-            else _chunk_logps(head, h, t)
+            else _chunk_logps(base, h, t)
             for h, t in zip(hidden.tensor_split(num_chunks), batch.target_ids.tensor_split(num_chunks), strict=True)
         ]
         logps, entropy = (torch.cat(values) for values in zip(*pieces, strict=True))

@@ -1,6 +1,6 @@
 """The one training loop, for reward model and policy alike. It knows no loss by name, and neither Ray nor files."""
 
-import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -13,8 +13,7 @@ from madpo_ray import engine as ds
 from madpo_ray.batching import MicroBatch
 from madpo_ray.config import TrainingConfig
 from madpo_ray.metrics import Meter, with_effective_sample_size
-
-logger = logging.getLogger(__name__)
+from madpo_ray.throughput import peak_memory_bytes
 
 
 class Terms(NamedTuple):
@@ -50,6 +49,16 @@ class Stateless:
         assert not state, "a checkpoint of another objective"
 
 
+class NonFiniteError(RuntimeError):
+    """A loss or gradient is not finite; names the step and this rank's pairs of it."""
+
+    def __init__(self, what: str, value: float, step: int, pair_ids: list[str]) -> None:
+        super().__init__(
+            f"the {what} of step {step} is {value}; the optimizer has not moved. "
+            f"Pairs of the step: {', '.join(pair_ids)}"
+        )
+
+
 @dataclass
 class Progress:
     """How far a run is; saved whole in every checkpoint."""
@@ -81,41 +90,50 @@ def fit(
     evaluate: Callable[[], dict[str, float]],
     reporter: Reporter,
     flops: Callable[[MicroBatch], float],
-    peak_flops: float,
+    machine_flops: float,
 ) -> None:
     """Trains over `batches` (this rank's, in order) until `total_steps`, evaluating, logging and saving on the way.
 
-    `flops` of a micro-batch and `peak_flops` (FLOP/s of one rank) give the model FLOP utilisation, `mfu`.
+    `flops` of a micro-batch and `machine_flops` (the peak FLOP/s of all ranks) give the model FLOP utilisation, `mfu`.
 
     Raises:
-        RuntimeError: a loss is not finite, or the batches end early.
+        NonFiniteError: a loss or gradient is not finite; the optimizer has not moved.
+        RuntimeError: the batches end early.
     """
+    engine.train()  # transformers loads in eval mode, where activation checkpointing and dropout do nothing
     meter, clock = Meter(), time.monotonic()
-    step_loss = torch.zeros((), device=engine.device)
+    step_loss, step_ids = torch.zeros((), device=engine.device), list[str]()
     for batch in batches:
+        assert batch.step == progress.step, f"a batch of step {batch.step} at step {progress.step}"
         batch = batch.to(engine.device)
+        step_ids += batch.pair_ids
         step_loss += _forward_backward(engine, objective, batch, meter, flops(batch))
         if not batch.last_of_step:
             continue
         if not torch.isfinite(step_loss):
-            raise RuntimeError(f"the loss of step {progress.step + 1} is {step_loss.item()}: pairs {batch.pair_ids}")
+            raise NonFiniteError("loss", float(step_loss), progress.step + 1, step_ids)
         rate = ds.learning_rate(engine)
         grad_norm = ds.step(engine)
+        if not math.isfinite(grad_norm):
+            raise NonFiniteError("gradient's norm", grad_norm, progress.step + 1, step_ids)
         objective.end_step()
         progress.step += 1
         step_loss.zero_()
+        step_ids.clear()
 
         done = progress.step == total_steps
-        if done or progress.step % settings.logging_steps == 0:
+        saves = done or _due(progress.step, settings.save_steps)
+        # A checkpoint holds no half-filled meter, so what a resumed run logs is what an undisturbed one does.
+        if saves or _due(progress.step, settings.logging_steps):
             elapsed, clock = time.monotonic() - clock, time.monotonic()
-            metrics = _logged(meter.reduce(), progress, elapsed, peak_flops)
+            metrics = _logged(meter.reduce(), progress, elapsed, machine_flops)
             metrics |= {"grad_norm": grad_norm, "learning_rate": rate, "epoch": progress.step / steps_per_epoch}
             reporter.log(progress, metrics)
         evaluates = done or _due(progress.step, settings.eval_steps)
-        saves = done or _due(progress.step, settings.save_steps)
         if evaluates or saves:
+            paused = time.monotonic()
             reporter.report(progress, evaluate() if evaluates else {}, save=saves)
-            clock = time.monotonic()
+            clock += time.monotonic() - paused
         if done:
             return
     if progress.step < total_steps:
@@ -133,9 +151,10 @@ def _forward_backward(engine: Any, objective: Objective, batch: MicroBatch, mete
     assert terms.loss.shape == batch.valid.shape, f"a loss of {tuple(terms.loss.shape)} for {len(batch.valid)} pairs"
     loss = (terms.loss * batch.valid).sum() / batch.pairs_in_step
     ds.backward(engine, loss)
-    totals = {"num_tokens": batch.num_real_tokens, "padded_tokens": batch.num_tokens, "flops": flops}
+    totals = {"num_tokens": batch.num_real_tokens, "padded_tokens": batch.padded_tokens, "flops": flops}
     spread = {name: _spread(total, batch) for name, total in totals.items()}
-    meter.add({"loss": terms.loss, **terms.metrics, **spread}, batch.valid)
+    peak = torch.full_like(batch.valid, peak_memory_bytes(), dtype=torch.float64)
+    meter.add({"loss": terms.loss, **terms.metrics, **spread, "peak_memory_bytes": peak}, batch.valid)
     return loss.detach()
 
 
@@ -144,7 +163,7 @@ def _spread(total: float, batch: MicroBatch) -> Tensor:
     return torch.full_like(batch.valid, total, dtype=torch.float64) / len(batch.valid)
 
 
-def _logged(reduced: dict[str, float], progress: Progress, elapsed: float, peak_flops: float) -> dict[str, float]:
+def _logged(reduced: dict[str, float], progress: Progress, elapsed: float, machine_flops: float) -> dict[str, float]:
     pairs = reduced.pop("pairs")
     tokens, padded, flops = (reduced.pop(name) * pairs for name in ("num_tokens", "padded_tokens", "flops"))
     progress.num_tokens += round(tokens)
@@ -153,7 +172,7 @@ def _logged(reduced: dict[str, float], progress: Progress, elapsed: float, peak_
         "padding_fraction": 1 - tokens / padded,
         "tokens_per_second": tokens / elapsed,
         "pairs_per_second": pairs / elapsed,
-        "mfu": flops / elapsed / (peak_flops * ds.world_size()),
+        "mfu": flops / elapsed / machine_flops,
     }
 
 

@@ -53,6 +53,7 @@ def run(config: Config) -> Path:
         )
         write_rows(with_margin, parquet_folder(partial))
         results.update(_summary(parquet_folder(partial)), temperature=temperature)
+        _refuse_lost_rows(parquet_folder(pairs.folder(config)), parquet_folder(partial))
     return folder(config)
 
 
@@ -66,7 +67,6 @@ def _scored(config: Config, base: Path) -> Any:
         num_rows=count_rows(source),
         batch_size=config.margins.batch_size,
         model=config.model,
-        max_length=config.data.max_length,
         micro_batch_size=config.margins.per_device_eval_batch_size,
         reward_model=reward.folder(config) / "model",
         policies={"ref_": base},
@@ -81,8 +81,14 @@ def _add_margin(table: pa.Table, temperature: float) -> pa.Table:
     return table.append_column("margin", pc.subtract(table["chosen_reward"], table["rejected_reward"]))
 
 
+def _refuse_lost_rows(before: Path, after: Path) -> None:
+    counts = count_rows(before), count_rows(after)
+    if counts[0] != counts[1]:
+        raise RuntimeError(f"{counts[0]} pairs went into scoring and {counts[1]} came out")
+
+
 def _summary(data: Path) -> dict[str, Any]:
-    """Pairs, mean margin and share of negative margins, by split. One row in must be one row out."""
+    """Pairs, mean margin and share of negative margins, by split."""
     summary = {}
     for split in pairs.SPLITS:
         margin = read_split(data, split, ("margin",))["margin"]

@@ -13,7 +13,8 @@ from torch import Tensor
 class Meter:
     """Sums per-pair values (B,) until `reduce` gives one number per name over all ranks.
 
-    Names that end in `/min` or `/max` (or begin with `min_`, `max_`) keep the extreme, all others the mean over pairs.
+    Names that end in `/min` or `/max` (or begin with `min_`, `max_`), and `peak_memory_bytes`, keep the extreme, all
+    others the mean over pairs.
     """
 
     def __init__(self) -> None:
@@ -50,6 +51,8 @@ class Meter:
 
 
 def _extreme(name: str) -> str | None:
+    if name == "peak_memory_bytes":
+        return "max"
     for kind in ("min", "max"):
         if name.endswith(f"/{kind}") or name.startswith(f"{kind}_"):
             return kind

@@ -1,6 +1,7 @@
 """Models: find one (hub name, folder, GGUF), load it as policy or reward model, add LoRA, save it as a transformers
 folder."""
 
+import functools
 import importlib.util
 import logging
 from pathlib import Path
@@ -15,7 +16,9 @@ from madpo_ray.config import Config, ModelConfig, TrainingConfig, UserError
 logger = logging.getLogger(__name__)
 
 # Equal, by test, to two unpadded forwards under a 4-D mask with restarted positions. Others: two rows a pair.
-SHARED_PREFIX_MODEL_TYPES = frozenset({"llama", "qwen2", "qwen3", "gpt2", "gpt_neox", "mistral", "gemma"})
+SHARED_PREFIX_MODEL_TYPES = frozenset(
+    {"llama", "qwen2", "qwen3", "gpt2", "gpt_neox", "mistral", "gemma", "gemma2", "gemma3_text"}
+)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 TOKENIZER_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
@@ -40,8 +43,11 @@ def check_model(model: ModelConfig) -> None:
         raise UserError("model.attn_implementation: flash_attention_2 needs the package flash-attn; sdpa needs none")
 
 
+@functools.cache
 def source_folder(model: ModelConfig) -> Path:
-    """The local folder, or .gguf file, of a model; a hub name is fetched (safetensors only) into the hub's cache."""
+    """The local folder, or .gguf file, of a model; a hub name is fetched (safetensors only) into the hub's cache, once
+    per process, so that all stages of a run take the same revision.
+    """
     check_model(model)
     path = Path(model.model_name_or_path)
     if path.is_absolute():
@@ -49,10 +55,9 @@ def source_folder(model: ModelConfig) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    patterns = [*WEIGHT_FILES, *TOKENIZER_FILES, *(["*.py"] if model.trust_remote_code else [])]
     try:
-        folder = snapshot_download(
-            model.model_name_or_path, revision=model.model_revision, allow_patterns=[*WEIGHT_FILES, *TOKENIZER_FILES]
-        )
+        folder = snapshot_download(model.model_name_or_path, revision=model.model_revision, allow_patterns=patterns)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"model.model_name_or_path: {model.model_name_or_path} is neither a local path nor reachable on the hub "
@@ -99,11 +104,10 @@ def _convert(source: Path, model: ModelConfig, folder: Path) -> None:
         weights.hf_quantizer = None
         weights.save_pretrained(folder)
     else:
-        for file in source.iterdir():
-            if file.is_file():
+        # Links to the weights alone: what the tokenizer saves below must not be written through one.
+        for pattern in (*WEIGHT_FILES, "config.json", "generation_config.json", "*.py"):
+            for file in source.glob(pattern):
                 (folder / file.name).symlink_to(file)
-        for name in ("chat_template.jinja", "tokenizer_config.json"):
-            (folder / name).unlink(missing_ok=True)
     tokenizer.save_pretrained(folder)
 
 
@@ -141,9 +145,12 @@ def load_reward_model(folder: Path, model: ModelConfig) -> nn.Module:
     """A sequence classifier with one label; a folder without its head gets a new one of zeros."""
     from transformers import AutoConfig
 
-    options: dict[str, Any] = {"dtype": DTYPES[model.dtype], "num_labels": 1}
+    saved = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+    trained = any("SequenceClassification" in name for name in saved.architectures or [])
+    # A trained one keeps its own dtype: merged from LoRA it is float32, since bfloat16 would round small changes off.
+    options: dict[str, Any] = {"dtype": "auto" if trained else DTYPES[model.dtype], "num_labels": 1}
     loaded: nn.Module = _load("AutoModelForSequenceClassification", folder, model, **options)
-    if not any("SequenceClassification" in name for name in AutoConfig.from_pretrained(folder).architectures or []):
+    if not trained:
         # All rewards 0 at the start: the first loss is ln 2, and no random direction has to be unlearned.
         nn.init.zeros_(loaded.score.weight)  # type: ignore[union-attr, arg-type]
     return loaded
@@ -152,7 +159,7 @@ def load_reward_model(folder: Path, model: ModelConfig) -> nn.Module:
 def prepare_for_training(model: nn.Module, settings: TrainingConfig, *, task_type: str) -> nn.Module:
     """LoRA, dropout and activation checkpointing as the settings say. `task_type` is peft's: CAUSAL_LM or SEQ_CLS."""
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
         if settings.use_peft:
             model.enable_input_require_grads()  # type: ignore[operator]
     if settings.use_peft:
@@ -190,34 +197,36 @@ def base_of(model: nn.Module) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
-def can_share_prefix(model: Any, max_length: int) -> bool:
-    """Whether one row [prompt | chosen | rejected] gives this model's numbers: full attention over known positions.
-
-    `model` is a transformers model; `max_length` is the longest prompt + response, in tokens. A window shorter than
-    that would be dropped silently by a 4-D mask.
+def can_share_prefix(config: Any, attn_implementation: str) -> bool:
+    """Whether one row [prompt | chosen | rejected] gives a model's numbers: attention, full or windowed, over known
+    positions, through masks that are ours to make. `config` is transformers'.
     """
-    config = model.config
-    window = getattr(config, "sliding_window", None)
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
     return (
         config.model_type in SHARED_PREFIX_MODEL_TYPES
-        and config._attn_implementation in ("sdpa", "eager")
-        and (window is None or window >= max_length)
+        and attn_implementation in ("sdpa", "eager")
         and layer_types <= {"full_attention", "sliding_attention"}
     )
 
 
-def shares_prefix(model: nn.Module, settings: ModelConfig, max_length: int) -> bool:
-    """`can_share_prefix`, unless the config turns it off; says so once where the model does not allow it."""
-    if settings.shared_prefix == "off":
-        return False
-    shared = can_share_prefix(base_of(model), max_length)
-    if not shared:
+def shares_prefix(model: nn.Module, settings: ModelConfig) -> bool:
+    """`can_share_prefix` of a loaded model, unless the config turns it off."""
+    return settings.shared_prefix == "auto" and can_share_prefix(base_of(model).config, settings.attn_implementation)
+
+
+@functools.cache
+def tell_layout(folder: Path, settings: ModelConfig) -> None:
+    """Says once, in the driver, where a model cannot take shared-prefix rows."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
+    if settings.shared_prefix == "auto" and not can_share_prefix(config, settings.attn_implementation):
         logger.warning(
-            "%s does not take shared-prefix rows; each pair is read as two rows (slower, same numbers)",
-            base_of(model).config.model_type,
+            "%s with %s attention does not take shared-prefix rows; each pair is read as two rows: slower, "
+            "same numbers",
+            config.model_type,
+            settings.attn_implementation,
         )
-    return shared
 
 
 def save_model(model: nn.Module, folder: Path, state: dict[str, torch.Tensor], tokenizer: Any) -> None:

@@ -111,8 +111,9 @@ class PairReader:
             if isinstance(pair["prompt"], list) != self._conversational:
                 raise BadRowError("text among messages, or messages among text: one run takes one kind")
             tokens = tokenize_pair(pair, self._tokenizer, self._data.max_length)
-            group = self._named(row, self._data.group_column) or json.dumps(pair["prompt"], sort_keys=True)
-            split = self._named(row, self._data.split_column) or split_of(group, self._data, self._seed)
+            group, split = (self._named(row, name) for name in (self._data.group_column, self._data.split_column))
+            group = json.dumps(pair["prompt"], sort_keys=True) if group is None else group
+            split = split_of(group, self._data, self._seed) if split is None else split
             if split not in SPLITS:
                 raise BadRowError(f"{self._data.split_column} is {split!r}, not one of {', '.join(SPLITS)}")
             kept = {name: self._number(row, name) for name in self._data.keep_columns}
@@ -159,6 +160,8 @@ def run(config: Config) -> Path:
     """
     check_files(config.data)
     base = base_folder(config)
+    if _is_conversational(config.data) and not load_tokenizer(base, config.model).chat_template:
+        raise UserError("the pairs are messages and the tokenizer has no chat template: set model.chat_template_path")
     with building(folder(config), inputs(config)) as (partial, results), connected(config.cluster):
         checked = _read_all(config, base)
         results.update(_counts(checked))

@@ -1,6 +1,5 @@
 """The stages in order, and what of them a config still has to do."""
 
-import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,8 +12,6 @@ from madpo_ray import evaluate, margins, models, pairs, reward, train
 from madpo_ray.artifacts import Inputs, check_writable, differences, is_finished, read_manifest
 from madpo_ray.cluster import connected
 from madpo_ray.config import Config, UserError
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

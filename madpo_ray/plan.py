@@ -35,23 +35,33 @@ class PlanSpec:
     shuffled: bool = True
 
 
+# Steps whose pairs are sorted by length together: enough to leave little padding, few enough to keep steps mixed.
+STEPS_PER_WINDOW = 16
+
+
 def plan_epoch(
     lengths: np.ndarray, *, seed: int, epoch: int | None, global_batch_size: int, micro_batch_size: int
 ) -> list[list[np.ndarray]]:
     """Micro-batches of row numbers, by optimizer step: a function of its arguments alone, never of the number of
     workers.
 
-    `lengths` are the tokens of each pair's row. `epoch` None keeps the pairs in order. The last step may be short;
-    every pair stands in the epoch exactly once.
+    `lengths` are the tokens of each pair's row. The pairs are shuffled by (seed, epoch), sorted by length within
+    windows of a few steps, cut into steps, and a window's whole steps are shuffled again. `epoch` None keeps the
+    pairs in order. The last step may be short; every pair stands in the epoch exactly once.
     """
-    count = len(lengths)
-    order = np.arange(count) if epoch is None else np.random.default_rng([seed, epoch]).permutation(count)
+    rng = None if epoch is None else np.random.default_rng([seed, epoch])
+    order = np.arange(len(lengths)) if rng is None else rng.permutation(len(lengths))
+    window = global_batch_size * (1 if rng is None else STEPS_PER_WINDOW)
     steps = []
-    for start in range(0, count, global_batch_size):
-        members = order[start : start + global_batch_size]
+    for start in range(0, len(order), window):
+        members = order[start : start + window]
         members = members[np.argsort(-lengths[members], kind="stable")]
-        steps.append([members[i : i + micro_batch_size] for i in range(0, len(members), micro_batch_size)])
-    return steps
+        cut = [members[i : i + global_batch_size] for i in range(0, len(members), global_batch_size)]
+        if rng is not None:
+            whole = len(members) // global_batch_size
+            cut[:whole] = [cut[i] for i in rng.permutation(whole)]
+        steps += cut
+    return [[step[i : i + micro_batch_size] for i in range(0, len(step), micro_batch_size)] for step in steps]
 
 
 class Plan:
@@ -71,7 +81,6 @@ class Plan:
         prompt, chosen, rejected = (pc.list_value_length(self._table[name]).to_numpy() for name in TOKEN_COLUMNS)
         self._lengths = prompt + chosen + rejected
         self._responses = chosen + rejected
-        self.max_length = int((prompt + np.maximum(chosen, rejected)).max())
         self._planned: tuple[int, list[list[np.ndarray]]] | None = None
         self.steps_per_epoch = -(-len(self._lengths) // spec.global_batch_size)
         self.total_steps = spec.max_steps if spec.max_steps > 0 else spec.num_epochs * self.steps_per_epoch

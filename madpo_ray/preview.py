@@ -20,7 +20,8 @@ def preview(config: Config) -> dict[str, Any]:
     check(config)
     rows = {file: _count_rows(Path(file)) for file in config.data.files}
     numbers: dict[str, Any] = {"rows": rows}
-    if is_finished(pairs.folder(config), pairs.inputs(config)):
+    fetched = Path(config.model.model_name_or_path).is_absolute()  # a hub name is not looked up here
+    if fetched and is_finished(pairs.folder(config), pairs.inputs(config)):
         manifest = read_manifest(pairs.folder(config))
         assert manifest is not None
         splits = manifest["results"]["pairs"]
@@ -35,7 +36,8 @@ def preview(config: Config) -> dict[str, Any]:
     numbers["workers"] = f"{cluster.num_workers}, each {cluster.cpus_per_worker:g} CPUs" + (
         " and a GPU" if cluster.use_gpu else ""
     )
-    numbers["stages to do"] = ", ".join(stage.name for stage in pending(config)) or "none"
+    if fetched:
+        numbers["stages to do"] = ", ".join(stage.name for stage in pending(config)) or "none"
     return numbers
 
 

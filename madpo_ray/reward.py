@@ -1,5 +1,6 @@
 """Stage 2: a Bradley-Terry reward model on the training pairs, and the temperature that calibrates its margins."""
 
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from madpo_ray.batching import MicroBatch
 from madpo_ray.calibration import calibration_report
 from madpo_ray.cluster import connected
 from madpo_ray.config import Config, RewardConfig, numerics_of, settings_of
-from madpo_ray.launch import TrainingJob, train_on_ray
+from madpo_ray.launch import train_on_ray
 from madpo_ray.logprobs import PairRewards
 from madpo_ray.loop import Stateless, Terms
 from madpo_ray.losses import bradley_terry_loss
@@ -29,6 +30,7 @@ from madpo_ray.models import (
 from madpo_ray.plan import TOKEN_COLUMNS
 from madpo_ray.scoring import score_dataset
 from madpo_ray.tables import parquet_folder, read_split
+from madpo_ray.worker import TrainingJob
 
 
 def inputs(config: Config) -> Inputs:
@@ -84,20 +86,21 @@ class RewardTask:
         if config.reward.use_peft:
             from peft import PeftModel
 
-            adapter = folder.with_name("adapter")
-            save_model(model, adapter, state, tokenizer)
-            merged = PeftModel.from_pretrained(load_reward_model(base, config.model), str(adapter))
-            model = merged.merge_and_unload()
+            exact = config.model.model_copy(update={"dtype": "float32"})
+            with tempfile.TemporaryDirectory() as adapter:
+                save_model(model, Path(adapter), state, tokenizer)
+                merged = PeftModel.from_pretrained(load_reward_model(base, exact), adapter)
+                model = merged.merge_and_unload()
             state = dict(model.state_dict())
         # Plain transformers reads the reward at the last token that is not padding, so padding must not end a response.
-        model.config.pad_token_id = _padding_token(tokenizer)  # type: ignore[union-attr]
+        tokenizer.pad_token_id = _padding_token(tokenizer)
+        model.config.pad_token_id = tokenizer.pad_token_id  # type: ignore[union-attr]
         save_model(model, folder, state, tokenizer)
 
 
 def _padding_token(tokenizer: Any) -> int:
     candidates = [tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, *tokenizer.all_special_ids]
-    distinct = [token for token in candidates if token is not None and token != tokenizer.eos_token_id]
-    return int(distinct[0]) if distinct else int(tokenizer.eos_token_id or 0)
+    return next(int(token) for token in [*candidates, 0, 1] if token is not None and token != tokenizer.eos_token_id)
 
 
 def run(config: Config) -> Path:
@@ -133,7 +136,6 @@ def _validation_margins(config: Config, model: Path) -> Any:
         num_rows=held_out.num_rows,
         batch_size=config.margins.batch_size,
         model=config.model,
-        max_length=config.data.max_length,
         micro_batch_size=config.reward.per_device_eval_batch_size,
         reward_model=model,
     )

@@ -28,7 +28,6 @@ class PairScorer:
         self,
         *,
         model: ModelConfig,
-        max_length: int,
         micro_batch_size: int,
         num_threads: int,
         reward_model: Path | None = None,
@@ -39,12 +38,12 @@ class PairScorer:
         self._micro_batch_size, self._model = micro_batch_size, model
         self._modules: list[tuple[str, torch.nn.Module, bool]] = []
         if reward_model is not None:
-            self._add("reward", PairRewards(load_reward_model(reward_model, model)), max_length)
+            self._add("reward", PairRewards(load_reward_model(reward_model, model)))
         for prefix, folder in (policies or {}).items():
-            self._add(prefix, PairLogps(load_policy(folder, model)), max_length)
+            self._add(prefix, PairLogps(load_policy(folder, model)))
 
-    def _add(self, name: str, module: torch.nn.Module, max_length: int) -> None:
-        shared = shares_prefix(module.model, self._model, max_length)  # type: ignore[arg-type]
+    def _add(self, name: str, module: torch.nn.Module) -> None:
+        shared = shares_prefix(module.model, self._model)  # type: ignore[arg-type]
         self._modules.append((name, module.to(self._device).eval(), shared))
 
     def __call__(self, table: pa.Table) -> pa.Table:

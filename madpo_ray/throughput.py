@@ -1,5 +1,6 @@
 """How much of the machine a training uses: model FLOPs against the peak of a matrix product on the same device."""
 
+import resource
 import time
 from typing import Any
 
@@ -53,6 +54,13 @@ def peak_flops(dtype: torch.dtype, device: torch.device, size: int = 1024, secon
         _wait(device)
         best = min(best, time.perf_counter() - began)
     return 2 * size**3 / best
+
+
+def peak_memory_bytes() -> int:
+    """Of this rank so far: on the GPU where there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _wait(device: Any) -> None:

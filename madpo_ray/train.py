@@ -14,22 +14,25 @@ from madpo_ray.artifacts import Inputs, building, require
 from madpo_ray.batching import MicroBatch
 from madpo_ray.cluster import connected
 from madpo_ray.config import Config, PolicyConfig, numerics_of, settings_of
-from madpo_ray.launch import TrainingJob, train_on_ray
+from madpo_ray.launch import train_on_ray
 from madpo_ray.logprobs import PairLogps
 from madpo_ray.loop import Objective, Stateless, Terms
 from madpo_ray.losses import BetaStatistics, beta_dpo_batch, beta_dpo_loss, dpo_loss, ipo_loss, madpo_loss, madpo_weight
 from madpo_ray.metrics import read_metrics
 from madpo_ray.models import base_folder, load_policy, load_tokenizer, model_inputs, prepare_for_training, save_model
 from madpo_ray.tables import parquet_folder
+from madpo_ray.worker import TrainingJob
 
 
 def inputs(config: Config) -> Inputs:
-    settings = {
+    settings: dict[str, Any] = {
         "margins": margins.inputs(config).fingerprint,
         "seed": config.run.seed,
         "model": numerics_of(config.model),
         "train": settings_of(config.train),
     }
+    if config.train.loss_type == "beta_dpo":  # its statistics are those of a micro-batch of all workers
+        settings["num_workers"] = config.cluster.num_workers
     return Inputs("train", settings, {"model": model_inputs(config).fingerprint})
 
 
@@ -145,7 +148,7 @@ class BetaDPOObjective(PolicyObjective):
             mode_weight=settings.beta_dpo_mode_weight,
             generator=self._generator,
         )
-        if self._paper:
+        if self._paper and len(gaps):
             beta = settings.beta * (1 + settings.beta_dpo_a * (gaps.cpu().mean() - self._statistics.mean))
         mask = torch.zeros_like(batch.valid)
         mask[batch.valid > 0] = kept[own].to(mask)

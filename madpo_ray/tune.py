@@ -2,6 +2,7 @@
 else."""
 
 import functools
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from madpo_ray import margins, train
 from madpo_ray.artifacts import Inputs, building, require, write_json
 from madpo_ray.cluster import connected
-from madpo_ray.config import Config, settings_of
+from madpo_ray.config import Config, UserError, settings_of
 from madpo_ray.config_file import parse_config
 from madpo_ray.launch import train_on_ray
 from madpo_ray.pipeline import save_config
@@ -41,9 +42,7 @@ def _trial(values: dict[str, Any], config: Config) -> None:
     from ray.tune.integration.ray_train import TuneReportCallback
 
     name = f"tune-{inputs(config).fingerprint[:16]}-{ray.tune.get_context().get_trial_id()}"
-    job = train.job(
-        with_values(config, values), output=config.run.folder / "ray" / name / "metrics", experiment=name, export=False
-    )
+    job = train.job(with_values(config, values), output=config.run.folder / "ray" / name, experiment=name, export=False)
     train_on_ray(job, callbacks=[TuneReportCallback()])
 
 
@@ -55,15 +54,32 @@ def run(config: Config) -> Path:
         RuntimeError: no trial finished.
     """
     require(margins.folder(config), margins.inputs(config))
+    _check_search(config)
     with building(folder(config), inputs(config)) as (partial, results):
         with connected(config.cluster, dashboard=True):
             found = _search(_reporting(config))
         trials = [_outcome(trial) for trial in found]
         write_json(partial / "trials.json", trials)
-        best = max((trial for trial in trials if METRIC in trial), key=lambda trial: trial[METRIC])
+        best = max(
+            (trial for trial in trials if METRIC in trial and "error" not in trial), key=lambda trial: trial[METRIC]
+        )
         save_config(with_values(config, best["values"]), partial / "best.yaml")
         results.update(best=best, trials=len(trials), failed=found.num_errors)
     return folder(config)
+
+
+def _check_search(config: Config) -> None:
+    """Raises UserError where a range leaves its key's bounds, or trials at a time cannot all be placed."""
+    for end in ("min", "max"):
+        with_values(config, {key: getattr(bounds, end) for key, bounds in config.tune.search_space.items()})
+    trials, cluster = config.tune.max_concurrent_trials, config.cluster
+    if trials > 1 and cluster.address is None and not cluster.autoscaling:
+        available = os.cpu_count() or 1
+        if trials * cluster.num_workers * cluster.cpus_per_worker > available:
+            raise UserError(
+                f"tune.max_concurrent_trials: {trials} trials of {cluster.num_workers} workers do not fit "
+                f"{available} CPUs together: lower it, or name a larger cluster in cluster.address"
+            )
 
 
 def _outcome(trial: Any) -> dict[str, Any]:
@@ -84,6 +100,8 @@ def describe(results: Mapping[str, Any]) -> str:
 
 def _reporting(config: Config) -> Config:
     """The config with evaluations on the way."""
+    # A save without an evaluation would report no objective, which Tune takes for an error.
+    config = with_values(config, {"save_steps": None})
     if config.train.eval_steps is not None:
         return config
     probe = train.job(config, output=folder(config), experiment="plan", export=False)
@@ -101,7 +119,7 @@ def _search(config: Config) -> Any:
         for key, bounds in config.tune.search_space.items()
     }
     tuner = ray.tune.Tuner(
-        ray.tune.with_resources(functools.partial(_trial, config=config), {"CPU": 0}),
+        ray.tune.with_resources(functools.partial(_trial, config=config), {"CPU": 0.01}),
         param_space=space,
         tune_config=ray.tune.TuneConfig(
             metric=METRIC,

@@ -94,7 +94,9 @@ def make_model(model_type: str = "llama", seed: int = 0, **changes: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(model_type, **changes), attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_config(
+        tiny_config(model_type, **changes), attn_implementation="eager" if model_type == "gemma2" else "sdpa"
+    )
     with torch.no_grad():  # larger than the usual initialisation, so that attention has something to say
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2:
@@ -124,13 +126,14 @@ def make_rows(count: int, seed: int = 0, *, conversational: bool = False) -> lis
             (" ".join(rng.choices(words, k=rng.randint(2, 6))))
             for words in (["good", "great", "warm"], ["bad", "dull", "poor"])
         )
-        chosen, rejected = (kind, unkind) if rng.random() < 0.8 else (unkind, kind)
+        agrees = rng.random() < 0.8
+        chosen, rejected = (kind, unkind) if agrees else (unkind, kind)
         prompt = f"say {number}: " + " ".join(rng.choices(WORDS, k=rng.randint(1, 8)))
         row: dict[str, Any] = {"prompt": prompt, "chosen": " " + chosen, "rejected": " " + rejected}
         if conversational:
             roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
             row = {name: [{"role": role, "content": row[name]}] for name, role in roles.items()}
-        rows.append(row)
+        rows.append({**row, "chosen_score": float(agrees), "rejected_score": float(not agrees)})
     return rows
 
 
@@ -158,13 +161,19 @@ def raw_config_for(model_folder: Path, pairs_file: Path, storage: Path) -> dict[
             "max_length": 64,
             "validation_fraction": 0.25,
             "test_fraction": 0.2,
+            "keep_columns": ["chosen_score", "rejected_score"],
         },
         "run": {"name": "tiny", "storage_path": str(storage)},
         "cluster": {"num_workers": 2},
-        "reward": {**training, "num_train_epochs": 3},
-        "margins": {"calibrate": False},
+        "reward": {**training, "num_train_epochs": 3, "use_peft": True, "lora_r": 4},
         "train": {**training, "learning_rate": 1e-3, "max_steps": 5},
-        "evaluate": {"num_samples": 4, "num_shown": 2, "max_new_tokens": 4},
+        "evaluate": {
+            "num_samples": 4,
+            "num_shown": 2,
+            "max_new_tokens": 4,
+            "chosen_score_column": "chosen_score",
+            "rejected_score_column": "rejected_score",
+        },
     }
 
 

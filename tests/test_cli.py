@@ -92,12 +92,26 @@ def test_a_stage_without_its_inputs_says_which_to_run(command: str, raw_config: 
 
 def test_zero_usable_pairs(raw_config: dict[str, Any], tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "same.jsonl", [{"prompt": "p", "chosen": "a", "rejected": "a"}])
-    raw_config["data"]["files"] = [str(file)]
+    raw_config["data"] |= {"files": [str(file)], "keep_columns": []}
+    raw_config["evaluate"] = {}
     raw_config["cluster"]["num_workers"] = 1
     done = call(raw_config, tmp_path, "pairs")
     assert done.exit_code == 2, done.output
     assert "no usable pair" in done.output
     assert not (tmp_path / "tiny" / "pairs").exists()
+
+
+def test_no_cluster_answers(raw_config: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(raw_config))
+    command = [Path(sys.executable).with_name("madpo-ray"), "pairs", "--config", file]
+    # In a process of its own: this one may be connected to the tests' Ray.
+    done = subprocess.run(
+        [*command, "--set", "cluster.address=127.0.0.1:1"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert "no Ray cluster answers at 127.0.0.1:1" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_the_installed_command() -> None:

@@ -54,17 +54,9 @@ def test_more_workers_than_this_machine_has() -> None:
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_local")
 def test_more_workers_than_a_running_cluster_has() -> None:
-    check_workers_fit(ClusterConfig(num_workers=8))
-    with pytest.raises(UserError, match="the cluster has 8 CPUs in all"):
-        check_workers_fit(ClusterConfig(num_workers=9))
+    check_workers_fit(ClusterConfig(num_workers=6))
+    with pytest.raises(UserError, match=r"the cluster has 8 CPUs in all, and feeding them takes 1\.5"):
+        check_workers_fit(ClusterConfig(num_workers=7))
     with pytest.raises(UserError, match="the cluster has 0 GPUs in all"):
         check_workers_fit(ClusterConfig(num_workers=1, use_gpu=True))
     check_workers_fit(ClusterConfig(num_workers=9, autoscaling=True))
-
-
-def test_no_cluster_answers() -> None:
-    with (
-        pytest.raises(UserError, match="no Ray cluster answers at 127"),
-        connected(ClusterConfig(address="127.0.0.1:1")),
-    ):
-        pass

@@ -47,6 +47,10 @@ def set_in(section: str, key: str, value: Any) -> Edit:
         (set_in("evaluate", "chosen_score_column", "x"), "go together"),
         (set_in("data", "files", []), "at least 1 item"),
         (set_in("run", "storage_path", "s3://bucket/runs"), "is a URI"),
+        (set_in("train", "tau", float("inf")), "finite"),
+        (set_in("train", "label_smoothing", 0.1), "belongs to loss_type sigmoid"),
+        (set_in("data", "keep_columns", ["margin"]), "rename it"),
+        (set_in("tune", "search_space", {"lora_r": {"min": 4.0, "max": 8.0}}), "no real number"),
         (set_in("reward", "lora_layers_to_transform", [1]), "by name"),
     ],
 )

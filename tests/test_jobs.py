@@ -47,31 +47,26 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The dashboard's address of a one-node cluster with job submission."""
     dashboard = free_port()
     ports = {"port": free_port(), "dashboard-port": dashboard, "dashboard-agent-listen-port": free_port()}
-    command = [
-        BIN / "ray",
-        "start",
-        "--head",
-        "--block",
-        "--num-cpus=6",
-        "--disable-usage-stats",
-        "--dashboard-host=127.0.0.1",
-    ]
+    command = [BIN / "ray", "start", "--head", "--block", "--num-cpus=6", "--disable-usage-stats"]
     command += [f"--{name}={value}" for name, value in ports.items()]
-    log = (tmp_path_factory.mktemp("head") / "log").open("w")
-    process = subprocess.Popen(
-        [*command, f"--temp-dir=/tmp/ray-test-{os.getpid()}"], stdout=log, stderr=log, start_new_session=True
-    )
+    command += ["--dashboard-host=127.0.0.1", f"--temp-dir=/tmp/ray-test-{os.getpid()}"]
+    # The jobs' `python` has to be this one.
+    environment = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    with (tmp_path_factory.mktemp("head") / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
     address = f"http://127.0.0.1:{dashboard}"
     deadline = time.monotonic() + 60
-    while subprocess.run(
-        [BIN / "ray", "job", "list", "--address", address], capture_output=True, check=False
-    ).returncode:
+    ping = [BIN / "ray", "job", "list", "--address", address]
+    while subprocess.run(ping, capture_output=True, check=False).returncode:
         assert time.monotonic() < deadline, "the cluster did not come up"
         time.sleep(1)
     yield address
     os.killpg(process.pid, signal.SIGTERM)
-    process.wait(30)
-    log.close()
+    try:
+        process.wait(20)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(20)
 
 
 @pytest.mark.ray

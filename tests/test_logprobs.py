@@ -1,5 +1,6 @@
 """One forward over shared rows against two separate, unpadded forwards."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,13 @@ from madpo_ray.batching import collate
 from madpo_ray.config import ModelConfig, PolicyConfig
 from madpo_ray.logprobs import PairLogps, PairRewards
 from madpo_ray.losses import dpo_loss
-from madpo_ray.models import can_share_prefix, prepare_for_training, shares_prefix
+from madpo_ray.models import (
+    SHARED_PREFIX_MODEL_TYPES,
+    can_share_prefix,
+    prepare_for_training,
+    shares_prefix,
+    tell_layout,
+)
 
 GENERATOR = torch.Generator().manual_seed(3)
 
@@ -40,14 +47,36 @@ def all_alone(model: Any) -> torch.Tensor:
     )
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "gpt2", "gpt_neox", "mistral", "gemma"])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_shared_rows_equal_separate_forwards(model_type: str, attention: str) -> None:
-    changes = {"sliding_window": None} if model_type == "mistral" else {}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in ("llama", "qwen2", "qwen3", "gpt2", "gpt_neox", "gemma")},
+    "mistral": ("mistral", {"sliding_window": None}),
+    # Windows shorter than the rows.
+    "mistral, window": ("mistral", {"sliding_window": 8}),
+    "qwen2, window": ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+    "gemma2, window": ("gemma2", {"sliding_window": 8}),
+    "gemma3, window": ("gemma3_text", {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}),
+}
+
+
+# Gemma 2 has no SDPA in transformers.
+CASES = [
+    (name, attention)
+    for name in MODELS
+    for attention in ("sdpa", "eager")
+    if (name[:6], attention[0]) != ("gemma2", "s")
+]
+
+
+@pytest.mark.parametrize(("name", "attention"), CASES)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_shared_rows_equal_separate_forwards(name: str, attention: str, checkpointing: bool) -> None:
+    model_type, changes = MODELS[name]
     model = make_model(model_type, **changes)
     model.set_attn_implementation(attention)
-    assert can_share_prefix(model, 64)
+    assert can_share_prefix(model.config, attention)
     expected = all_alone(model)
+    if checkpointing:
+        prepare_for_training(model, PolicyConfig(gradient_checkpointing=True), task_type="CAUSAL_LM").train()
     outputs = PairLogps(model)(collate(ROWS, shared_prefix=True))
     torch.testing.assert_close(outputs["logps"], expected, rtol=0, atol=1e-4)
 
@@ -61,27 +90,37 @@ def test_shared_rows_equal_separate_forwards(model_type: str, attention: str) ->
             assert (mine - their).norm() <= 1e-5 * their.norm() + 1e-7
 
 
-@pytest.mark.parametrize(
-    ("model_type", "changes"),
-    [("mistral", {"sliding_window": 8}), ("gemma3_text", {"sliding_window": 8}), ("qwen3_next", {})],
-)
-def test_models_that_cannot_share_are_read_as_two_rows(model_type: str, changes: dict[str, Any], caplog: Any) -> None:
-    if model_type == "qwen3_next":  # linear attention: only its config is of interest
-        model: Any = type("Holder", (torch.nn.Module,), {"config": tiny_config(model_type, **changes)})()
-        model.config._attn_implementation = "sdpa"
-        assert not can_share_prefix(model, 64)
-        return
-    model = make_model(model_type, **changes)
+def test_windows_matter_to_these_models() -> None:
+    # Else the test above could not see a window that a mask drops.
+    narrow, wide = make_model("mistral", sliding_window=8), make_model("mistral", sliding_window=None)
+    assert (all_alone(narrow) - all_alone(wide)).abs().max() > 1e-2
+
+
+def test_models_that_cannot_share_are_read_as_two_rows(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    model, settings = make_model("cohere"), ModelConfig(model_name_or_path="x")
+    assert not shares_prefix(model, settings)
+    model.config.save_pretrained(tmp_path)
     with caplog.at_level("WARNING"):
-        assert not shares_prefix(model, ModelConfig(model_name_or_path="x"), 64)
-    assert "two rows" in caplog.text
+        tell_layout(tmp_path, settings)
+        tell_layout(tmp_path, settings)
+    assert caplog.text.count("two rows") == 1
     outputs = PairLogps(model)(collate(ROWS, shared_prefix=False))
     torch.testing.assert_close(outputs["logps"], all_alone(model), rtol=0, atol=1e-4)
 
 
-def test_a_window_longer_than_the_row_may_share() -> None:
-    assert can_share_prefix(make_model("mistral", sliding_window=64), 64)
-    assert not can_share_prefix(make_model("mistral", sliding_window=63), 64)
+def test_linear_attention_never_shares() -> None:
+    assert not can_share_prefix(tiny_config("qwen3_next"), "sdpa")
+
+
+def test_every_model_that_shares_is_tested() -> None:
+    assert {model_type for model_type, _ in MODELS.values()} == SHARED_PREFIX_MODEL_TYPES
+
+
+@pytest.mark.parametrize("changes", [("granite", {"logits_scaling": 4.0}), ("cohere", {"logit_scale": 0.3})])
+def test_logits_are_scaled_as_the_model_does(changes: tuple[str, dict[str, Any]]) -> None:
+    model = make_model(changes[0], **changes[1])
+    outputs = PairLogps(model)(collate(ROWS, shared_prefix=False))
+    torch.testing.assert_close(outputs["logps"], all_alone(model), rtol=0, atol=1e-4)
 
 
 def test_chunks_do_not_change_log_probs_or_gradients(monkeypatch: pytest.MonkeyPatch) -> None:

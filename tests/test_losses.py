@@ -101,9 +101,8 @@ def test_calibrated_margins_inside_tau_have_mean_weight_one(setting: dict[str, f
     assert (torch.sigmoid(h) * madpo_weight(h, **setting)).sum().item() == pytest.approx(1.0, rel=1e-9)
 
 
-@pytest.mark.parametrize("scale", [(0.5, 1.12), (1.0, 1.00), (2.0, 0.90), (4.0, 0.86)])
-def test_mean_weight_tells_wrongly_scaled_margins(scale: tuple[float, float]) -> None:
-    factor, _ = scale
+@pytest.mark.parametrize("factor", [0.5, 1.0, 2.0, 4.0])
+def test_mean_weight_tells_wrongly_scaled_margins(factor: float) -> None:
     true = torch.randn(200_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64).abs()
     both = torch.cat([true, -true])
     mean = (torch.sigmoid(both) * madpo_weight(factor * both, **PAPER)).sum().item() / len(true)

@@ -1,5 +1,7 @@
 """Reading, checking, tokenising and splitting pairs; bad rows end in the rejects with a reason."""
 
+import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -103,13 +105,21 @@ def test_split_is_by_group_and_seed() -> None:
     assert splits.count("test") / 3000 == pytest.approx(0.1, abs=0.03)
 
 
+def test_a_template_that_refuses_a_row_rejects_it(tokenizer: Any) -> None:
+    strict = copy.deepcopy(tokenizer)
+    strict.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(BadRowError, match="roles must alternate"):
+        tokenize_pair(messages(prompt="p", chosen="a", rejected="b"), strict, 64)
+
+
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_local")
 class TestStage:
     def run(
         self, raw: dict[str, Any], rows: list[Any], tmp_path: Path, **data: Any
     ) -> tuple[dict[str, Any], pa.Table, pa.Table]:
-        raw["data"] |= {"files": [str(write_jsonl(tmp_path / "in.jsonl", rows))], **data}
+        raw["data"] |= {"files": [str(write_jsonl(tmp_path / "in.jsonl", rows))], "keep_columns": [], **data}
+        raw["evaluate"] = {}
         folder = pairs.run(parse_config(raw))
         manifest = read_manifest(folder)
         assert manifest is not None
@@ -154,10 +164,21 @@ class TestStage:
             for i, row in enumerate(make_rows(30, conversational=True))
         ]
         pq.write_table(pa.Table.from_pylist(rows), tmp_path / "in.parquet")
-        raw_config["data"] |= {"files": [str(tmp_path / "in.parquet")], "split_column": "part"}
+        raw_config["data"] |= {"files": [str(tmp_path / "in.parquet")], "split_column": "part", "keep_columns": []}
+        raw_config["evaluate"] = {}
         folder = pairs.run(parse_config(raw_config))
         table = read_split(parquet_folder(folder), "test", ("prompt", "chosen"))
         assert table["prompt"].to_pylist() == [row["prompt"] for row in rows[2::3]]
+
+    def test_messages_without_a_chat_template(
+        self, raw_config: dict[str, Any], model_folder: Path, tmp_path: Path
+    ) -> None:
+        bare = tmp_path / "bare"
+        shutil.copytree(model_folder, bare)
+        (bare / "chat_template.jinja").unlink()
+        raw_config["model"]["model_name_or_path"] = str(bare)
+        with pytest.raises(UserError, match=r"set model\.chat_template_path"):
+            self.run(raw_config, make_rows(10, conversational=True), tmp_path)
 
     def test_no_usable_pair(self, raw_config: dict[str, Any], tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"no usable pair.*2 x chosen and rejected are identical"):

@@ -3,18 +3,19 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.compute as pc
 import pyarrow.dataset
 import pytest
 import torch
+from conftest import TEMPLATE, make_model, make_tokenizer
 
 from madpo_ray import evaluate, margins, pipeline, reward, train
-from madpo_ray.artifacts import read_manifest
 from madpo_ray.batching import collate
 from madpo_ray.config import Config, UserError
-from madpo_ray.config_file import load_config
+from madpo_ray.config_file import load_config, parse_config
 from madpo_ray.logprobs import PairLogps
 from madpo_ray.metrics import read_metrics
 from madpo_ray.models import load_policy
@@ -40,29 +41,31 @@ def test_margins_hold_every_pair_once(finished_run: tuple[Config, list[str]]) ->
     assert ids[1] == ids[0]
 
 
-def test_margin_is_the_difference_of_rewards_and_learned_something(finished_run: tuple[Config, list[str]]) -> None:
+def test_margins_are_differences_of_rewards_in_calibrated_units(finished_run: tuple[Config, list[str]]) -> None:
     config, _ = finished_run
     columns = ("margin", "chosen_reward", "rejected_reward")
     table = read_split(parquet_folder(margins.folder(config)), "train", columns)
     assert pc.subtract(table["chosen_reward"], table["rejected_reward"]).to_pylist() == table["margin"].to_pylist()
-    manifest = read_manifest(reward.folder(config))
-    assert manifest is not None
-    assert manifest["results"]["accuracy"] > 0.6
+    results = pipeline.results(config, pipeline.STAGES[1])
+    assert results["accuracy"] > 0.6
+    assert results["temperature"] not in (None, 1.0)
 
 
 def test_saved_reward_model_scores_the_same_in_plain_transformers(finished_run: tuple[Config, list[str]]) -> None:
-    from transformers import AutoModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     config, _ = finished_run
-    model = AutoModelForSequenceClassification.from_pretrained(reward.folder(config) / "model").eval()
+    folder = reward.folder(config) / "model"
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    temperature = pipeline.results(config, pipeline.STAGES[1])["temperature"]
     columns = ("prompt_ids", "chosen_ids", "chosen_reward")
     rows = read_split(parquet_folder(margins.folder(config)), "test", columns).slice(0, 4).to_pylist()
     texts = [row["prompt_ids"] + row["chosen_ids"] for row in rows]
-    width, pad = max(map(len, texts)), model.config.pad_token_id
-    ids = torch.tensor([text + [pad] * (width - len(text)) for text in texts])
-    mask = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in texts])
+    assert tokenizer.pad_token_id == model.config.pad_token_id != tokenizer.eos_token_id
+    padded = tokenizer.pad({"input_ids": texts}, return_tensors="pt")
     with torch.no_grad():
-        scores = model(input_ids=ids, attention_mask=mask).logits[:, 0]
+        scores = model(**padded).logits[:, 0] / temperature
     torch.testing.assert_close(scores, torch.tensor([row["chosen_reward"] for row in rows]), rtol=1e-4, atol=1e-5)
 
 
@@ -117,6 +120,7 @@ def test_evaluation_has_its_table(finished_run: tuple[Config, list[str]]) -> Non
     for name in ("reference", "policy", "implicit", "reward_model"):
         low, high = results[name]["accuracy_interval"]
         assert 0 <= low <= results[name]["accuracy"] <= high <= 1
+        assert -1 <= results[name]["rank_correlation"] <= 1
     assert results["kl_samples"] == 4
     assert len(results["samples"]["before"]) == len(results["samples"]["after"]) == 2
 
@@ -139,6 +143,51 @@ def test_a_changed_config_names_the_first_stage_and_why(finished_run: tuple[Conf
     assert said == ["train: redone, and what follows from it, because of\n  settings.train.beta: 0.1 -> 0.3"]
     reported = config.model_copy(update={"train": config.train.model_copy(update={"logging_steps": 7})})
     assert pipeline.pending(reported) == []
+
+
+def template(raw: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "other.jinja").write_text(TEMPLATE + " ")
+    raw["model"]["chat_template_path"] = str(tmp_path / "other.jinja")
+
+
+def weights(raw: dict[str, Any], tmp_path: Path) -> None:
+    make_model(seed=1).save_pretrained(tmp_path / "other")
+    make_tokenizer().save_pretrained(tmp_path / "other")
+    raw["model"]["model_name_or_path"] = str(tmp_path / "other")
+
+
+def at(section: str, key: str, value: Any) -> Callable[[dict[str, Any], Path], None]:
+    return lambda raw, tmp_path: raw[section].update({key: value})
+
+
+@pytest.mark.parametrize(
+    ("edit", "first"),
+    [
+        (template, "pairs"),
+        (weights, "pairs"),
+        (at("data", "max_length", 32), "pairs"),
+        (at("run", "seed", 1), "pairs"),
+        (at("model", "dtype", "bfloat16"), "reward"),
+        (at("reward", "learning_rate", 1e-4), "reward"),
+        (at("margins", "calibrate", False), "margins"),
+        (at("train", "tau", 3.0), "train"),
+        (at("evaluate", "num_samples", 8), "evaluate"),
+        (at("train", "eval_steps", 2), None),
+        (at("reward", "per_device_eval_batch_size", 3), None),
+        (at("cluster", "num_workers", 1), None),
+    ],
+)
+def test_what_changes_the_numbers_is_redone_from_its_stage(
+    edit: Callable[[dict[str, Any], Path], None],
+    first: str | None,
+    finished_run: tuple[Config, list[str]],
+    tmp_path: Path,
+) -> None:
+    raw = finished_run[0].model_dump(mode="json")
+    edit(raw, tmp_path)
+    todo = [stage.name for stage in pipeline.pending(parse_config(raw))]
+    names = [stage.name for stage in pipeline.STAGES]
+    assert todo == (names[names.index(first) :] if first else [])
 
 
 def test_a_stage_refuses_inputs_made_otherwise(finished_run: tuple[Config, list[str]]) -> None:

@@ -1,6 +1,7 @@
 """The policy's training: every loss, the same numbers on one worker and two, ZeRO stages, LoRA, and a crash."""
 
 import dataclasses
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -8,19 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray.train
 import torch
 from torch import Tensor
 
 from madpo_ray import train
 from madpo_ray.batching import MicroBatch, collate
-from madpo_ray.config import Config, PolicyConfig
-from madpo_ray.launch import TrainingJob, train_on_ray
+from madpo_ray.config import Config, PolicyConfig, UserError
+from madpo_ray.launch import newest_checkpoint, train_on_ray
 from madpo_ray.loop import Objective, Terms
 from madpo_ray.losses import madpo_weight
 from madpo_ray.metrics import read_metrics
 from madpo_ray.models import load_policy
 from madpo_ray.plan import Plan
 from madpo_ray.train import BetaDPOObjective, PolicyObjective, PolicyTask
+from madpo_ray.worker import TrainingJob
 
 COLUMNS = ("margin", "ref_chosen_logps", "ref_rejected_logps")
 
@@ -102,6 +105,14 @@ def test_beta_dpo_as_in_the_madpo_paper_counts_by_optimizer_step() -> None:
     torch.testing.assert_close(torch.stack(objective.state_dict()["statistics"]), expected)
 
 
+@pytest.mark.parametrize("variant", ["published", "madpo_paper"])
+def test_beta_dpo_passes_over_a_round_of_fillers(variant: str) -> None:
+    objective = BetaDPOObjective(PolicyConfig(loss_type="beta_dpo", beta_dpo_variant=variant), seed=0)
+    filler = collate([], shared_prefix=True, column_names=COLUMNS)
+    terms = objective({"logps": torch.zeros(2), "entropy": torch.ones(2)}, filler, training=True)
+    assert terms.loss.tolist() == [0.0]
+
+
 class CrashOnce(Objective):
     """An objective whose process dies, once, in the middle of a step."""
 
@@ -122,7 +133,20 @@ class CrashingTask(PolicyTask):
     marker: Path = Path()
 
     def objective(self, config: Config) -> Objective:
-        return CrashOnce(super().objective(config), self.marker, calls=8)
+        return CrashOnce(super().objective(config), self.marker, calls=4)
+
+
+class Poisoned(PolicyObjective):
+    """A loss that is finite and whose gradient is not: the square root at 0."""
+
+    def __call__(self, outputs: Mapping[str, Tensor], batch: MicroBatch, *, training: bool) -> Terms:
+        terms = super().__call__(outputs, batch, training=training)
+        return Terms(terms.loss + (terms.loss - terms.loss.detach()).sqrt(), terms.metrics)
+
+
+class PoisonedTask(PolicyTask):
+    def objective(self, config: Config) -> Objective:
+        return Poisoned(config.train)
 
 
 @pytest.mark.ray
@@ -205,6 +229,42 @@ class TestOnRay:
         train_on_ray(dataclasses.replace(crashing, task=CrashingTask(marker=tmp_path / "died")))
         assert (tmp_path / "died").exists()
         assert torch.equal(self.losses(tmp_path / "calm"), self.losses(tmp_path / "crash"))
+
+    def test_bfloat16_with_recomputation(self, finished_run: tuple[Config, Any], tmp_path: Path) -> None:
+        config, _ = finished_run
+        job = self.job(config, tmp_path / "bf16", zero_stage=1, gradient_checkpointing=True)
+        model = config.model.model_copy(update={"dtype": "bfloat16"})
+        train_on_ray(dataclasses.replace(job, config=job.config.model_copy(update={"model": model})))
+        lines = read_metrics(tmp_path / "bf16" / "metrics.jsonl")
+        assert lines[0]["loss"] == pytest.approx(0.693, abs=0.02)
+        assert all(math.isfinite(line["grad_norm"]) for line in lines if "grad_norm" in line)
+
+    @pytest.mark.parametrize("zero_stage", [0, 2])
+    def test_a_loss_that_is_not_finite_stops_the_run(
+        self, zero_stage: int, finished_run: tuple[Config, Any], tmp_path: Path
+    ) -> None:
+        config, _ = finished_run
+        job = self.job(config, tmp_path / "nan", zero_stage=zero_stage)
+        cluster = job.config.cluster.model_copy(update={"max_failures": 0})
+        job = dataclasses.replace(
+            job,
+            task=PoisonedTask(),
+            config=job.config.model_copy(update={"cluster": cluster}),
+            experiment=f"nan-{zero_stage}",
+        )
+        with pytest.raises(ray.train.TrainingFailedError) as failed:
+            train_on_ray(job)
+        assert "gradient's norm of step 1 is" in str(failed.value)
+        assert "the optimizer has not moved" in str(failed.value)
+
+    def test_another_number_of_workers_does_not_resume(self, finished_run: tuple[Config, Any], tmp_path: Path) -> None:
+        config, _ = finished_run
+        train_on_ray(self.job(config, tmp_path / "resized", workers=1, max_steps=1))
+        with pytest.raises(UserError, match="saved by another number of workers"):
+            train_on_ray(self.job(config, tmp_path / "resized", workers=2, max_steps=1))
+        torn = next((config.run.folder / "ray" / "test-resized").glob("checkpoint_*/rank-0.pt"))
+        torn.write_bytes(torn.read_bytes()[:-1])
+        assert newest_checkpoint(config.run.folder / "ray" / "test-resized") is None
 
     def test_every_rank_reads_its_rows_in_order(self, finished_run: tuple[Config, Any], tmp_path: Path) -> None:
         config, _ = finished_run
