@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +14,7 @@ from madpo_ray.config import ClusterConfig, UserError
 LOCAL_EXTRA_CPUS = 2
 # What Ray Data needs beside the workers: a read task, and the actor that assembles micro-batches.
 DATA_CPUS = 1.5
+CONNECT_TIMEOUT_S = 10.0
 
 
 @contextlib.contextmanager
@@ -33,8 +35,9 @@ def connected(cluster: ClusterConfig, *, dashboard: bool = False) -> Iterator[No
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "warning"}
     if address:
         try:
+            _knock(address)
             ray.init(address=address, **options)
-        except ConnectionError as error:
+        except (ConnectionError, OSError) as error:
             raise UserError(
                 f"no Ray cluster answers at {address} ({error}); start one, or leave cluster.address out"
             ) from None
@@ -49,6 +52,13 @@ def connected(cluster: ClusterConfig, *, dashboard: bool = False) -> Iterator[No
         yield
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Raises OSError where nothing listens at `host:port`: Ray itself would go on trying for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
 
 
 def _check_local(cluster: ClusterConfig) -> None:

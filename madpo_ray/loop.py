@@ -52,11 +52,11 @@ class Stateless:
 class NonFiniteError(RuntimeError):
     """A loss or gradient is not finite; names the step and this rank's pairs of it."""
 
-    def __init__(self, what: str, value: float, step: int, pair_ids: list[str]) -> None:
-        super().__init__(
-            f"the {what} of step {step} is {value}; the optimizer has not moved. "
-            f"Pairs of the step: {', '.join(pair_ids)}"
-        )
+
+def _not_finite(what: str, value: float, step: int, pair_ids: list[str]) -> NonFiniteError:
+    return NonFiniteError(
+        f"the {what} of step {step} is {value}; the optimizer has not moved. Pairs of the step: {', '.join(pair_ids)}"
+    )
 
 
 @dataclass
@@ -111,11 +111,11 @@ def fit(
         if not batch.last_of_step:
             continue
         if not torch.isfinite(step_loss):
-            raise NonFiniteError("loss", float(step_loss), progress.step + 1, step_ids)
+            raise _not_finite("loss", float(step_loss), progress.step + 1, step_ids)
         rate = ds.learning_rate(engine)
         grad_norm = ds.step(engine)
         if not math.isfinite(grad_norm):
-            raise NonFiniteError("gradient's norm", grad_norm, progress.step + 1, step_ids)
+            raise _not_finite("gradient's norm", grad_norm, progress.step + 1, step_ids)
         objective.end_step()
         progress.step += 1
         step_loss.zero_()

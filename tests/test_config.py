@@ -44,7 +44,7 @@ def set_in(section: str, key: str, value: Any) -> Edit:
         (set_in("train", "tau", 0.0), "must be above 0"),
         (set_in("train", "beta", "0.1"), "train.beta: Input should be a valid number"),
         (set_in("train", "loss_type", "madop"), "'madpo'"),
-        (set_in("evaluate", "chosen_score_column", "x"), "go together"),
+        (set_in("evaluate", "chosen_score_column", None), "go together"),
         (set_in("data", "files", []), "at least 1 item"),
         (set_in("run", "storage_path", "s3://bucket/runs"), "is a URI"),
         (set_in("train", "tau", float("inf")), "finite"),
