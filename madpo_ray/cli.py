@@ -2,6 +2,7 @@
 
 import enum
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -90,6 +91,8 @@ def _main(command: str, file: Path, overrides: list[str], dry_run: bool) -> None
 
 def _call(command: str, config: Config, dry_run: bool) -> None:
     # Torch, Ray and transformers take seconds to import: a wrong config is told before.
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars, as ours, are for terminals
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("madpo_ray").setLevel(logging.INFO)
     from madpo_ray import pipeline, preview, tune
