@@ -133,7 +133,7 @@ class CrashingTask(PolicyTask):
     marker: Path = Path()
 
     def objective(self, config: Config) -> Objective:
-        return CrashOnce(super().objective(config), self.marker, calls=8)
+        return CrashOnce(super().objective(config), self.marker, calls=4)
 
 
 class Poisoned(PolicyObjective):
@@ -223,8 +223,7 @@ class TestOnRay:
         self, finished_run: tuple[Config, Any], tmp_path: Path
     ) -> None:
         config, _ = finished_run
-        # It dies at step 8, in the second epoch, and goes on from step 6, in the first.
-        changes = {"loss_type": "beta_dpo", "save_steps": 3, "max_steps": 9, "per_device_train_batch_size": 4}
+        changes = {"loss_type": "beta_dpo", "save_steps": 2, "per_device_train_batch_size": 4}
         train_on_ray(self.job(config, tmp_path / "calm", **changes))
         crashing = self.job(config, tmp_path / "crash", **changes)
         train_on_ray(dataclasses.replace(crashing, task=CrashingTask(marker=tmp_path / "died")))
