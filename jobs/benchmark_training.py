@@ -89,7 +89,7 @@ def make_source(folder: Path, pairs: list[dict[str, str]], model: Path) -> None:
     pq.write_table(pa.Table.from_pylist(rows), folder / "part-000000.parquet")
 
 
-def our_job(work: Path, shape: str, steps: int, threads: int, workers: int = 1, name: str = "bare") -> Any:
+def our_job(work: Path, shape: str, steps: int, threads: int, workers: int = 1, *, name: str) -> Any:
     from madpo_ray.config_file import parse_config
     from madpo_ray.train import PolicyTask
     from madpo_ray.worker import TrainingJob
@@ -120,11 +120,11 @@ def our_job(work: Path, shape: str, steps: int, threads: int, workers: int = 1, 
     )
 
 
-def step_seconds(output: Path) -> list[float]:
+def step_seconds(job: Any) -> list[float]:
     """Seconds of each step but the first, which warms up."""
     from madpo_ray.metrics import read_metrics
 
-    lines = [line for line in read_metrics(output / "metrics.jsonl") if "pairs_per_second" in line]
+    lines = [line for line in read_metrics(job.metrics / "metrics.jsonl") if "pairs_per_second" in line]
     return [PAIRS_PER_STEP / line["pairs_per_second"] for line in lines[1:]]
 
 
@@ -138,10 +138,10 @@ def measure_ours(work: Path, shape: str, steps: int, threads: int) -> dict[str, 
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20_000 + os.getpid() % 20_000)}
     torch.distributed.init_process_group("gloo")
-    job = our_job(work, shape, steps, threads)
+    job = our_job(work, shape, steps, threads, name=f"bare-{os.getpid()}")
     train_rank(job, Local(job))
-    utilisation = [line["mfu"] for line in read_metrics(job.output / "metrics.jsonl") if "mfu" in line][1:]
-    return {"seconds": step_seconds(job.output), "mfu": statistics.median(utilisation)}
+    utilisation = [line["mfu"] for line in read_metrics(job.metrics / "metrics.jsonl") if "mfu" in line][1:]
+    return {"seconds": step_seconds(job), "mfu": statistics.median(utilisation)}
 
 
 def measure_trl(work: Path, shape: str, steps: int, threads: int) -> dict[str, Any]:
@@ -197,7 +197,7 @@ def measure_on_ray(work: Path, shape: str, steps: int, threads: int, workers: in
     job = our_job(work, shape, steps, threads, workers, name=f"ray{workers}-{os.getpid()}")
     train_on_ray(job)
     ray.shutdown()
-    return {"seconds": step_seconds(job.output)}
+    return {"seconds": step_seconds(job)}
 
 
 def child(arguments: argparse.Namespace) -> None:

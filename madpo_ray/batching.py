@@ -21,7 +21,10 @@ from madpo_ray.plan import TOKEN_COLUMNS
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward reads. Responses are numbered 0..B-1 (chosen) and B..2B-1 (rejected)."""
+    """What one forward reads. Responses are numbered 0..B-1 (chosen) and B..2B-1 (rejected).
+
+    Where only chosen responses are read (sft), there are B of them instead of 2B everywhere.
+    """
 
     input_ids: Tensor  # (rows, L)
     position_ids: Tensor  # (rows, L)
@@ -36,6 +39,7 @@ class MicroBatch:
     num_real_tokens: int = 0  # without padding
     pair_ids: tuple[str, ...] = ()
     pairs_in_step: int = 1  # pairs of the optimizer step, over all ranks and micro-batches
+    response_tokens_in_step: int = 1  # the same for response tokens
     step: int = 0
     last_of_step: bool = True
 
@@ -54,34 +58,44 @@ class MicroBatch:
         return self.input_ids.numel()
 
 
-def collate(rows: Sequence[dict[str, Any]], *, shared_prefix: bool, column_names: Sequence[str] = ()) -> MicroBatch:
+def collate(
+    rows: Sequence[dict[str, Any]],
+    *,
+    shared_prefix: bool,
+    column_names: Sequence[str] = (),
+    responses: Sequence[str] = TOKEN_COLUMNS[1:],
+) -> MicroBatch:
     """Tensors of a few pairs; an empty sequence gives a filler of one short row with `valid` 0.
 
-    Each row holds `prompt_ids`, `chosen_ids`, `rejected_ids` and the named float columns.
+    Each row holds `prompt_ids`, the ids of the named responses (`chosen_ids`, `rejected_ids`) and the named float
+    columns. A single response shares its prompt with nothing.
 
     Raises:
         ValueError: a prompt or response has no tokens.
     """
     valid = torch.ones(len(rows)) if rows else torch.zeros(1)
-    filler = {name: [0] for name in TOKEN_COLUMNS} | dict.fromkeys(column_names, 0.0)
+    tokens = (TOKEN_COLUMNS[0], *responses)
+    filler = {name: [0] for name in tokens} | dict.fromkeys(column_names, 0.0)
     pairs = list(rows) or [filler]
-    empty = [name for row in pairs for name in TOKEN_COLUMNS if len(row[name]) == 0]
+    empty = [name for row in pairs for name in tokens if len(row[name]) == 0]
     if empty:
         raise ValueError(f"no tokens in {sorted(set(empty))}: such pairs belong to the rejects")
-    layout = _shared_rows(pairs) if shared_prefix else _unshared_rows(pairs)
+    shared = shared_prefix and len(responses) > 1
+    layout = _shared_rows(pairs) if shared else _unshared_rows(pairs, responses)
     return MicroBatch(
         **layout,  # type: ignore[arg-type]
         valid=valid,
         columns={name: torch.tensor([float(row[name]) for row in pairs], dtype=torch.float64) for name in column_names},
-        num_real_tokens=_real_tokens(rows, shared_prefix=shared_prefix),
+        num_real_tokens=_real_tokens(rows, responses, prompts=1 if shared else len(responses)),
         pair_ids=tuple(row.get("pair_id", "") for row in rows),
         pairs_in_step=max(len(rows), 1),
+        response_tokens_in_step=max(sum(len(row[name]) for row in rows for name in responses), 1),
     )
 
 
-def _real_tokens(rows: Sequence[dict[str, Any]], *, shared_prefix: bool) -> int:
-    prompts = sum(len(row["prompt_ids"]) for row in rows) * (1 if shared_prefix else 2)
-    return prompts + sum(len(row[name]) for row in rows for name in TOKEN_COLUMNS[1:])
+def _real_tokens(rows: Sequence[dict[str, Any]], responses: Sequence[str], *, prompts: int) -> int:
+    read = prompts * sum(len(row["prompt_ids"]) for row in rows)
+    return read + sum(len(row[name]) for row in rows for name in responses)
 
 
 def _shared_rows(pairs: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
@@ -113,8 +127,8 @@ def _shared_rows(pairs: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     }
 
 
-def _unshared_rows(pairs: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    texts = [(list(row["prompt_ids"]), list(row[name])) for name in TOKEN_COLUMNS[1:] for row in pairs]
+def _unshared_rows(pairs: Sequence[dict[str, Any]], responses: Sequence[str]) -> dict[str, Tensor]:
+    texts = [(list(row["prompt_ids"]), list(row[name])) for name in responses for row in pairs]
     length = max(len(prompt) + len(response) for prompt, response in texts)
     input_ids = torch.zeros(len(texts), length, dtype=torch.long)
     attention_mask = torch.zeros(len(texts), length, dtype=torch.long)

@@ -12,7 +12,7 @@ import typer
 import yaml
 from rich.console import Console
 
-from madpo_ray.config import Config, UserError
+from madpo_ray.config import Config, Stopped, UserError
 from madpo_ray.config_file import load_config
 
 console = Console(soft_wrap=not sys.stdout.isatty())
@@ -36,6 +36,9 @@ class ExitCode(enum.IntEnum):
     DONE = 0
     FAILED = 1
     USER_ERROR = 2
+    # Saved and left before the end; the same command goes on (launch.EXIT_CODES):
+    OUT_OF_TIME = 75  # EX_TEMPFAIL of sysexits.h
+    TERMINATED = 143  # 128 + SIGTERM
 
 
 @app.command()
@@ -48,6 +51,12 @@ def run(config: ConfigFile, overrides: Overrides = [], dry_run: DryRun = False) 
 def pairs(config: ConfigFile, overrides: Overrides = [], dry_run: DryRun = False) -> None:  # noqa: B006
     """Read and check preference pairs, tokenise and split them; bad rows go to rejects.parquet."""
     _main("pairs", config, overrides, dry_run)
+
+
+@app.command()
+def sft(config: ConfigFile, overrides: Overrides = [], dry_run: DryRun = False) -> None:  # noqa: B006
+    """Fine-tune the start of policy and reference on the chosen responses, where the config has a section sft."""
+    _main("sft", config, overrides, dry_run)
 
 
 @app.command()
@@ -87,6 +96,9 @@ def _main(command: str, file: Path, overrides: list[str], dry_run: bool) -> None
     except UserError as error:
         Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="bold red", markup=False, highlight=False)
         raise typer.Exit(ExitCode.USER_ERROR) from None
+    except Stopped as stopped:
+        Console(stderr=True, soft_wrap=True).print(stopped.message, markup=False, highlight=False)
+        raise typer.Exit(stopped.exit_code) from None
 
 
 def _call(command: str, config: Config, dry_run: bool) -> None:

@@ -17,6 +17,14 @@ class UserError(Exception):
     traceback."""
 
 
+class Stopped(Exception):  # noqa: N818 (no error: it did what it was told)
+    """A training was told to leave before its end and has saved; the same command goes on from there."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message, exit_code)
+        self.message, self.exit_code = message, exit_code
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -30,6 +38,9 @@ class RunConfig(Section):
         "runs", description="folder that every node sees; the run's files go to storage_path/name"
     )
     seed: int = Field(0, ge=0, description="decides splits, order, initialisation and sampling")
+    max_wall_time: float | None = Field(
+        None, gt=0, description="seconds after which a training saves and leaves with exit code 75; run again to go on"
+    )
 
     @property
     def folder(self) -> Path:
@@ -104,6 +115,9 @@ class TrainingConfig(Section):
     global_batch_size: int = Field(32, ge=1, description="pairs per optimizer step, over all workers")
     per_device_train_batch_size: int = Field(8, ge=1, description="pairs of one forward; accumulation follows from it")
     per_device_eval_batch_size: int = Field(8, ge=1, description="pairs of one forward in evaluation")
+    max_tokens_per_device: int | None = Field(
+        None, ge=1, description="tokens of one forward, padding included, instead of a number of pairs"
+    )
     num_train_epochs: int = Field(1, ge=1)
     max_steps: int = Field(-1, ge=-1, description="optimizer steps; -1 leaves it to num_train_epochs")
     warmup_steps: float = Field(0.03, ge=0, description="optimizer steps; below 1 a share of all")
@@ -130,13 +144,41 @@ class TrainingConfig(Section):
     logging_steps: int = Field(10, ge=1)
     eval_steps: int | None = Field(None, ge=1, description="optimizer steps between evaluations; null: at the end only")
     save_steps: int | None = Field(None, ge=1, description="optimizer steps between checkpoints; null: at the end only")
-    save_total_limit: int = Field(2, ge=1, description="checkpoints kept")
+    save_total_limit: int = Field(2, ge=1, description="checkpoints kept; the newest, and the best, are never deleted")
+    metric_for_best_model: str | None = Field(
+        None, description="such as eval_loss: every evaluation saves, and the best one's weights are the result"
+    )
+    greater_is_better: bool | None = Field(None, description="null: not for a metric whose name ends with loss")
+    early_stopping_patience: int | None = Field(
+        None, ge=1, description="evaluations without a better metric_for_best_model after which training ends"
+    )
+    skip_nonfinite: int = Field(
+        0, ge=0, description="steps with a loss or gradient that is not finite to leave out before the run stops"
+    )
+
+    @property
+    def best_metric(self) -> tuple[str, bool]:
+        """Name of metric_for_best_model in the logs, and whether a greater one is better."""
+        assert self.metric_for_best_model is not None
+        name = self.metric_for_best_model
+        greater = not name.endswith("loss") if self.greater_is_better is None else self.greater_is_better
+        return name if name.startswith("eval_") else f"eval_{name}", greater
+
+    @model_validator(mode="after")
+    def _patience_needs_a_metric(self) -> "TrainingConfig":
+        if self.early_stopping_patience is not None and (self.metric_for_best_model is None or self.eval_steps is None):
+            raise ValueError("early_stopping_patience needs metric_for_best_model, such as eval_loss, and eval_steps")
+        return self
 
     @model_validator(mode="after")
     def _layers_need_names(self) -> "TrainingConfig":
         if self.lora_layers_to_transform and self.lora_target_modules == ("all-linear",):
             raise ValueError("lora_layers_to_transform needs lora_target_modules by name, such as [q_proj, v_proj]")
         return self
+
+
+class SFTConfig(TrainingConfig):
+    pass
 
 
 class RewardConfig(TrainingConfig):
@@ -155,6 +197,7 @@ LossType = Literal["sigmoid", "ipo", "ipo_sum", "beta_dpo", "madpo"]
 
 
 class PolicyConfig(TrainingConfig):
+    merge_adapter: bool = Field(False, description="write whole weights with LoRA merged in, not an adapter")
     loss_type: LossType = "madpo"
     beta: float = Field(0.1, gt=0, description="base temperature")
     label_smoothing: float = Field(
@@ -164,6 +207,12 @@ class PolicyConfig(TrainingConfig):
     c_max: float = Field(4.0, description="upper bound of the amplifier c; above 1")
     lmbda: float = Field(1.0, gt=0, description="steepness of c around tau")
     tau: float = Field(7.0, description="margin where the weight turns from amplifying to dampening, in reward units")
+    nll_loss_coef: float = Field(
+        0.0, ge=0, description="weight of the chosen response's mean negative log-prob, against falling log-probs"
+    )
+    weight_column: str | None = Field(
+        None, description="kept column that multiplies each pair's loss before the mean; finite, not negative"
+    )
     beta_dpo_variant: Literal["published", "madpo_paper"] = "published"
     beta_dpo_a: float = Field(0.6, ge=0, description="how strongly beta follows the batch's mean gap")
     beta_dpo_mode_weight: float = Field(0.2, ge=0, lt=1, description="share of pairs that the filter leaves out")
@@ -249,6 +298,7 @@ class Config(Section):
     data: DataConfig
     run: RunConfig = RunConfig()
     cluster: ClusterConfig = ClusterConfig()
+    sft: SFTConfig | None = Field(None, description="null: policy and reference start from the model as it is")
     reward: RewardConfig = RewardConfig()
     margins: MarginsConfig = MarginsConfig()
     train: PolicyConfig = PolicyConfig()
@@ -256,13 +306,14 @@ class Config(Section):
     tune: TuneConfig = TuneConfig()
 
     @model_validator(mode="after")
-    def _score_columns_are_kept(self) -> "Config":
+    def _columns_are_kept(self) -> "Config":
         columns = (self.evaluate.chosen_score_column, self.evaluate.rejected_score_column)
         if (columns[0] is None) != (columns[1] is None):
             raise ValueError("evaluate.chosen_score_column and evaluate.rejected_score_column go together: give both")
-        for column in filter(None, columns):
+        asked = {"evaluate": columns, "train": (self.train.weight_column,)}
+        for section, column in ((section, column) for section, names in asked.items() for column in names if column):
             if column not in self.data.keep_columns:
-                raise ValueError(f"evaluate asks for column {column!r}: add it to data.keep_columns")
+                raise ValueError(f"{section} asks for column {column!r}: add it to data.keep_columns")
         return self
 
 
@@ -274,8 +325,10 @@ OPERATIONAL_KEYS = frozenset(
 
 def settings_of(section: Section) -> dict[str, Any]:
     """The settings of a section that decide its numbers, for fingerprints."""
-    operational = OPERATIONAL_KEYS if isinstance(section, TrainingConfig) else frozenset()
-    return section.model_dump(mode="json", exclude=set(operational))
+    operational = set(OPERATIONAL_KEYS) if isinstance(section, TrainingConfig) else set()
+    if isinstance(section, TrainingConfig) and section.metric_for_best_model is not None:
+        operational.remove("eval_steps")  # the evaluations decide which weights are the result
+    return section.model_dump(mode="json", exclude=operational)
 
 
 def numerics_of(model: ModelConfig) -> dict[str, str]:

@@ -1,9 +1,14 @@
 """DeepSpeed: config, start, checkpoint, whole weights. The only file that imports it."""
 
+import argparse
+import contextlib
+import io
 import json
+import logging
 import math
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +18,15 @@ from torch import Tensor, nn
 
 from madpo_ray.artifacts import hash_file, write_json
 from madpo_ray.config import TrainingConfig
+from madpo_ray.models import saved_tensors
+
+logger = logging.getLogger(__name__)
 
 TAG = "state"
+UNIVERSAL = "universal"
 
 
-def deepspeed_config(settings: TrainingConfig, *, dtype: str) -> dict[str, Any]:
+def deepspeed_config(settings: TrainingConfig, *, dtype: str, resized: bool = False) -> dict[str, Any]:
     """DeepSpeed's own config. Accumulation is ours: the loop sets each boundary, so DeepSpeed is told of none."""
     return {
         "train_micro_batch_size_per_gpu": 1,
@@ -31,12 +40,17 @@ def deepspeed_config(settings: TrainingConfig, *, dtype: str) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "steps_per_print": None,
         "wall_clock_breakdown": False,
+        "checkpoint": {"load_universal": resized},
     }
 
 
-def initialize(module: nn.Module, settings: TrainingConfig, *, dtype: str, total_steps: int) -> Any:
-    """A DeepSpeed engine around `module`, with AdamW over what can be trained and the config's learning-rate
-    schedule."""
+def initialize(
+    module: nn.Module, settings: TrainingConfig, *, dtype: str, total_steps: int, resized: bool = False
+) -> Any:
+    """A DeepSpeed engine around `module`, with AdamW over what can be trained and the config's learning-rate schedule.
+
+    `resized` where it is to load a checkpoint that another number of ranks saved.
+    """
     # DeepSpeed takes this for a launcher's job and looks for MPI where the variables are missing; Ray has set them.
     os.environ.setdefault("LOCAL_RANK", "0")
     import deepspeed
@@ -59,7 +73,7 @@ def initialize(module: nn.Module, settings: TrainingConfig, *, dtype: str, total
         model_parameters=parameters,
         optimizer=optimizer,
         lr_scheduler=schedule,
-        config=deepspeed_config(settings, dtype=dtype),
+        config=deepspeed_config(settings, dtype=dtype, resized=resized),
     )
     return engine
 
@@ -72,6 +86,19 @@ def sum_over_ranks(value: float, device: torch.device) -> float:
     total = torch.tensor(value, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return float(total)
+
+
+def max_over_ranks(values: Sequence[float], device: torch.device) -> list[float]:
+    largest = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return [float(value) for value in largest]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's value, on every rank, in their order."""
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, value)
+    return ranks
 
 
 def backward(engine: Any, loss: Tensor) -> None:
@@ -90,6 +117,8 @@ def step(engine: Any) -> float:
         before = float(torch.nn.utils.get_total_norm(gradients))
         if math.isfinite(before):
             engine.step()
+        else:
+            engine.zero_grad()
         return before
     engine.step()
     return float(engine.get_global_grad_norm())
@@ -116,7 +145,10 @@ def save(engine: Any, folder: Path, state: Mapping[str, Any]) -> None:
 
 def checkpoint_step(folder: Path) -> int | None:
     """The step of a checkpoint of which every rank's files are there as they were written; None for any other."""
-    listings = [json.loads(path.read_text()) for path in sorted(folder.glob("rank-*.json"))]
+    try:
+        listings = [json.loads(path.read_text()) for path in sorted(folder.glob("rank-*.json"))]
+    except ValueError:  # a torn listing
+        return None
     if not listings or len(listings) != listings[0]["world_size"]:
         return None
     for name, digest in (item for listing in listings for item in listing["files"].items()):
@@ -125,30 +157,104 @@ def checkpoint_step(folder: Path) -> int | None:
     return int(listings[0]["step"])
 
 
+def newest_checkpoint(folder: Path, step: int | None = None) -> tuple[int, Path] | None:
+    """Step and folder of a run's newest whole checkpoint (of that step, where one is given), or None.
+
+    A newer one that is torn or was changed since it was written is passed over with a warning.
+    """
+    for candidate in sorted(folder.glob("checkpoint_*"), reverse=True):
+        found = checkpoint_step(candidate)
+        if found is None:
+            logger.warning("checkpoint %s is torn or was changed; taking the one before it", candidate)
+        elif step in (None, found):
+            return found, candidate
+    return None
+
+
+def is_resized(folder: Path, settings: TrainingConfig, *, dtype: str) -> bool:
+    """Whether a checkpoint's optimizer state is cut for another number of ranks than there are now."""
+    sharded = settings.zero_stage > 0 or dtype == "bfloat16"
+    return sharded and _saved_world_size(folder) != dist.get_world_size()
+
+
 def load(engine: Any, folder: Path) -> dict[str, Any]:
     """Restores a checkpoint and returns its `state`. Its files are pickles: `checkpoint_step` has checked their
-    hashes."""
-    engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=False)
-    state: dict[str, Any] = torch.load(folder / f"rank-{dist.get_rank()}.pt", weights_only=False)
+    hashes.
+
+    One of another number of ranks is brought into DeepSpeed's universal form first, once, inside its folder.
+    """
+    rank, saved = dist.get_rank(), _saved_world_size(folder)
+    if engine.load_universal_checkpoint():
+        if rank == 0:
+            _make_universal(folder)
+        dist.barrier()
+        engine.load_checkpoint(str(folder / UNIVERSAL), tag=TAG, load_module_strict=False)
+    else:
+        engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=False)
+    state: dict[str, Any] = torch.load(folder / f"rank-{rank % saved}.pt", weights_only=False)
     random = state.pop("random")
-    torch.set_rng_state(random["cpu"])
-    if random["cuda"] is not None:
-        torch.cuda.set_rng_state(random["cuda"])
+    if rank < saved:  # a rank that was not there before keeps the random state that it started with
+        torch.set_rng_state(random["cpu"])
+        if random["cuda"] is not None:
+            torch.cuda.set_rng_state(random["cuda"])
     dist.barrier()
     return state
 
 
-def full_state(engine: Any, model: nn.Module) -> dict[str, Tensor]:
-    """What `model` trained, whole, on rank 0's CPU: LoRA's part, or every parameter and saved buffer. Others get {}."""
+def _saved_world_size(folder: Path) -> int:
+    return int(json.loads((folder / "rank-0.json").read_text())["world_size"])
+
+
+def _make_universal(folder: Path) -> None:
+    from deepspeed.checkpoint import ds_to_universal
+
+    if (folder / UNIVERSAL).exists():
+        return
+    partial = folder / f"{UNIVERSAL}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    logger.warning("%s was saved by %d ranks; converting it", folder, _saved_world_size(folder))
+    with contextlib.redirect_stdout(io.StringIO()):
+        ds_to_universal.main(
+            argparse.Namespace(
+                input_folder=str(folder / TAG),
+                output_folder=str(partial / TAG),
+                num_extract_workers=1,
+                num_merge_workers=1,
+                keep_temp_folder=False,
+                strict=True,
+                inject_missing_state=True,
+            )
+        )
+    partial.rename(folder / UNIVERSAL)
+
+
+def trained_tensors(engine: Any, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What `model` trained, one tensor after another, whole on rank 0's CPU (others get empty ones): LoRA's part, or
+    every parameter and saved buffer. All ranks run through it together; none ever holds more than one tensor whole.
+    """
     import deepspeed
 
-    persistent = model.state_dict(keep_vars=True).keys()
-    buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    state = {}
-    for name, tensor in {**buffers, **trained}.items():
-        gathered = engine.zero_optimization_stage() == 3 and name in trained
-        with deepspeed.zero.GatheredParameters([tensor], enabled=gathered):
-            if dist.get_rank() == 0:
-                state[name] = tensor.detach().cpu().clone()
-    return state
+    sharded = engine.zero_optimization_stage() == 3
+    for name, tensor in saved_tensors(model):
+        if isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
+            continue
+        with deepspeed.zero.GatheredParameters([tensor], enabled=sharded and isinstance(tensor, nn.Parameter)):
+            yield name, tensor.detach().cpu().clone() if dist.get_rank() == 0 else torch.empty(0)
+
+
+@contextlib.contextmanager
+def sharded_construction(settings: TrainingConfig, *, dtype: str) -> Iterator[None]:
+    """Under ZeRO-3, a transformers model loaded in the block is constructed and filled in shards: rank 0 reads one
+    tensor after another from the files, and no rank ever holds all of them."""
+    if settings.zero_stage != 3:
+        yield
+        return
+    from transformers.integrations import deepspeed as integration
+
+    # transformers asks this object, held by a weak reference, whether ZeRO-3 is on.
+    wanted = integration.HfDeepSpeedConfig(deepspeed_config(settings, dtype=dtype))
+    try:
+        yield
+    finally:
+        integration.unset_hf_deepspeed_config()
+        del wanted

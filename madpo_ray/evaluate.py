@@ -11,13 +11,12 @@ import pyarrow as pa
 from rich.table import Table
 from scipy.stats import spearmanr
 
-from madpo_ray import margins, train
+from madpo_ray import margins, sft, train
 from madpo_ray.artifacts import Inputs, building, require, write_json
 from madpo_ray.calibration import interval
 from madpo_ray.cluster import connected
 from madpo_ray.config import Config, UserError, settings_of
 from madpo_ray.generation import sample_responses
-from madpo_ray.models import base_folder
 from madpo_ray.plan import TOKEN_COLUMNS
 from madpo_ray.scoring import score_dataset
 from madpo_ray.tables import parquet_folder, read_split
@@ -49,7 +48,7 @@ def run(config: Config) -> Path:
     test = read_split(parquet_folder(margins.folder(config)), "test", columns)
     if test.num_rows == 0:
         raise UserError("split test has no pairs to evaluate on: see data.test_fraction or data.split_column")
-    policy, base = train.folder(config) / "model", base_folder(config)
+    policy, base = train.folder(config) / "model", sft.start_folder(config)
     with building(folder(config), inputs(config)) as (partial, results), connected(config.cluster):
         results.update(preference_metrics(_scored(test, config, policy_=policy), scores))
         results.update(_divergence_and_samples(test, config, policy, base))

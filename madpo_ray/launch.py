@@ -1,7 +1,11 @@
 """A training on Ray: TorchTrainer around `train_rank`, fed by the plan's dataset, resumed by name."""
 
-import logging
+import contextlib
+import dataclasses
 import shutil
+import signal
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,38 +13,27 @@ from typing import Any
 import pyarrow as pa
 
 from madpo_ray.cluster import ordered_execution, worker_resources
-from madpo_ray.config import UserError
-from madpo_ray.engine import checkpoint_step
-from madpo_ray.models import tell_layout
+from madpo_ray.config import Stopped, TrainingConfig
+from madpo_ray.engine import newest_checkpoint
+from madpo_ray.loop import Notice
 from madpo_ray.plan import Plan, micro_batch_dataset
 from madpo_ray.progress import training_progress
-from madpo_ray.worker import TrainingJob, train_rank
+from madpo_ray.worker import Outcome, TrainingJob, train_rank
 
-logger = logging.getLogger(__name__)
-
-
-def newest_checkpoint(experiment: Path) -> tuple[int, Path] | None:
-    """Step and folder of a run's newest whole checkpoint, or None.
-
-    A newer one that is torn or was changed since it was written is passed over with a warning.
-    """
-    for folder in sorted(experiment.glob("checkpoint_*"), reverse=True):
-        step = checkpoint_step(folder)
-        if step is not None:
-            return step, folder
-        logger.warning("checkpoint %s is torn or was changed; taking the one before it", folder)
-    return None
+# Exit codes of a command that saved and left before its end.
+EXIT_CODES = {Notice.OUT_OF_TIME: 75, Notice.TERMINATED: 143}
+# run.max_wall_time counts from here: this is imported when a command starts.
+_BEGAN = time.time()
 
 
 class RaySite:
     """A rank of a TorchTrainer."""
 
-    def __init__(self, job: TrainingJob) -> None:
+    def __init__(self) -> None:
         import ray.train
 
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
-        self._newest = newest_checkpoint(job.checkpoints)
 
     def rows(self, start_step: int) -> Iterator[pa.Table]:
         import ray.train
@@ -49,32 +42,34 @@ class RaySite:
         assert shard is not None
         yield from shard.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=4)
 
-    def checkpoint(self) -> Path | None:
-        return self._newest[1] if self._newest else None
-
     def report(self, numbers: dict[str, float], checkpoint: Path | None) -> None:
         import ray.train
 
         part = ray.train.Checkpoint.from_directory(checkpoint) if checkpoint else None
         ray.train.report(numbers, checkpoint=part)
 
+    def node_is_leaving(self) -> bool:
+        import ray.train
 
-def _train_on_rank(spec: dict[str, TrainingJob]) -> None:
-    train_rank(spec["job"], RaySite(spec["job"]))
+        return ray.train.get_preemption_info() is not None
 
 
-def train_on_ray(job: TrainingJob, callbacks: list[Any] | None = None) -> None:
+def _train_on_rank(spec: dict[str, TrainingJob]) -> Outcome:
+    return train_rank(spec["job"], RaySite())
+
+
+def train_on_ray(job: TrainingJob, callbacks: list[Any] | None = None) -> Outcome:
     """Runs a job to its end; one of the same name goes on from its newest checkpoint.
 
     Raises:
+        Stopped: SIGTERM came, or run.max_wall_time is over; the job has saved.
         ray.train.TrainingFailedError: the workers failed more often than cluster.max_failures allows.
     """
     import ray.train
     from ray.train.torch import TorchTrainer
 
-    cluster = job.config.cluster
-    tell_layout(job.base, job.config.model)
-    _refuse_other_world_size(job)
+    cluster, limit = job.config.cluster, job.config.run.max_wall_time
+    job = dataclasses.replace(job, deadline=None if limit is None else _BEGAN + limit)
     spec = job.plan(cluster.num_workers)
 
     def dataset() -> Any:  # evaluated anew whenever the workers start, so it goes on where they do
@@ -95,24 +90,54 @@ def train_on_ray(job: TrainingJob, callbacks: list[Any] | None = None) -> None:
             name=job.checkpoints.name,
             storage_path=str(job.checkpoints.parent),
             callbacks=callbacks,
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=job.settings.save_total_limit),
+            checkpoint_config=ray.train.CheckpointConfig(
+                num_to_keep=job.settings.save_total_limit, **_best_is_kept(job.settings)
+            ),
             failure_config=ray.train.FailureConfig(
                 max_failures=cluster.max_failures, controller_failure_limit=-1 if cluster.autoscaling else 3
             ),
         ),
     )
-    with training_progress(job.experiment.split("-")[0], job.metrics / "metrics.jsonl", Plan(spec).total_steps):
-        trainer.fit()
+    progress = training_progress(job.experiment.split("-")[0], job.metrics / "metrics.jsonl", Plan(spec).total_steps)
+    with progress, _sigterm_stops(job):
+        outcome = trainer.fit().return_value
+    assert isinstance(outcome, Outcome)
+    if outcome.notice in EXIT_CODES:
+        why = "SIGTERM came" if outcome.notice is Notice.TERMINATED else f"run.max_wall_time: {limit:g} s are over"
+        raise Stopped(
+            f"{why}: saved at step {outcome.step} of {Plan(spec).total_steps}; the same command goes on from there",
+            EXIT_CODES[outcome.notice],
+        )
     if job.export:
         shutil.copytree(job.metrics, job.output, dirs_exist_ok=True)
+    return outcome
 
 
-def _refuse_other_world_size(job: TrainingJob) -> None:
-    """A ZeRO checkpoint belongs to its number of ranks. Raises UserError where the config's differs."""
-    newest, workers = newest_checkpoint(job.checkpoints), job.config.cluster.num_workers
-    if newest is None or len(list(newest[1].glob("rank-*.json"))) == workers:
+def _best_is_kept(settings: TrainingConfig) -> dict[str, str]:
+    """Ray deletes by age, unless told what is better; the newest checkpoint it always keeps."""
+    if settings.metric_for_best_model is None:
+        return {}
+    name, greater = settings.best_metric
+    return {"checkpoint_score_attribute": name, "checkpoint_score_order": "max" if greater else "min"}
+
+
+@contextlib.contextmanager
+def _sigterm_stops(job: TrainingJob) -> Iterator[None]:
+    """While in the block, a first SIGTERM has the workers save and leave; a second one does what it did before."""
+    job.stop_file.unlink(missing_ok=True)
+    if threading.current_thread() is not threading.main_thread():  # a trial of Tune; signals are its driver's
+        yield
         return
-    raise UserError(
-        f"{newest[1]} was saved by another number of workers than cluster.num_workers: {workers}. Set it back "
-        f"to go on, or delete {job.checkpoints} to start anew"
-    )
+    before = signal.getsignal(signal.SIGTERM)
+
+    def stop(*_: Any) -> None:
+        signal.signal(signal.SIGTERM, before)
+        job.stop_file.parent.mkdir(parents=True, exist_ok=True)
+        job.stop_file.touch()
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        job.stop_file.unlink(missing_ok=True)

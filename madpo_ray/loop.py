@@ -1,5 +1,7 @@
 """The one training loop, for reward model and policy alike. It knows no loss by name, and neither Ray nor files."""
 
+import enum
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -14,6 +16,8 @@ from madpo_ray.batching import MicroBatch
 from madpo_ray.config import TrainingConfig
 from madpo_ray.metrics import Meter, with_effective_sample_size
 from madpo_ray.throughput import peak_memory_bytes
+
+logger = logging.getLogger(__name__)
 
 
 class Terms(NamedTuple):
@@ -50,13 +54,16 @@ class Stateless:
 
 
 class NonFiniteError(RuntimeError):
-    """A loss or gradient is not finite; names the step and this rank's pairs of it."""
+    """A loss or gradient is not finite; names the step, its pairs on all ranks and the last good checkpoint."""
 
 
-def _not_finite(what: str, value: float, step: int, pair_ids: list[str]) -> NonFiniteError:
-    return NonFiniteError(
-        f"the {what} of step {step} is {value}; the optimizer has not moved. Pairs of the step: {', '.join(pair_ids)}"
-    )
+class Notice(enum.IntEnum):
+    """What a rank may hear between two steps; the gravest of all ranks' counts for all."""
+
+    NONE = 0
+    SAVE = 1  # a node is about to go: save, and go on
+    OUT_OF_TIME = 2  # save, and leave
+    TERMINATED = 3  # save, and leave
 
 
 @dataclass
@@ -65,9 +72,35 @@ class Progress:
 
     step: int = 0  # optimizer steps done
     num_tokens: int = 0  # read so far by all ranks, without padding
+    skipped: int = 0  # steps left out because their loss or gradient was not finite
+    best_metric: float | None = None  # of the evaluations so far, where the settings name a metric
+    best_step: int = 0
+    evaluations_since_best: int = 0
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def judge(self, metrics: Mapping[str, float], settings: TrainingConfig) -> bool:
+        """Takes an evaluation in; says whether it is the best so far.
+
+        Raises:
+            KeyError: the evaluation has no metric of the name that the settings give.
+        """
+        if settings.metric_for_best_model is None:
+            return False
+        name, greater = settings.best_metric
+        if name not in metrics:
+            raise KeyError(f"metric_for_best_model: the evaluation has no {name}; it has {', '.join(sorted(metrics))}")
+        value, best = metrics[name], self.best_metric
+        better = best is None or (value > best if greater else value < best)
+        self.evaluations_since_best = 0 if better else self.evaluations_since_best + 1
+        if better:
+            self.best_metric, self.best_step = value, self.step
+        return better
+
+    def ran_out_of_patience(self, settings: TrainingConfig) -> bool:
+        patience = settings.early_stopping_patience
+        return patience is not None and self.evaluations_since_best >= patience
 
 
 class Reporter(Protocol):
@@ -76,6 +109,9 @@ class Reporter(Protocol):
     def log(self, progress: Progress, metrics: dict[str, float]) -> None: ...
 
     def report(self, progress: Progress, metrics: dict[str, float], *, save: bool) -> None: ...
+
+    def last_checkpoint(self) -> str:
+        """Where the newest one lies, in words."""
 
 
 def fit(
@@ -89,73 +125,121 @@ def fit(
     steps_per_epoch: int,
     evaluate: Callable[[], dict[str, float]],
     reporter: Reporter,
+    notice: Callable[[], Notice],
     flops: Callable[[MicroBatch], float],
     machine_flops: float,
-) -> None:
+) -> Notice:
     """Trains over `batches` (this rank's, in order) until `total_steps`, evaluating, logging and saving on the way.
 
-    `flops` of a micro-batch and `machine_flops` (the peak FLOP/s of all ranks) give the model FLOP utilisation, `mfu`.
+    `notice` is asked after each step and gives every rank the same answer. `flops` of a micro-batch and
+    `machine_flops` (the peak FLOP/s of all ranks) give the model FLOP utilisation, `mfu`.
+
+    Returns:
+        The notice to leave that ended it before its time; NONE where it came to its end, or patience ran out.
 
     Raises:
-        NonFiniteError: a loss or gradient is not finite; the optimizer has not moved.
+        NonFiniteError: a loss or gradient is not finite, more often than `skip_nonfinite` allows; the optimizer has
+            not moved.
         RuntimeError: the batches end early.
     """
     engine.train()  # transformers loads in eval mode, where activation checkpointing and dropout do nothing
-    meter, clock = Meter(), time.monotonic()
+    meter, step_meter, clock = Meter(), Meter(), time.monotonic()
     step_loss, step_ids = torch.zeros((), device=engine.device), list[str]()
     for batch in batches:
         assert batch.step == progress.step, f"a batch of step {batch.step} at step {progress.step}"
         batch = batch.to(engine.device)
         step_ids += batch.pair_ids
-        step_loss += _forward_backward(engine, objective, batch, meter, flops(batch))
+        _forward_backward(engine, objective, batch, step_meter, step_loss, flops(batch))
         if not batch.last_of_step:
             continue
-        if not torch.isfinite(step_loss):
-            raise _not_finite("loss", float(step_loss), progress.step + 1, step_ids)
         rate = ds.learning_rate(engine)
         grad_norm = ds.step(engine)
-        if not math.isfinite(grad_norm):
-            raise _not_finite("gradient's norm", grad_norm, progress.step + 1, step_ids)
-        objective.end_step()
         progress.step += 1
+        if math.isfinite(grad_norm):
+            objective.end_step()
+            meter.merge(step_meter)
+        else:
+            progress.skipped += 1
+            _refuse_or_skip(progress, settings, grad_norm, step_loss, step_ids, reporter)
+        step_meter = Meter()
         step_loss.zero_()
         step_ids.clear()
 
+        heard = notice()
         done = progress.step == total_steps
-        saves = done or _due(progress.step, settings.save_steps)
+        evaluates = done or _due(progress.step, settings.eval_steps)
+        saves = done or heard > Notice.NONE or _due(progress.step, settings.save_steps)
+        saves = saves or (evaluates and settings.metric_for_best_model is not None)
         # A checkpoint holds no half-filled meter, so what a resumed run logs is what an undisturbed one does.
         if saves or _due(progress.step, settings.logging_steps):
             elapsed, clock = time.monotonic() - clock, time.monotonic()
-            metrics = _logged(meter.reduce(), progress, elapsed, machine_flops)
-            metrics |= {"grad_norm": grad_norm, "learning_rate": rate, "epoch": progress.step / steps_per_epoch}
+            metrics = {"learning_rate": rate, "epoch": progress.step / steps_per_epoch}
+            if progress.skipped:
+                metrics["skipped_steps"] = progress.skipped
+            if math.isfinite(grad_norm):
+                metrics["grad_norm"] = grad_norm
+            if meter:
+                metrics = _logged(meter.reduce(), progress, elapsed, machine_flops) | metrics
             reporter.log(progress, metrics)
-        evaluates = done or _due(progress.step, settings.eval_steps)
         if evaluates or saves:
             paused = time.monotonic()
-            reporter.report(progress, evaluate() if evaluates else {}, save=saves)
+            measured = evaluate() if evaluates else {}
+            if evaluates:
+                progress.judge(measured, settings)
+            reporter.report(progress, measured, save=saves)
             clock += time.monotonic() - paused
-        if done:
-            return
-    if progress.step < total_steps:
-        raise RuntimeError(f"the data ended at step {progress.step} of {total_steps}")
+        if heard > Notice.SAVE and not done:
+            return heard
+        if done or progress.ran_out_of_patience(settings):
+            return Notice.NONE
+    raise RuntimeError(f"the data ended at step {progress.step} of {total_steps}")
+
+
+def _refuse_or_skip(
+    progress: Progress,
+    settings: TrainingConfig,
+    grad_norm: float,
+    step_loss: Tensor,
+    pair_ids: list[str],
+    reporter: Reporter,
+) -> None:
+    """Raises NonFiniteError, the same on every rank, unless the settings let the step be left out."""
+    ranks = ds.gather_objects((float(step_loss), pair_ids))
+    loss = sum(share for share, _ in ranks)
+    what = f"gradient's norm of step {progress.step} is {grad_norm}"
+    if not math.isfinite(loss):
+        what = f"loss of step {progress.step} is {loss}"
+    message = (
+        f"the {what}; the optimizer has not moved. Pairs of the step: {', '.join(i for _, ids in ranks for i in ids)}"
+    )
+    if progress.skipped > settings.skip_nonfinite:
+        raise NonFiniteError(
+            f"{message}. {reporter.last_checkpoint()}. skip_nonfinite: {settings.skip_nonfinite} such steps are left "
+            "out before a run stops"
+        )
+    logger.warning("%s. It is left out (%d of skip_nonfinite: %d)", message, progress.skipped, settings.skip_nonfinite)
 
 
 def _due(step: int, interval: int | None) -> bool:
     return interval is not None and step % interval == 0
 
 
-def _forward_backward(engine: Any, objective: Objective, batch: MicroBatch, meter: Meter, flops: float) -> Tensor:
-    """Adds one micro-batch to the step's gradient; returns its share of the step's loss."""
+def _forward_backward(
+    engine: Any, objective: Objective, batch: MicroBatch, meter: Meter, step_loss: Tensor, flops: float
+) -> None:
+    """Adds one micro-batch to the step's gradient, and its share of the step's loss to `step_loss`."""
     engine.set_gradient_accumulation_boundary(batch.last_of_step)
     terms = objective(engine(batch), batch, training=True)
     assert terms.loss.shape == batch.valid.shape, f"a loss of {tuple(terms.loss.shape)} for {len(batch.valid)} pairs"
     loss = (terms.loss * batch.valid).sum() / batch.pairs_in_step
-    ds.backward(engine, loss)
+    step_loss += loss.detach()
+    # Times 1, or NaN where the step's loss is not finite: the gradient, and with it the norm that every rank sees, is
+    # then not finite either, and nothing has to wait for the loss to be read.
+    ds.backward(engine, loss * (1 + 0 * step_loss))
     totals = {"num_tokens": batch.num_real_tokens, "padded_tokens": batch.padded_tokens, "flops": flops}
     spread = {name: _spread(total, batch) for name, total in totals.items()}
     peak = torch.full_like(batch.valid, peak_memory_bytes(), dtype=torch.float64)
     meter.add({"loss": terms.loss, **terms.metrics, **spread, "peak_memory_bytes": peak}, batch.valid)
-    return loss.detach()
 
 
 def _spread(total: float, batch: MicroBatch) -> Tensor:

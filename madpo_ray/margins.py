@@ -7,11 +7,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from madpo_ray import pairs, reward
+from madpo_ray import pairs, reward, sft
 from madpo_ray.artifacts import Inputs, building, require
 from madpo_ray.cluster import connected
 from madpo_ray.config import Config, UserError, numerics_of
-from madpo_ray.models import base_folder, model_inputs
 from madpo_ray.scoring import score_dataset
 from madpo_ray.tables import count_rows, parquet_folder, read_split, write_rows
 
@@ -24,7 +23,7 @@ def inputs(config: Config) -> Inputs:
     }
     # The reference's own part: another policy changes this and not the rewards.
     settings["reference"] = numerics_of(config.model)
-    return Inputs("margins", settings, {"reference": model_inputs(config).fingerprint})
+    return Inputs("margins", settings, {"reference": sft.start_inputs(config).fingerprint})
 
 
 def folder(config: Config) -> Path:
@@ -46,7 +45,7 @@ def run(config: Config) -> Path:
             f"the reward model cannot be calibrated: {fitted['reason']}. Train it longer or on more pairs; "
             "margins.calibrate: false takes its margins as they are"
         )
-    base = base_folder(config)
+    base = sft.start_folder(config)
     with building(folder(config), inputs(config)) as (partial, results), connected(config.cluster):
         with_margin = _scored(config, base).map_batches(
             _add_margin, fn_kwargs={"temperature": temperature}, batch_format="pyarrow"

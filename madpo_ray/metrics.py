@@ -20,6 +20,9 @@ class Meter:
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
 
+    def __bool__(self) -> bool:
+        return bool(self._sums)
+
     def add(self, values: Mapping[str, Tensor], valid: Tensor) -> None:
         """Adds values (B,) of the pairs whose `valid` (B,) is 1. Every rank adds the same names in the same order."""
         for name, value in {"pairs": valid, **values}.items():
@@ -30,6 +33,15 @@ class Meter:
                 self._sums[name] = torch.maximum(self._sums.get(name, best), best)
             else:
                 self._sums[name] = self._sums.get(name, 0.0) + (value * valid).sum()
+
+    def merge(self, other: "Meter") -> None:
+        """Takes over the sums of another meter, of the same names."""
+        for name, value in other._sums.items():
+            held = self._sums.get(name)
+            if held is None:
+                self._sums[name] = value
+            else:
+                self._sums[name] = torch.maximum(held, value) if _extreme(name) else held + value
 
     def reduce(self) -> dict[str, float]:
         """One number per name, the same on every rank, then starts anew. `pairs` is the plain sum."""

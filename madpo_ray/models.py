@@ -4,13 +4,16 @@ folder."""
 import functools
 import importlib.util
 import logging
+import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
-from madpo_ray.artifacts import Inputs, building, hash_file, hash_files, is_finished
+from madpo_ray.artifacts import Inputs, building, hash_file, hash_files, is_finished, write_json
 from madpo_ray.config import Config, ModelConfig, TrainingConfig, UserError
 
 logger = logging.getLogger(__name__)
@@ -152,7 +155,8 @@ def load_reward_model(folder: Path, model: ModelConfig) -> nn.Module:
     loaded: nn.Module = _load("AutoModelForSequenceClassification", folder, model, **options)
     if not trained:
         # All rewards 0 at the start: the first loss is ln 2, and no random direction has to be unlearned.
-        nn.init.zeros_(loaded.score.weight)  # type: ignore[union-attr, arg-type]
+        weight: Any = loaded.score.weight  # type: ignore[union-attr]
+        nn.init.zeros_(getattr(weight, "ds_tensor", weight))  # this rank's shard of it, under ZeRO-3
     return loaded
 
 
@@ -215,24 +219,88 @@ def shares_prefix(model: nn.Module, settings: ModelConfig) -> bool:
 
 
 @functools.cache
-def tell_layout(folder: Path, settings: ModelConfig) -> None:
-    """Says once, in the driver, where a model cannot take shared-prefix rows."""
+def takes_shared_rows(folder: Path, settings: ModelConfig) -> bool:
+    """The same of a model's folder, without loading it. Says once in a process where a model does not."""
+    if settings.shared_prefix == "off":
+        return False
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
-    if settings.shared_prefix == "auto" and not can_share_prefix(config, settings.attn_implementation):
+    shares = can_share_prefix(config, settings.attn_implementation)
+    if not shares:
         logger.warning(
             "%s with %s attention does not take shared-prefix rows; each pair is read as two rows: slower, "
             "same numbers",
             config.model_type,
             settings.attn_implementation,
         )
+    return shares
 
 
-def save_model(model: nn.Module, folder: Path, state: dict[str, torch.Tensor], tokenizer: Any) -> None:
-    """A folder that transformers (and peft, for an adapter) loads: safetensors weights, config and tokenizer.
+def saved_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every parameter once (tied ones share it), and every buffer that belongs in a file."""
+    persistent = model.state_dict(keep_vars=True).keys()
+    yield from model.named_parameters()
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in persistent)
 
-    `state` holds the trained parameters by name, whole, as `engine.full_state` collects them.
+
+def merge_adapter(model: Any, adapter: dict[str, torch.Tensor], fresh: nn.Module) -> nn.Module:
+    """`fresh`, a whole base model, with the trained LoRA part of `model` merged into its weights."""
+    from peft import PeftModel
+
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, state_dict=adapter)
+        merged: nn.Module = PeftModel.from_pretrained(fresh, folder).merge_and_unload()
+    return merged
+
+
+# Where transformers, too, begins another file.
+SHARD_BYTES = 5 * 10**9
+
+
+def save_whole(
+    model: Any, tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, *, is_writer: bool = True
+) -> None:
+    """Weights and config as transformers loads them, with one file's worth of `tensors` in memory at a time.
+
+    Every rank runs through `tensors`, which may gather them; only the writer writes.
     """
-    model.save_pretrained(str(folder), state_dict=state)  # type: ignore[operator]
-    tokenizer.save_pretrained(folder)
+    if getattr(model, "_weight_conversions", None):  # loaded under other names than its files have
+        whole = {name: tensor for name, tensor in tensors if is_writer}
+        if is_writer:
+            model.save_pretrained(str(folder), state_dict=whole)
+        return
+    files: list[list[str]] = []
+    held: dict[str, torch.Tensor] = {}
+    total = size = 0
+
+    def flush() -> None:
+        save_file(held, folder / f"part-{len(files)}", metadata={"format": "pt"})
+        files.append(list(held))
+        held.clear()
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, tensor in tensors:
+        if not is_writer:
+            continue
+        if held and size + tensor.nbytes > SHARD_BYTES:
+            flush()
+            size = 0
+        held[name] = tensor.contiguous()
+        size += tensor.nbytes
+        total += tensor.nbytes
+    if not is_writer:
+        return
+    flush()
+    names = [f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
+    if len(files) == 1:
+        names = ["model.safetensors"]
+    else:
+        places = {key: name for name, keys in zip(names, files, strict=True) for key in keys}
+        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
+    for i, name in enumerate(names):
+        (folder / f"part-{i}").rename(folder / name)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)

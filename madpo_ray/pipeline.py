@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from madpo_ray import evaluate, margins, models, pairs, reward, train
+from madpo_ray import evaluate, margins, models, pairs, reward, sft, train
 from madpo_ray.artifacts import Inputs, check_writable, differences, is_finished, read_manifest
 from madpo_ray.cluster import connected
 from madpo_ray.config import Config, UserError
@@ -27,12 +27,18 @@ STAGES = tuple(
     Stage(name, module.inputs, module.folder, module.run, describe)
     for name, module, describe in (
         ("pairs", pairs, pairs.describe),
+        ("sft", sft, sft.describe),
         ("reward", reward, reward.describe),
         ("margins", margins, margins.describe),
         ("train", train, train.describe),
         ("evaluate", evaluate, evaluate.as_tables),
     )
 )
+
+
+def stages_of(config: Config) -> list[Stage]:
+    """The stages that the config asks for."""
+    return [stage for stage in STAGES if stage.name != "sft" or config.sft is not None]
 
 
 def check(config: Config) -> None:
@@ -72,7 +78,7 @@ def run_all(config: Config, *, say: Callable[[Any], None]) -> None:
         return
     _say_why(config, todo[0], say)
     with connected(config.cluster):
-        for stage in STAGES:
+        for stage in stages_of(config):
             if stage in todo:
                 _execute(config, stage, say)
             else:
@@ -87,9 +93,10 @@ def save_config(config: Config, path: Path) -> None:
 
 def pending(config: Config) -> list[Stage]:
     """The stages from the first unfinished one on."""
-    for i, stage in enumerate(STAGES):
+    stages = stages_of(config)
+    for i, stage in enumerate(stages):
         if not is_finished(stage.folder(config), stage.inputs(config)):
-            return list(STAGES[i:])
+            return stages[i:]
     return []
 
 

@@ -27,9 +27,12 @@ class PlanSpec:
     split: str
     columns: tuple[str, ...]
     seed: int
-    global_batch_size: int  # pairs of a step
-    micro_batch_size: int  # pairs of a forward
+    global_batch_size: int | None  # pairs of a step; None: all of them
+    micro_batch_size: int  # pairs of a forward, where no budget is given
     num_workers: int
+    max_tokens: int | None = None  # of a forward, padding included
+    shared_prefix: bool = True  # what a pair's row holds, for its length
+    responses: tuple[str, ...] = TOKEN_COLUMNS[1:]
     num_epochs: int = 1
     max_steps: int = -1
     shuffled: bool = True
@@ -38,16 +41,25 @@ class PlanSpec:
 # Steps whose pairs are sorted by length together: enough to leave little padding, few enough to keep steps mixed.
 STEPS_PER_WINDOW = 16
 
+Step = list[np.ndarray]  # micro-batches of row numbers
+
 
 def plan_epoch(
-    lengths: np.ndarray, *, seed: int, epoch: int | None, global_batch_size: int, micro_batch_size: int
-) -> list[list[np.ndarray]]:
+    lengths: np.ndarray,
+    *,
+    seed: int,
+    epoch: int | None,
+    global_batch_size: int,
+    micro_batch_size: int,
+    max_tokens: int | None = None,
+) -> list[Step]:
     """Micro-batches of row numbers, by optimizer step: a function of its arguments alone, never of the number of
     workers.
 
-    `lengths` are the tokens of each pair's row. The pairs are shuffled by (seed, epoch), sorted by length within
-    windows of a few steps, cut into steps, and a window's whole steps are shuffled again. `epoch` None keeps the
-    pairs in order. The last step may be short; every pair stands in the epoch exactly once.
+    `lengths` are the tokens that the model reads for each pair. The pairs are shuffled by (seed, epoch), sorted by
+    length within windows of a few steps, cut into steps, and a window's whole steps are shuffled again. `epoch` None
+    keeps the pairs in order. The last step may be short; every pair stands in the epoch exactly once. A step is cut
+    into micro-batches of `micro_batch_size` pairs, or of at most `max_tokens` tokens when padded to the longest.
     """
     rng = None if epoch is None else np.random.default_rng([seed, epoch])
     order = np.arange(len(lengths)) if rng is None else rng.permutation(len(lengths))
@@ -61,48 +73,67 @@ def plan_epoch(
             whole = len(members) // global_batch_size
             cut[:whole] = [cut[i] for i in rng.permutation(whole)]
         steps += cut
-    return [[step[i : i + micro_batch_size] for i in range(0, len(step), micro_batch_size)] for step in steps]
+    if max_tokens is None:
+        return [[step[i : i + micro_batch_size] for i in range(0, len(step), micro_batch_size)] for step in steps]
+    return [_within_budget(step, lengths, max_tokens) for step in steps]
+
+
+def _within_budget(members: np.ndarray, lengths: np.ndarray, max_tokens: int) -> Step:
+    """Cuts a step, longest pair first, so that no micro-batch is padded to more tokens than the budget."""
+    cut, start = [], 0
+    while start < len(members):
+        size = max(1, max_tokens // int(lengths[members[start]]))
+        cut.append(members[start : start + size])
+        start += size
+    return cut
 
 
 class Plan:
     """The micro-batches of a whole run, as rows of a table.
 
     Raises:
-        UserError: the split has no pairs.
+        UserError: the split has no pairs, or one that is longer than the budget.
     """
 
     def __init__(self, spec: PlanSpec) -> None:
         self._spec = spec
-        self._table = read_split(spec.source, spec.split, ("pair_id", *TOKEN_COLUMNS, *spec.columns))
+        token_columns = (TOKEN_COLUMNS[0], *spec.responses)
+        self._table = read_split(spec.source, spec.split, ("pair_id", *token_columns, *spec.columns))
         if self._table.num_rows == 0:
             raise UserError(
                 f"no pair of {spec.source.parent} is in split {spec.split!r}: see data.split_column and the fractions"
             )
-        prompt, chosen, rejected = (pc.list_value_length(self._table[name]).to_numpy() for name in TOKEN_COLUMNS)
-        self._lengths = prompt + chosen + rejected
-        self._responses = chosen + rejected
-        self._planned: tuple[int, list[list[np.ndarray]]] | None = None
-        self.steps_per_epoch = -(-len(self._lengths) // spec.global_batch_size)
+        prompt, *responses = (pc.list_value_length(self._table[name]).to_numpy() for name in token_columns)
+        self._responses = np.sum(responses, axis=0)  # response tokens of each pair
+        alone = len(responses) * (prompt + np.max(responses, axis=0))  # a row for each response
+        self._lengths = prompt + self._responses if spec.shared_prefix else alone
+        self._refuse_over_budget()
+        self._global_batch_size = spec.global_batch_size or len(prompt)
+        self._planned: tuple[int, list[Step]] | None = None
+        self.steps_per_epoch = -(-len(prompt) // self._global_batch_size)
         self.total_steps = spec.max_steps if spec.max_steps > 0 else spec.num_epochs * self.steps_per_epoch
+        self.max_response_tokens = 0  # of any micro-batch
+        counts = []
+        for epoch in range(-(-self.total_steps // self.steps_per_epoch)):
+            for step in self._epoch(epoch):
+                counts.append(-(-len(step) // spec.num_workers) * spec.num_workers)
+                most = max(int(self._responses[rows].sum()) for rows in step)
+                self.max_response_tokens = max(self.max_response_tokens, most)
+        self._first = np.concatenate([[0], np.cumsum(counts[: self.total_steps])])  # row of each step, and the end
 
     @property
-    def max_response_tokens(self) -> int:
-        """A bound on the response tokens of any micro-batch."""
-        return int(np.sort(self._responses)[-self._spec.micro_batch_size :].sum())
+    def num_rows(self) -> int:
+        """Micro-batches of all steps, with the empty ones that fill each step up to a multiple of the workers."""
+        return int(self._first[-1])
 
-    @property
-    def num_micro_batches(self) -> int:
-        return self.total_steps * self.micro_batches_per_step
-
-    @property
-    def micro_batches_per_step(self) -> int:
-        """Empty ones included, with which each step is filled up to a multiple of the workers."""
-        planned = -(-self._spec.global_batch_size // self._spec.micro_batch_size)
-        return -(-planned // self._spec.num_workers) * self._spec.num_workers
+    def first_row(self, step: int) -> int:
+        """The number of a step's first micro-batch; of one past the end for the step past the last."""
+        return int(self._first[step])
 
     def row(self, number: int) -> pa.Table:
         """Micro-batch `number` of the run, counted over all steps, as a table of one row."""
-        step, index = divmod(number, self.micro_batches_per_step)
+        step = int(np.searchsorted(self._first, number, side="right")) - 1
+        index = number - self.first_row(step)
         epoch, within = divmod(step, self.steps_per_epoch)
         members = self._epoch(epoch)[within]
         rows = members[index] if index < len(members) else np.array([], dtype=np.int64)
@@ -110,17 +141,27 @@ class Plan:
             rows,
             step=step,
             pairs_in_step=sum(map(len, members)),
-            last_of_step=index >= self.micro_batches_per_step - self._spec.num_workers,
+            response_tokens_in_step=int(sum(self._responses[rows].sum() for rows in members)),
+            last_of_step=number >= self.first_row(step + 1) - self._spec.num_workers,
         )
 
-    def _epoch(self, epoch: int) -> list[list[np.ndarray]]:
+    def _refuse_over_budget(self) -> None:
+        longest, budget = int(self._lengths.max()), self._spec.max_tokens
+        if budget is not None and longest > budget:
+            raise UserError(
+                f"max_tokens_per_device: {budget} is less than the longest pair's {longest} tokens: raise it, or lower "
+                "data.max_length"
+            )
+
+    def _epoch(self, epoch: int) -> list[Step]:
         if self._planned is None or self._planned[0] != epoch:
             steps = plan_epoch(
                 self._lengths,
                 seed=self._spec.seed,
                 epoch=epoch if self._spec.shuffled else None,
-                global_batch_size=self._spec.global_batch_size,
+                global_batch_size=self._global_batch_size,
                 micro_batch_size=self._spec.micro_batch_size,
+                max_tokens=self._spec.max_tokens,
             )
             self._planned = (epoch, steps)
         return self._planned[1]
@@ -150,8 +191,8 @@ def micro_batch_dataset(spec: PlanSpec, start_step: int) -> Any:
     import ray.data
 
     plan = Plan(spec)
-    stop = plan.num_micro_batches
-    start = min(start_step * plan.micro_batches_per_step, stop - 1)  # a finished run reads nothing, but Ray wants a row
+    stop = plan.num_rows
+    start = min(plan.first_row(start_step), stop - 1)  # a finished run reads nothing, but Ray wants a row
     return ray.data.range(stop - start, override_num_blocks=stop - start).map_batches(
         _PlannedRows,
         fn_constructor_kwargs={"spec": spec, "start": start},

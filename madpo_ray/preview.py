@@ -30,8 +30,9 @@ def preview(config: Config) -> dict[str, Any]:
         held_out = config.data.validation_fraction + config.data.test_fraction
         training = math.floor(sum(rows.values()) * (1 if config.data.split_column else 1 - held_out))
         numbers["pairs"] = "known once stage pairs is done; steps are estimates from the rows"
-    for name, settings in (("reward", config.reward), ("train", config.train)):
-        numbers[f"steps of {name}"] = _steps(settings, training)
+    for name, settings in (("sft", config.sft), ("reward", config.reward), ("train", config.train)):
+        if settings is not None:
+            numbers[f"steps of {name}"] = _steps(settings, training)
     cluster = config.cluster
     numbers["workers"] = f"{cluster.num_workers}, each {cluster.cpus_per_worker:g} CPUs" + (
         " and a GPU" if cluster.use_gpu else ""

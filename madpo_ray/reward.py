@@ -1,6 +1,5 @@
 """Stage 2: a Bradley-Terry reward model on the training pairs, and the temperature that calibrates its margins."""
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from madpo_ray.artifacts import Inputs, building, require, write_json
 from madpo_ray.batching import MicroBatch
 from madpo_ray.calibration import calibration_report
 from madpo_ray.cluster import connected
-from madpo_ray.config import Config, RewardConfig, numerics_of, settings_of
+from madpo_ray.config import Config, ModelConfig, RewardConfig, numerics_of, settings_of
 from madpo_ray.launch import train_on_ray
 from madpo_ray.logprobs import PairRewards
 from madpo_ray.loop import Stateless, Terms
@@ -25,7 +24,6 @@ from madpo_ray.models import (
     load_tokenizer,
     model_inputs,
     prepare_for_training,
-    save_model,
 )
 from madpo_ray.plan import TOKEN_COLUMNS
 from madpo_ray.scoring import score_dataset
@@ -69,38 +67,36 @@ class RewardObjective(Stateless):
 @dataclass(frozen=True)
 class RewardTask:
     columns: tuple[str, ...] = ()
+    responses: tuple[str, ...] = TOKEN_COLUMNS[1:]
 
     def settings(self, config: Config) -> RewardConfig:
         return config.reward
 
     def load(self, config: Config, base: Path, max_response_tokens: int) -> nn.Module:
-        model = load_reward_model(base, config.model)
+        model = self._classifier(config, base, config.model)
         return PairRewards(prepare_for_training(model, config.reward, task_type="SEQ_CLS"))
 
     def objective(self, config: Config) -> RewardObjective:
         return RewardObjective(config.reward.center_rewards_coefficient)
 
-    def export(self, config: Config, model: nn.Module, state: dict[str, Tensor], base: Path, folder: Path) -> None:
-        """One plain sequence classifier: LoRA is merged, since whoever scores with it wants one forward, not two."""
+    def tokenizer(self, config: Config, base: Path) -> Any:
+        """Plain transformers reads the reward at the last token that is not padding, so padding must not end a
+        response."""
         tokenizer = load_tokenizer(base, config.model)
-        if config.reward.use_peft:
-            from peft import PeftModel
+        special = [tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, *tokenizer.all_special_ids]
+        tokenizer.pad_token_id = next(
+            int(token) for token in [*special, 0, 1] if token is not None and token != tokenizer.eos_token_id
+        )
+        return tokenizer
 
-            exact = config.model.model_copy(update={"dtype": "float32"})
-            with tempfile.TemporaryDirectory() as adapter:
-                save_model(model, Path(adapter), state, tokenizer)
-                merged = PeftModel.from_pretrained(load_reward_model(base, exact), adapter)
-                model = merged.merge_and_unload()
-            state = dict(model.state_dict())
-        # Plain transformers reads the reward at the last token that is not padding, so padding must not end a response.
-        tokenizer.pad_token_id = _padding_token(tokenizer)
-        model.config.pad_token_id = tokenizer.pad_token_id  # type: ignore[union-attr]
-        save_model(model, folder, state, tokenizer)
+    def fresh_base(self, config: Config, base: Path) -> nn.Module:
+        """Merged, since whoever scores with it wants one forward, not two; in float32, where small changes count."""
+        return self._classifier(config, base, config.model.model_copy(update={"dtype": "float32"}))
 
-
-def _padding_token(tokenizer: Any) -> int:
-    candidates = [tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, *tokenizer.all_special_ids]
-    return next(int(token) for token in [*candidates, 0, 1] if token is not None and token != tokenizer.eos_token_id)
+    def _classifier(self, config: Config, base: Path, settings: ModelConfig) -> nn.Module:
+        model: Any = load_reward_model(base, settings)
+        model.config.pad_token_id = self.tokenizer(config, base).pad_token_id
+        return model  # type: ignore[no-any-return]
 
 
 def run(config: Config) -> Path:

@@ -5,22 +5,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from madpo_ray import margins
+from madpo_ray import margins, sft
 from madpo_ray.artifacts import Inputs, building, require
 from madpo_ray.batching import MicroBatch
 from madpo_ray.cluster import connected
-from madpo_ray.config import Config, PolicyConfig, numerics_of, settings_of
+from madpo_ray.config import Config, PolicyConfig, UserError, numerics_of, settings_of
 from madpo_ray.launch import train_on_ray
 from madpo_ray.logprobs import PairLogps
 from madpo_ray.loop import Objective, Stateless, Terms
 from madpo_ray.losses import BetaStatistics, beta_dpo_batch, beta_dpo_loss, dpo_loss, ipo_loss, madpo_loss, madpo_weight
 from madpo_ray.metrics import read_metrics
-from madpo_ray.models import base_folder, load_policy, load_tokenizer, model_inputs, prepare_for_training, save_model
-from madpo_ray.tables import parquet_folder
+from madpo_ray.models import load_policy, load_tokenizer, prepare_for_training
+from madpo_ray.plan import TOKEN_COLUMNS
+from madpo_ray.tables import parquet_folder, read_split
 from madpo_ray.worker import TrainingJob
 
 
@@ -33,7 +35,7 @@ def inputs(config: Config) -> Inputs:
     }
     if config.train.loss_type == "beta_dpo":  # its statistics are those of a micro-batch of all workers
         settings["num_workers"] = config.cluster.num_workers
-    return Inputs("train", settings, {"model": model_inputs(config).fingerprint})
+    return Inputs("train", settings, {"model": sft.start_inputs(config).fingerprint})
 
 
 def folder(config: Config) -> Path:
@@ -74,9 +76,20 @@ class PolicyObjective(Stateless):
 
     def __call__(self, outputs: Mapping[str, Tensor], batch: MicroBatch, *, training: bool) -> Terms:
         logps = Logps.of(outputs, batch)
-        return Terms(self._loss(logps, batch), self._metrics(logps, outputs, batch))
+        return self._terms(self._preference_loss(logps, batch), logps, outputs, batch)
 
-    def _loss(self, logps: Logps, batch: MicroBatch) -> Tensor:
+    def _terms(self, preference_loss: Tensor, logps: Logps, outputs: Mapping[str, Tensor], batch: MicroBatch) -> Terms:
+        """A pair's whole loss (B,), with what stands beside the preference loss, and its metrics."""
+        settings, metrics = self._settings, self._metrics(logps, outputs, batch)
+        loss = preference_loss
+        if settings.nll_loss_coef:
+            metrics["nll_loss"] = -logps.chosen / batch.response_lengths.chunk(2)[0]
+            loss = loss + settings.nll_loss_coef * metrics["nll_loss"]
+        if settings.weight_column is not None:
+            loss = loss * batch.columns[settings.weight_column].to(loss)
+        return Terms(loss, metrics)
+
+    def _preference_loss(self, logps: Logps, batch: MicroBatch) -> Tensor:
         settings = self._settings
         match settings.loss_type:
             case "sigmoid":
@@ -131,9 +144,8 @@ class BetaDPOObjective(PolicyObjective):
 
     def __call__(self, outputs: Mapping[str, Tensor], batch: MicroBatch, *, training: bool) -> Terms:
         logps, settings = Logps.of(outputs, batch), self._settings
-        metrics = self._metrics(logps, outputs, batch)
         if not training:
-            return Terms(dpo_loss(logps.logratio, beta=settings.beta), metrics)
+            return self._terms(dpo_loss(logps.logratio, beta=settings.beta), logps, outputs, batch)
         scale = settings.beta if self._paper else 1.0
         gaps, own = _gather(logps.logratio.detach() * scale, batch.valid > 0)
         if self._paper:
@@ -154,7 +166,8 @@ class BetaDPOObjective(PolicyObjective):
         mask[batch.valid > 0] = kept[own].to(mask)
         # The mean over kept pairs, written as the mean over all that the loop takes.
         loss = beta_dpo_loss(logps.logratio, beta=beta.to(logps.chosen)) * mask * (len(kept) / max(int(kept.sum()), 1))
-        return Terms(loss, metrics | {"beta/effective": torch.full_like(batch.valid, float(beta))})
+        terms = self._terms(loss, logps, outputs, batch)
+        return Terms(terms.loss, terms.metrics | {"beta/effective": torch.full_like(batch.valid, float(beta))})
 
     def end_step(self) -> None:
         if self._paper:
@@ -183,6 +196,7 @@ def _gather(values: Tensor, valid: Tensor) -> tuple[Tensor, slice]:
 @dataclass(frozen=True)
 class PolicyTask:
     columns: tuple[str, ...] = ("margin", "ref_chosen_logps", "ref_rejected_logps")
+    responses: tuple[str, ...] = TOKEN_COLUMNS[1:]
 
     def settings(self, config: Config) -> PolicyConfig:
         return config.train
@@ -196,16 +210,20 @@ class PolicyTask:
             return BetaDPOObjective(config.train, config.run.seed)
         return PolicyObjective(config.train)
 
-    def export(self, config: Config, model: nn.Module, state: dict[str, Tensor], base: Path, folder: Path) -> None:
-        save_model(model, folder, state, load_tokenizer(base, config.model))
+    def tokenizer(self, config: Config, base: Path) -> Any:
+        return load_tokenizer(base, config.model)
+
+    def fresh_base(self, config: Config, base: Path) -> nn.Module | None:
+        return load_policy(base, config.model) if config.train.merge_adapter else None
 
 
 def job(config: Config, *, output: Path, experiment: str, export: bool = True) -> TrainingJob:
     """The training that the config describes; Tune's trials are the same job under other names."""
+    weight = config.train.weight_column
     return TrainingJob(
-        task=PolicyTask(),
+        task=PolicyTask(columns=(*PolicyTask.columns, *([weight] if weight else []))),
         config=config,
-        base=base_folder(config),
+        base=sft.start_folder(config),
         source=parquet_folder(margins.folder(config)),
         output=output,
         experiment=experiment,
@@ -217,12 +235,29 @@ def run(config: Config) -> Path:
     """Trains the policy; its artifact holds `model/` (a LoRA adapter, or whole weights), `metrics.jsonl` and
     TensorBoard files."""
     require(margins.folder(config), margins.inputs(config))
+    _check_weights(config)
     stage = inputs(config)
     with building(folder(config), stage) as (partial, results):
         with connected(config.cluster):
-            train_on_ray(job(config, output=partial, experiment=f"train-{stage.fingerprint[:16]}"))
-        results.update(read_metrics(partial / "metrics.jsonl")[-1])
+            outcome = train_on_ray(job(config, output=partial, experiment=f"train-{stage.fingerprint[:16]}"))
+        results.update(outcome.evaluation(read_metrics(partial / "metrics.jsonl")))
     return folder(config)
+
+
+def _check_weights(config: Config) -> None:
+    """Raises UserError where a pair's weight is missing, negative or not finite."""
+    column = config.train.weight_column
+    if column is None:
+        return
+    table = read_split(parquet_folder(margins.folder(config)), "train", ("pair_id", column))
+    weights = table[column].to_numpy()
+    bad = np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)))
+    if len(bad):
+        ids = ", ".join(table["pair_id"].take(bad[:5]).to_pylist())
+        raise UserError(
+            f"train.weight_column: {column} is missing, negative or not finite for {len(bad)} pairs, such as {ids}: "
+            "mend the column in data.files"
+        )
 
 
 def describe(results: Mapping[str, Any]) -> str:

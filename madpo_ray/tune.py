@@ -42,6 +42,7 @@ def _trial(values: dict[str, Any], config: Config) -> None:
     from ray.tune.integration.ray_train import TuneReportCallback
 
     name = f"tune-{inputs(config).fingerprint[:16]}-{ray.tune.get_context().get_trial_id()}"
+    config = config.model_copy(update={"run": config.run.model_copy(update={"max_wall_time": None})})
     job = train.job(with_values(config, values), output=config.run.folder / "ray" / name, experiment=name, export=False)
     train_on_ray(job, callbacks=[TuneReportCallback()])
 

@@ -1,7 +1,9 @@
 """What every rank of a training runs: load, restore, fit, export. Knows no Ray: a `Site` says where it runs."""
 
 import dataclasses
+import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +18,9 @@ from madpo_ray import engine as ds
 from madpo_ray.batching import MicroBatch, collate
 from madpo_ray.cluster import num_threads
 from madpo_ray.config import Config, TrainingConfig
-from madpo_ray.loop import Objective, Progress, evaluate, fit
+from madpo_ray.loop import Notice, Objective, Progress, evaluate, fit
 from madpo_ray.metrics import MetricsLog
-from madpo_ray.models import DTYPES, shares_prefix
+from madpo_ray.models import DTYPES, merge_adapter, save_whole, saved_tensors, takes_shared_rows
 from madpo_ray.plan import TOKEN_COLUMNS, Plan, PlanSpec
 from madpo_ray.throughput import ModelFlops, peak_flops
 
@@ -30,6 +32,10 @@ class Task(Protocol):
     def columns(self) -> tuple[str, ...]:
         """Float columns of the source that the objective reads."""
 
+    @property
+    def responses(self) -> tuple[str, ...]:
+        """Which responses of a pair the model reads: chosen_ids, rejected_ids."""
+
     def settings(self, config: Config) -> TrainingConfig: ...
 
     def load(self, config: Config, base: Path, max_response_tokens: int) -> nn.Module:
@@ -37,10 +43,11 @@ class Task(Protocol):
 
     def objective(self, config: Config) -> Objective: ...
 
-    def export(
-        self, config: Config, model: nn.Module, state: dict[str, torch.Tensor], base: Path, folder: Path
-    ) -> None:
-        """Writes the trained model; on rank 0 only."""
+    def tokenizer(self, config: Config, base: Path) -> Any:
+        """What is saved beside the trained model."""
+
+    def fresh_base(self, config: Config, base: Path) -> nn.Module | None:
+        """A whole model to merge trained LoRA into, on rank 0; None where the adapter itself is the result."""
 
 
 @dataclass(frozen=True)
@@ -54,15 +61,26 @@ class TrainingJob:
     output: Path  # gets model/, metrics.jsonl and tensorboard/ at the end
     experiment: str  # names the run in Ray's storage; the same name resumes
     export: bool = True  # write to output; Tune's trials do not
+    deadline: float | None = None  # time.time() at which to save and leave
 
     @property
     def settings(self) -> TrainingConfig:
         return self.task.settings(self.config)
 
     @property
+    def shared_prefix(self) -> bool:
+        """Whether a pair is one row [prompt | chosen | rejected]."""
+        return len(self.task.responses) > 1 and takes_shared_rows(self.base, self.config.model)
+
+    @property
     def checkpoints(self) -> Path:
         """The run's folder in Ray's storage."""
         return self.config.run.folder / "ray" / self.experiment
+
+    @property
+    def stop_file(self) -> Path:
+        """While it is there, every rank saves and leaves after its step."""
+        return self.checkpoints / "stop"
 
     @property
     def metrics(self) -> Path:
@@ -77,8 +95,11 @@ class TrainingJob:
             split=split,
             columns=self.task.columns,
             seed=self.config.run.seed,
-            global_batch_size=settings.global_batch_size,
+            global_batch_size=settings.global_batch_size if training else None,
             micro_batch_size=settings.per_device_train_batch_size if training else settings.per_device_eval_batch_size,
+            max_tokens=settings.max_tokens_per_device,
+            shared_prefix=self.shared_prefix,
+            responses=self.task.responses,
             num_workers=num_workers,
             num_epochs=settings.num_train_epochs if training else 1,
             max_steps=settings.max_steps if training else -1,
@@ -95,37 +116,42 @@ class Site(Protocol):
     def rows(self, start_step: int) -> Iterable[pa.Table]:
         """This rank's rows of the plan, in order, from a step on (earlier ones may come along)."""
 
-    def checkpoint(self) -> Path | None:
-        """The folder of the checkpoint to start from."""
-
     def report(self, numbers: dict[str, float], checkpoint: Path | None) -> None:
         """Hands numbers, and perhaps this rank's part of a checkpoint, to whoever started the run. A barrier."""
 
+    def node_is_leaving(self) -> bool:
+        """Whether a node of the run is about to be taken away. A barrier."""
 
-@dataclass
+
 class Local:
-    """One rank in this process, without Ray: for benchmarks and tests."""
+    """A rank of a torch.distributed group, without Ray: for benchmarks and tests.
 
-    job: TrainingJob
-    rank: int = 0
-    world_size: int = 1
+    Checkpoints go to the job's folder as they do on Ray; the ranks share a file system.
+    """
+
+    def __init__(self, job: TrainingJob) -> None:
+        self._job = job
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
 
     def rows(self, start_step: int) -> Iterator[pa.Table]:
-        plan = Plan(self.job.plan(1))
-        return map(plan.row, range(start_step * plan.micro_batches_per_step, plan.num_micro_batches))
-
-    def checkpoint(self) -> Path | None:
-        return None
+        plan = Plan(self._job.plan(self.world_size))
+        return map(plan.row, range(plan.first_row(start_step) + self.rank, plan.num_rows, self.world_size))
 
     def report(self, numbers: dict[str, float], checkpoint: Path | None) -> None:
-        pass
+        if checkpoint is not None:
+            place = self._job.checkpoints / f"checkpoint_{int(numbers['step']):08d}"
+            shutil.copytree(checkpoint, place, dirs_exist_ok=True)
+        dist.barrier()
+
+    def node_is_leaving(self) -> bool:
+        return False
 
 
 class RunReporter:
     """Writes metrics on rank 0, and hands them and checkpoints to the site."""
 
-    def __init__(self, site: Site, engine: Any, objective: Objective, log: MetricsLog | None) -> None:
-        self._site, self._engine, self._objective, self._log = site, engine, objective, log
+    def __init__(self, job: TrainingJob, site: Site, engine: Any, objective: Objective, log: MetricsLog | None) -> None:
+        self._job, self._site, self._engine, self._objective, self._log = job, site, engine, objective, log
 
     def log(self, progress: Progress, metrics: dict[str, float]) -> None:
         if self._log is not None:
@@ -143,70 +169,162 @@ class RunReporter:
             ds.save(self._engine, Path(folder), state)
             self._site.report(numbers, Path(folder))
 
+    def last_checkpoint(self) -> str:
+        newest = ds.newest_checkpoint(self._job.checkpoints)
+        return (
+            f"The last good checkpoint is step {newest[0]}'s, {newest[1]}" if newest else "No checkpoint was saved yet"
+        )
 
-def train_rank(job: TrainingJob, site: Site) -> None:
-    """Trains from the site's checkpoint, or from the start, to the end, and exports the model."""
+
+# Seconds between two looks at whether a node is leaving: all ranks wait for each other there.
+PREEMPTION_POLL_S = 5.0
+
+
+class Noticeboard:
+    """What all ranks hear after a step: the gravest that any of them knows of."""
+
+    def __init__(self, job: TrainingJob, site: Site, device: torch.device) -> None:
+        self._job, self._site, self._device = job, site, device
+        self._next_poll, self._saved_for_preemption = time.monotonic(), False
+
+    def __call__(self) -> Notice:
+        own = Notice.NONE
+        if self._job.deadline is not None and time.time() >= self._job.deadline:
+            own = Notice.OUT_OF_TIME
+        if self._job.stop_file.exists():
+            own = Notice.TERMINATED
+        polls = self._site.rank == 0 and time.monotonic() >= self._next_poll
+        heard, anyone_polls = ds.max_over_ranks([own, polls], self._device)
+        if anyone_polls:
+            self._next_poll = time.monotonic() + PREEMPTION_POLL_S
+            if self._site.node_is_leaving() and not self._saved_for_preemption:
+                self._saved_for_preemption = True
+                heard = max(heard, Notice.SAVE)
+        return Notice(int(heard))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a training ended."""
+
+    step: int  # whose weights are the result
+    notice: Notice = Notice.NONE  # to leave, where it heard one before its end
+
+    def evaluation(self, metrics: list[dict[str, Any]]) -> dict[str, Any]:
+        """The line of that step's evaluation."""
+        return next(line for line in metrics if line["step"] == self.step and "eval_loss" in line)
+
+
+def train_rank(job: TrainingJob, site: Site) -> Outcome:
+    """Trains from the newest checkpoint, or from the start, to the end, and exports the model."""
     torch.set_num_threads(num_threads(job.config.cluster))
-    torch.manual_seed(job.config.run.seed)
     plan = Plan(job.plan(site.world_size))
     held_out_plan = Plan(job.plan(site.world_size, split="validation"))
     bound = max(plan.max_response_tokens, held_out_plan.max_response_tokens)
-    module = job.task.load(job.config, job.base, bound)
-    torch.manual_seed(job.config.run.seed + site.rank)  # the same weights on all ranks, dropout of each rank its own
-    model: Any = module.model
-    shared = shares_prefix(model, job.config.model)
-    flops = ModelFlops(model)
-    engine = ds.initialize(module, job.settings, dtype=job.config.model.dtype, total_steps=plan.total_steps)
+    newest = ds.newest_checkpoint(job.checkpoints)
+    engine = _start(job, bound, plan.total_steps, newest[1] if newest else None)
     # Before the checkpoint restores the random state, which measuring draws from.
     machine_flops = ds.sum_over_ranks(peak_flops(DTYPES[job.config.model.dtype], engine.device), engine.device)
     objective, progress = job.task.objective(job.config), Progress()
-    checkpoint = site.checkpoint()
-    if checkpoint is not None:
-        state = ds.load(engine, checkpoint)
+    if newest is not None:
+        state = ds.load(engine, newest[1])
         progress = Progress(**state["progress"])
         objective.load_state_dict(state["objective"])
     log = MetricsLog(job.metrics, progress.step) if site.rank == 0 else None
-    held_out = _held_out(job, held_out_plan, site, shared_prefix=shared)
-    if progress.step < plan.total_steps:
-        fit(
+    held_out = _held_out(job, held_out_plan, site)
+    notice = Notice.NONE
+    if progress.step < plan.total_steps and not progress.ran_out_of_patience(job.settings):
+        notice = fit(
             engine,
             objective,
-            _own_batches(job, site, progress.step, shared_prefix=shared),
+            _own_batches(job, site, progress.step),
             job.settings,
             progress=progress,
             total_steps=plan.total_steps,
             steps_per_epoch=plan.steps_per_epoch,
             evaluate=lambda: evaluate(engine, objective, held_out, engine.device),
-            reporter=RunReporter(site, engine, objective, log),
-            flops=flops,
+            reporter=RunReporter(job, site, engine, objective, log),
+            notice=Noticeboard(job, site, engine.device),
+            flops=ModelFlops(engine.module.model),
             machine_flops=machine_flops,
         )
-    if job.export:
-        state = ds.full_state(engine, model)
-        if site.rank == 0:
-            job.task.export(job.config, model, state, job.base, job.output / "model")
-        dist.barrier()
     if log is not None:
         log.close()
+    if notice > Notice.NONE:
+        return Outcome(progress.step, notice)
+    best = progress.best_step or progress.step
+    if job.export:
+        if best != progress.step:
+            engine = _restart_from(job, best, engine, bound, plan.total_steps)
+        _export(job, engine)
+    return Outcome(best)
 
 
-def _own_batches(job: TrainingJob, site: Site, start_step: int, *, shared_prefix: bool) -> Iterator[MicroBatch]:
+def _export(job: TrainingJob, engine: Any) -> None:
+    """Writes the trained model as a folder that transformers, and peft for an adapter, loads; all ranks call it."""
+    model, folder = engine.module.model, job.output / "model"
+    tensors = ds.trained_tensors(engine, model)
+    if not job.settings.use_peft:
+        save_whole(model, tensors, folder, is_writer=dist.get_rank() == 0)
+    elif (adapter := dict(tensors)) and dist.get_rank() == 0:
+        fresh = job.task.fresh_base(job.config, job.base)
+        if fresh is None:
+            model.save_pretrained(str(folder), state_dict=adapter)
+        else:
+            merged = merge_adapter(model, adapter, fresh)
+            save_whole(merged, saved_tensors(merged), folder)
+    if dist.get_rank() == 0:
+        job.task.tokenizer(job.config, job.base).save_pretrained(folder)
+    dist.barrier()
+
+
+def _start(job: TrainingJob, max_response_tokens: int, total_steps: int, checkpoint: Path | None) -> Any:
+    """An engine around the task's module, ready for `ds.load` of the checkpoint: the same weights on all ranks, and
+    dropout of each rank its own."""
+    dtype = job.config.model.dtype
+    torch.manual_seed(job.config.run.seed)
+    with ds.sharded_construction(job.settings, dtype=dtype):
+        module = job.task.load(job.config, job.base, max_response_tokens)
+    torch.manual_seed(job.config.run.seed + dist.get_rank())
+    resized = checkpoint is not None and ds.is_resized(checkpoint, job.settings, dtype=dtype)
+    return ds.initialize(module, job.settings, dtype=dtype, total_steps=total_steps, resized=resized)
+
+
+def _restart_from(job: TrainingJob, step: int, engine: Any, max_response_tokens: int, total_steps: int) -> Any:
+    """A fresh engine with the weights of an earlier step: DeepSpeed does not load into one that has trained.
+
+    Raises:
+        RuntimeError: there is no whole checkpoint of that step any more.
+    """
+    best = ds.newest_checkpoint(job.checkpoints, step=step)
+    if best is None:
+        raise RuntimeError(
+            f"the best step was {step}, and {job.checkpoints} has no whole checkpoint of it; "
+            "metric_for_best_model: null takes the last step's weights"
+        )
+    engine.destroy()
+    fresh = _start(job, max_response_tokens, total_steps, best[1])
+    ds.load(fresh, best[1])
+    return fresh
+
+
+def _own_batches(job: TrainingJob, site: Site, start_step: int) -> Iterator[MicroBatch]:
     for row in site.rows(start_step):
         if row["step"][0].as_py() >= start_step:
-            yield decode_row(row, job.task.columns, shared_prefix=shared_prefix)
+            yield decode_row(row, job)
 
 
-def _held_out(job: TrainingJob, plan: Plan, site: Site, *, shared_prefix: bool) -> list[MicroBatch]:
+def _held_out(job: TrainingJob, plan: Plan, site: Site) -> list[MicroBatch]:
     """This rank's share of the validation pairs, filled up so that every rank has equally many micro-batches."""
-    own = range(site.rank, plan.num_micro_batches, site.world_size)
-    return [decode_row(plan.row(i), job.task.columns, shared_prefix=shared_prefix) for i in own]
+    return [decode_row(plan.row(i), job) for i in range(site.rank, plan.num_rows, site.world_size)]
 
 
-def decode_row(row: pa.Table, columns: tuple[str, ...], *, shared_prefix: bool) -> MicroBatch:
+def decode_row(row: pa.Table, job: TrainingJob) -> MicroBatch:
     """The micro-batch of a row of `Plan.row`."""
     values = {name: row[name][0].as_py() for name in row.column_names}
-    names = ("pair_id", *TOKEN_COLUMNS, *columns)
+    columns, responses = job.task.columns, job.task.responses
+    names = ("pair_id", TOKEN_COLUMNS[0], *responses, *columns)
     pairs = [dict(zip(names, cells, strict=True)) for cells in zip(*(values[name] for name in names), strict=True)]
-    batch = collate(pairs, shared_prefix=shared_prefix, column_names=columns)
-    scalars = {name: values[name] for name in ("step", "pairs_in_step", "last_of_step")}
-    return dataclasses.replace(batch, **scalars)
+    batch = collate(pairs, shared_prefix=job.shared_prefix, column_names=columns, responses=responses)
+    scalars = ("step", "pairs_in_step", "response_tokens_in_step", "last_of_step")
+    return dataclasses.replace(batch, **{name: values[name] for name in scalars})

@@ -9,8 +9,11 @@ os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", "120")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import dataclasses
 import json
+import multiprocessing
 import random
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -203,6 +206,109 @@ def finished_run(
     said: list[str] = []
     pipeline.run_all(config, say=lambda what: said.append(str(what)))
     return config, said
+
+
+@pytest.fixture(scope="session")
+def scored_pairs(model_folder: Path, pairs_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Parquet of 75 pairs or so as stage 3 would write them, with margins drawn at random: what a policy trains on."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from madpo_ray.formats import tokenize_pair
+    from madpo_ray.scoring import PairScorer
+
+    rng = random.Random(0)
+    rows = [json.loads(line) for line in pairs_file.read_text().splitlines()]
+    tokenizer = make_tokenizer()
+    table = pa.Table.from_pylist(
+        [
+            {
+                "pair_id": f"pair-{i}",
+                "split": "validation" if i % 6 == 5 else "train",
+                **tokenize_pair(row, tokenizer, 64),
+                "margin": rng.gauss(1, 3),
+                "importance": rng.uniform(0.5, 2),
+            }
+            for i, row in enumerate(rows)
+        ]
+    )
+    settings = parse_config(raw_config_for(model_folder, pairs_file, Path("runs"))).model
+    scorer = PairScorer(model=settings, micro_batch_size=8, num_threads=1, policies={"ref_": model_folder})
+    folder = tmp_path_factory.mktemp("scored")
+    pq.write_table(scorer(table), folder / "part-000000.parquet")
+    return folder
+
+
+@pytest.fixture
+def policy_job(config: Config, scored_pairs: Path, tmp_path: Path) -> Callable[..., Any]:
+    """Makes a policy's training on `scored_pairs`; jobs of one name share checkpoints."""
+    from madpo_ray import train
+
+    def make(name: str, model: dict[str, Any] | None = None, **changes: Any) -> Any:
+        raw = config.model_dump()
+        raw["data"]["keep_columns"] = ["chosen_score", "rejected_score", "importance"]
+        raw["train"] |= changes
+        raw["model"] |= model or {}
+        job = train.job(parse_config(raw), output=tmp_path / name, experiment=name)
+        return dataclasses.replace(job, source=scored_pairs)
+
+    return make
+
+
+def _be_a_rank(job: Any, rank: int, world_size: int, store: str, outcomes: Any) -> None:
+    import torch.distributed as dist
+
+    from madpo_ray.worker import Local, train_rank
+
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    os.environ |= {name: str(place) for name, place in places.items()}
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    try:
+        outcomes.put(train_rank(job, Local(job)))
+    except RuntimeError as error:
+        outcomes.put(str(error))
+        raise
+    dist.destroy_process_group()
+
+
+class Ranks:
+    """Processes that train a job over gloo, as Ray's workers do, without Ray: started in a second, and killed."""
+
+    def __init__(self, job: Any, world_size: int, folder: Path) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["deepspeed", "transformers", "peft", "madpo_ray.worker", "madpo_ray.train"])
+        store = tempfile.mktemp(dir=folder)
+        self._outcomes = context.Queue()
+        self.processes = [
+            context.Process(target=_be_a_rank, args=(job, rank, world_size, store, self._outcomes))
+            for rank in range(world_size)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def join(self) -> list[int]:
+        """Waits for the end; the exit codes, negative for a signal."""
+        for process in self.processes:
+            process.join()
+        return [process.exitcode for process in self.processes]
+
+    def outcome(self) -> Any:
+        """Waits, and gives what rank 0, like all, returned."""
+        codes = self.join()
+        assert codes == [0] * len(codes), codes
+        return self._outcomes.get(timeout=10)
+
+    def errors(self) -> list[str]:
+        """Waits, and gives what each rank died of."""
+        codes = self.join()
+        assert codes == [1] * len(codes), codes
+        return [self._outcomes.get(timeout=10) for _ in codes]
+
+
+@pytest.fixture
+def train_on(tmp_path: Path) -> Callable[..., Any]:
+    """Trains a job on a number of ranks; gives their outcome."""
+    return lambda job, world_size: Ranks(job, world_size, tmp_path).outcome()
 
 
 Edit = Callable[[dict[str, Any]], None]
