@@ -37,6 +37,7 @@ class MicroBatch:
     valid: Tensor  # (B,) 1 for a pair, 0 for the filler of an empty micro-batch
     columns: dict[str, Tensor]  # name -> (B,) float64, such as margin and ref_chosen_logps
     num_real_tokens: int = 0  # without padding
+    num_attended: int = 0  # pairs of tokens of which one sees the other, itself included
     pair_ids: tuple[str, ...] = ()
     pairs_in_step: int = 1  # pairs of the optimizer step, over all ranks and micro-batches
     response_tokens_in_step: int = 1  # the same for response tokens
@@ -87,6 +88,7 @@ def collate(
         valid=valid,
         columns={name: torch.tensor([float(row[name]) for row in pairs], dtype=torch.float64) for name in column_names},
         num_real_tokens=_real_tokens(rows, responses, prompts=1 if shared else len(responses)),
+        num_attended=_attended(rows, responses, prompts=1 if shared else len(responses)),
         pair_ids=tuple(row.get("pair_id", "") for row in rows),
         pairs_in_step=max(len(rows), 1),
         response_tokens_in_step=max(sum(len(row[name]) for row in rows for name in responses), 1),
@@ -96,6 +98,15 @@ def collate(
 def _real_tokens(rows: Sequence[dict[str, Any]], responses: Sequence[str], *, prompts: int) -> int:
     read = prompts * sum(len(row["prompt_ids"]) for row in rows)
     return read + sum(len(row[name]) for row in rows for name in responses)
+
+
+def _attended(rows: Sequence[dict[str, Any]], responses: Sequence[str], *, prompts: int) -> int:
+    count = 0
+    for row in rows:
+        prompt = len(row["prompt_ids"])
+        count += prompts * prompt * (prompt + 1) // 2
+        count += sum(len(row[name]) * (2 * prompt + len(row[name]) + 1) // 2 for name in responses)
+    return count
 
 
 def _shared_rows(pairs: Sequence[dict[str, Any]]) -> dict[str, Tensor]:

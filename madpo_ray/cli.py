@@ -109,8 +109,8 @@ def _call(command: str, config: Config, dry_run: bool) -> None:
     logging.getLogger("madpo_ray").setLevel(logging.INFO)
     from madpo_ray import pipeline, preview, tune
 
-    stages = {stage.name: stage for stage in pipeline.STAGES}
-    stages["tune"] = pipeline.Stage("tune", tune.inputs, tune.folder, tune.run, tune.describe)
+    search = pipeline.Stage("tune", tune.inputs, tune.folder, tune.run, tune.describe)
+    stages = {**pipeline.STAGES, "tune": search}
     if dry_run:
         _print_preview(config, preview.preview(config))
     elif command == "run":

@@ -7,7 +7,7 @@ TRL's where TRL has the thing.
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -111,6 +111,8 @@ class DataConfig(Section):
 class TrainingConfig(Section):
     """What the one loop needs, whatever it trains."""
 
+    metrics: ClassVar[frozenset[str]] = frozenset({"loss"})  # of an evaluation, without its prefix eval_
+
     learning_rate: float = Field(1e-5, gt=0)
     global_batch_size: int = Field(32, ge=1, description="pairs per optimizer step, over all workers")
     per_device_train_batch_size: int = Field(8, ge=1, description="pairs of one forward; accumulation follows from it")
@@ -165,6 +167,14 @@ class TrainingConfig(Section):
         return name if name.startswith("eval_") else f"eval_{name}", greater
 
     @model_validator(mode="after")
+    def _metric_is_measured(self) -> "TrainingConfig":
+        if self.metric_for_best_model is not None:
+            name = self.best_metric[0].removeprefix("eval_")
+            if name not in self.metrics:
+                raise ValueError(f"metric_for_best_model: no {name!r} is measured{nearest(name, sorted(self.metrics))}")
+        return self
+
+    @model_validator(mode="after")
     def _patience_needs_a_metric(self) -> "TrainingConfig":
         if self.early_stopping_patience is not None and (self.metric_for_best_model is None or self.eval_steps is None):
             raise ValueError("early_stopping_patience needs metric_for_best_model, such as eval_loss, and eval_steps")
@@ -178,10 +188,14 @@ class TrainingConfig(Section):
 
 
 class SFTConfig(TrainingConfig):
-    pass
+    metrics: ClassVar[frozenset[str]] = frozenset({"loss", "entropy"})
 
 
 class RewardConfig(TrainingConfig):
+    metrics: ClassVar[frozenset[str]] = frozenset(
+        {"loss", "accuracy", "margin", "mean_reward", "min_reward", "max_reward"}
+    )
+
     center_rewards_coefficient: float = Field(
         0.0, ge=0, description="weight of (chosen + rejected reward)^2, as in TRL"
     )
@@ -197,6 +211,11 @@ LossType = Literal["sigmoid", "ipo", "ipo_sum", "beta_dpo", "madpo"]
 
 
 class PolicyConfig(TrainingConfig):
+    metrics: ClassVar[frozenset[str]] = frozenset(
+        {"loss", "entropy", "logps/chosen", "logps/rejected"}
+        | {f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")}
+    )
+
     merge_adapter: bool = Field(False, description="write whole weights with LoRA merged in, not an adapter")
     loss_type: LossType = "madpo"
     beta: float = Field(0.1, gt=0, description="base temperature")

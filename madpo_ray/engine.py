@@ -63,6 +63,7 @@ def initialize(
         betas=(settings.adam_beta1, settings.adam_beta2),
         eps=settings.adam_epsilon,
         weight_decay=settings.weight_decay,
+        fused=True,
     )
     warmup = settings.warmup_steps if settings.warmup_steps >= 1 else math.ceil(settings.warmup_steps * total_steps)
     schedule = get_scheduler(

@@ -58,11 +58,30 @@ def _as_scores(model: Any, mask: Tensor) -> Tensor:
 def _chunk_logps(model: Any, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies, both (n,), of a chunk's targets from its hidden states (n, H)."""
     logits = _scaled(model.config, model.get_output_embeddings()(hidden)).float()  # (n, V)
-    log_z = logits.logsumexp(-1)
-    logps = logits.gather(-1, targets[:, None])[:, 0] - log_z
-    with torch.no_grad():
-        entropy = log_z - ((logits - log_z[:, None]).exp() * logits).sum(-1)
+    logps, entropy = _TargetLogps.apply(logits, targets)  # type: ignore[no-untyped-call]
     return logps, entropy
+
+
+class _TargetLogps(torch.autograd.Function):
+    """Log-softmax at the targets, and the entropy, both (n,), from logits (n, V) with a single exponential, which the
+    backward pass turns into the gradient in place: a large vocabulary costs memory traffic more than arithmetic."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        largest = logits.amax(-1, keepdim=True)
+        exponentials = (logits - largest).exp_()
+        total = exponentials.sum(-1)
+        log_z = largest[:, 0] + total.log()
+        entropy = log_z - torch.linalg.vecdot(exponentials, logits) / total
+        ctx.save_for_backward(exponentials, total, targets)
+        ctx.mark_non_differentiable(entropy)
+        return logits.gather(-1, targets[:, None])[:, 0] - log_z, entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None]:
+        exponentials, total, targets = ctx.saved_tensors
+        gradient = exponentials.mul_((-grad / total)[:, None])
+        return gradient.scatter_add_(-1, targets[:, None], grad[:, None]), None
 
 
 def _scaled(config: Any, logits: Tensor) -> Tensor:

@@ -81,16 +81,10 @@ class Progress:
         return asdict(self)
 
     def judge(self, metrics: Mapping[str, float], settings: TrainingConfig) -> bool:
-        """Takes an evaluation in; says whether it is the best so far.
-
-        Raises:
-            KeyError: the evaluation has no metric of the name that the settings give.
-        """
+        """Takes an evaluation in; says whether it is the best so far."""
         if settings.metric_for_best_model is None:
             return False
         name, greater = settings.best_metric
-        if name not in metrics:
-            raise KeyError(f"metric_for_best_model: the evaluation has no {name}; it has {', '.join(sorted(metrics))}")
         value, best = metrics[name], self.best_metric
         better = best is None or (value > best if greater else value < best)
         self.evaluations_since_best = 0 if better else self.evaluations_since_best + 1

@@ -23,8 +23,8 @@ class Stage:
     describe: Callable[[Mapping[str, Any]], Any]
 
 
-STAGES = tuple(
-    Stage(name, module.inputs, module.folder, module.run, describe)
+STAGES = {
+    name: Stage(name, module.inputs, module.folder, module.run, describe)
     for name, module, describe in (
         ("pairs", pairs, pairs.describe),
         ("sft", sft, sft.describe),
@@ -33,12 +33,12 @@ STAGES = tuple(
         ("train", train, train.describe),
         ("evaluate", evaluate, evaluate.as_tables),
     )
-)
+}
 
 
 def stages_of(config: Config) -> list[Stage]:
     """The stages that the config asks for."""
-    return [stage for stage in STAGES if stage.name != "sft" or config.sft is not None]
+    return [stage for stage in STAGES.values() if stage.name != "sft" or config.sft is not None]
 
 
 def check(config: Config) -> None:

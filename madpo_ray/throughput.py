@@ -15,17 +15,20 @@ class ModelFlops:
     """FLOPs that the mathematics of one forward and backward needs, without recomputation.
 
     Counts the products of linear layers: 2 per weight and token forward, 2 more where a gradient passes to the input
-    (something before the layer is trained), 2 more where the weight itself is trained. Attention scores and element-
-    wise work are left out.
+    (something before the layer is trained), 2 more where the weight itself is trained; and those of attention, for
+    the pairs of tokens that see each other: 4 a channel forward, and twice that backward. Element-wise work is left
+    out, and so are sliding windows.
     """
 
     def __init__(self, model: nn.Module) -> None:
         base = base_of(model)
         head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
-        self._per_token, self._per_response_token, trained_before = 0, 0, False
+        self._per_token, self._per_response_token, self._per_attended, trained_before = 0, 0, 0, False
+        heads, size = base.config.num_attention_heads, getattr(base.config, "head_dim", None)
+        channels = heads * size if size else base.config.hidden_size
         for module in model.modules():
             trained_here = any(p.requires_grad for p in module.parameters(recurse=False))
-            weight = getattr(module, "weight", None)
+            weight = module._parameters.get("weight")  # its own: peft's wrappers hand out what they wrap
             if isinstance(weight, torch.Tensor) and weight.dim() == 2 and not isinstance(module, nn.Embedding):
                 flops = 2 * weight.numel() * (1 + trained_before + weight.requires_grad)
                 if module is head:
@@ -33,11 +36,15 @@ class ModelFlops:
                 else:
                     self._per_token += flops
             trained_before = trained_before or trained_here
+            if type(module).__name__.endswith("Attention"):
+                trained = trained_before or any(p.requires_grad for p in module.parameters())
+                self._per_attended += 4 * channels * (3 if trained else 1)
 
     def __call__(self, batch: MicroBatch) -> int:
         """FLOPs of a micro-batch; padding counts for nothing."""
         responses = int(batch.target_ids.numel())
-        return self._per_token * batch.num_real_tokens + self._per_response_token * responses
+        linear = self._per_token * batch.num_real_tokens + self._per_response_token * responses
+        return linear + self._per_attended * batch.num_attended
 
 
 def peak_flops(dtype: torch.dtype, device: torch.device, size: int = 1024, seconds: float = 1.0) -> float:

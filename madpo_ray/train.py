@@ -235,7 +235,7 @@ def run(config: Config) -> Path:
     """Trains the policy; its artifact holds `model/` (a LoRA adapter, or whole weights), `metrics.jsonl` and
     TensorBoard files."""
     require(margins.folder(config), margins.inputs(config))
-    _check_weights(config)
+    check_weights(config)
     stage = inputs(config)
     with building(folder(config), stage) as (partial, results):
         with connected(config.cluster):
@@ -244,20 +244,21 @@ def run(config: Config) -> Path:
     return folder(config)
 
 
-def _check_weights(config: Config) -> None:
-    """Raises UserError where a pair's weight is missing, negative or not finite."""
+def check_weights(config: Config) -> None:
+    """Raises UserError where a pair's own weight is missing, negative or not finite."""
     column = config.train.weight_column
     if column is None:
         return
-    table = read_split(parquet_folder(margins.folder(config)), "train", ("pair_id", column))
-    weights = table[column].to_numpy()
-    bad = np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)))
-    if len(bad):
-        ids = ", ".join(table["pair_id"].take(bad[:5]).to_pylist())
-        raise UserError(
-            f"train.weight_column: {column} is missing, negative or not finite for {len(bad)} pairs, such as {ids}: "
-            "mend the column in data.files"
-        )
+    for split in ("train", "validation"):
+        table = read_split(parquet_folder(margins.folder(config)), split, ("pair_id", column))
+        weights = table[column].to_numpy()
+        bad = np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)))
+        if len(bad):
+            ids = ", ".join(table["pair_id"].take(bad[:5]).to_pylist())
+            raise UserError(
+                f"train.weight_column: {column} is missing, negative or not finite for {len(bad)} pairs, such as "
+                f"{ids}: mend the column in data.files"
+            )
 
 
 def describe(results: Mapping[str, Any]) -> str:

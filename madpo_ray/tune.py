@@ -55,6 +55,7 @@ def run(config: Config) -> Path:
         RuntimeError: no trial finished.
     """
     require(margins.folder(config), margins.inputs(config))
+    train.check_weights(config)
     _check_search(config)
     with building(folder(config), inputs(config)) as (partial, results):
         with connected(config.cluster, dashboard=True):

@@ -168,6 +168,7 @@ def raw_config_for(model_folder: Path, pairs_file: Path, storage: Path) -> dict[
         },
         "run": {"name": "tiny", "storage_path": str(storage)},
         "cluster": {"num_workers": 2},
+        "sft": {**training, "learning_rate": 1e-3, "max_steps": 2},
         "reward": {**training, "num_train_epochs": 3, "use_peft": True, "lora_r": 4},
         "train": {**training, "learning_rate": 1e-3, "max_steps": 5},
         "evaluate": {
@@ -199,7 +200,7 @@ def ray_local() -> Iterator[None]:
 def finished_run(
     model_folder: Path, pairs_file: Path, tmp_path_factory: pytest.TempPathFactory, ray_local: None
 ) -> tuple[Config, list[str]]:
-    """A tiny run of stages 1 to 5 on two workers, and what it said."""
+    """A tiny run of all stages on two workers, and what it said."""
     from madpo_ray import pipeline
 
     config = parse_config(raw_config_for(model_folder, pairs_file, tmp_path_factory.mktemp("runs")))
@@ -248,6 +249,7 @@ def policy_job(config: Config, scored_pairs: Path, tmp_path: Path) -> Callable[.
         raw = config.model_dump()
         raw["data"]["keep_columns"] = ["chosen_score", "rejected_score", "importance"]
         raw["train"] |= changes
+        raw["sft"] = None
         raw["model"] |= model or {}
         job = train.job(parse_config(raw), output=tmp_path / name, experiment=name)
         return dataclasses.replace(job, source=scored_pairs)

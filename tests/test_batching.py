@@ -1,45 +1,11 @@
-"""Order, micro-batches, and the indices of responses."""
+"""The rows that a model reads, and the indices of responses in them."""
 
 from typing import Any
 
-import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from madpo_ray.batching import collate
 from madpo_ray.formats import split_joint
-from madpo_ray.plan import plan_epoch
-
-
-def flat(steps: list[list[np.ndarray]]) -> list[int]:
-    return [int(row) for step in steps for members in step for row in members]
-
-
-@given(st.integers(1, 200), st.integers(1, 40), st.integers(1, 16), st.integers(0, 5))
-def test_every_pair_stands_in_an_epoch_once(count: int, global_size: int, micro_size: int, epoch: int) -> None:
-    lengths = np.random.default_rng(0).integers(3, 50, count)
-    steps = plan_epoch(lengths, seed=1, epoch=epoch, global_batch_size=global_size, micro_batch_size=micro_size)
-    assert sorted(flat(steps)) == list(range(count))
-    assert all(sum(map(len, step)) == global_size for step in steps[:-1])
-    assert all(len(members) <= micro_size for step in steps for members in step)
-
-
-def test_order_depends_on_seed_and_epoch_and_on_nothing_else() -> None:
-    lengths = np.arange(3, 103)
-
-    def steps(seed: int, epoch: int, micro: int) -> list[set[int]]:
-        plan = plan_epoch(lengths, seed=seed, epoch=epoch, global_batch_size=16, micro_batch_size=micro)
-        return [{int(row) for members in step for row in members} for step in plan]
-
-    assert steps(0, 0, 4) == steps(0, 0, 4) == steps(0, 0, 7)
-    assert steps(0, 0, 4) != steps(0, 1, 4)
-    assert steps(0, 0, 4) != steps(1, 0, 4)
-
-
-def test_without_an_epoch_pairs_keep_their_order() -> None:
-    steps = plan_epoch(np.full(10, 5), seed=0, epoch=None, global_batch_size=4, micro_batch_size=2)
-    assert flat(steps) == list(range(10))
 
 
 def row(prompt: list[int], chosen: list[int], rejected: list[int], **more: Any) -> dict[str, Any]:
@@ -63,6 +29,7 @@ def test_a_shared_row_by_hand() -> None:
         [1, 1, 0, 0, 1],
     ]
     assert batch.columns["margin"].tolist() == [0.5]
+    assert batch.num_attended == int(batch.attention_mask.sum())
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -95,3 +62,11 @@ def test_split_on_the_joint_tokens() -> None:
     # The tokenizer merged the prompt's last token with the response's first: 2 + 3 -> 9.
     assert split_joint([1, 2], [1, 9, 3], [1, 2, 4]) == 1
     assert split_joint([1, 2], [7, 2], [1, 2]) == 0
+
+
+def test_chosen_responses_alone() -> None:
+    batch = collate([row([5, 6], [7, 8], [9]), row([5], [4], [9])], shared_prefix=True, responses=["chosen_ids"])
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8], [5, 4, 0, 0]]
+    assert batch.target_ids.tolist() == [7, 8, 4]
+    assert batch.response_lengths.tolist() == [2, 1]
+    assert batch.num_real_tokens == 6

@@ -25,7 +25,7 @@ def call(raw: dict[str, Any], tmp_path: Path, *arguments: str) -> Any:
 
 def test_help_names_every_stage() -> None:
     shown = runner.invoke(app, ["--help"]).output
-    for command in ("run", "pairs", "reward", "margins", "train", "evaluate", "tune"):
+    for command in ("run", "pairs", "sft", "reward", "margins", "train", "evaluate", "tune"):
         assert command in shown
     assert "--dry-run" in runner.invoke(app, ["train", "--help"]).output
 
@@ -36,7 +36,7 @@ def test_dry_run_counts_and_writes_nothing_but_a_folder(raw_config: dict[str, An
     assert "steps of train: 7" in done.output
     assert "workers: 2, each 1 CPUs" in done.output
     assert ": 90}" in done.output
-    assert "stages to do: pairs, reward, margins, train, evaluate" in done.output
+    assert "stages to do: pairs, sft, reward, margins, train, evaluate" in done.output
     assert list((tmp_path / "tiny").iterdir()) == []
 
 
@@ -83,7 +83,7 @@ def test_a_gguf_file_without_its_package(
     assert "needs the package gguf: pip install" in done.output
 
 
-@pytest.mark.parametrize("command", ["reward", "margins", "train", "evaluate", "tune"])
+@pytest.mark.parametrize("command", ["sft", "reward", "margins", "train", "evaluate", "tune"])
 def test_a_stage_without_its_inputs_says_which_to_run(command: str, raw_config: dict[str, Any], tmp_path: Path) -> None:
     done = call(raw_config, tmp_path, command)
     assert done.exit_code == 2, done.output

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from conftest import Edit
 
-from madpo_ray.config import Config, UserError
+from madpo_ray.config import Config, UserError, settings_of
 from madpo_ray.config_file import load_config, parse_config
 
 ROOT = Path(__file__).parent.parent
@@ -98,3 +98,29 @@ def test_a_missing_file_and_broken_yaml(tmp_path: Path) -> None:
 def test_frozen(config: Config) -> None:
     with pytest.raises(ValueError, match="frozen"):
         config.train.beta = 1.0  # type: ignore[misc]
+
+
+def test_patience_and_the_best_metric(raw_config: dict[str, Any]) -> None:
+    raw_config["train"] |= {"early_stopping_patience": 2, "metric_for_best_model": "rewards/accuracies"}
+    with pytest.raises(UserError, match="early_stopping_patience needs metric_for_best_model"):
+        parse_config(raw_config)
+    raw_config["train"]["eval_steps"] = 5
+    assert parse_config(raw_config).train.best_metric == ("eval_rewards/accuracies", True)
+    raw_config["train"]["metric_for_best_model"] = "eval_loss"
+    assert parse_config(raw_config).train.best_metric == ("eval_loss", False)
+    raw_config["train"]["metric_for_best_model"] = "accuracy"
+    with pytest.raises(UserError, match="no 'accuracy' is measured; did you mean 'rewards/accuracies'"):
+        parse_config(raw_config)
+
+
+def test_evaluations_count_for_the_numbers_only_where_they_choose_the_result(config: Config) -> None:
+    often = config.train.model_copy(update={"eval_steps": 3})
+    assert settings_of(often) == settings_of(config.train)
+    best = config.train.model_copy(update={"metric_for_best_model": "eval_loss"})
+    assert settings_of(best) != settings_of(best.model_copy(update={"eval_steps": 3}))
+
+
+def test_a_weight_column_is_kept(raw_config: dict[str, Any]) -> None:
+    raw_config["train"]["weight_column"] = "importance"
+    with pytest.raises(UserError, match=r"train asks for column 'importance': add it to data\.keep_columns"):
+        parse_config(raw_config)

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 STAGES = (
     "prepare_pairs",
+    "train_sft",
     "train_reward",
     "score_margins",
     "train_policy",

@@ -9,14 +9,14 @@ from conftest import make_model, tiny_config
 
 from madpo_ray.batching import collate
 from madpo_ray.config import ModelConfig, PolicyConfig
-from madpo_ray.logprobs import PairLogps, PairRewards
+from madpo_ray.logprobs import PairLogps, PairRewards, _TargetLogps
 from madpo_ray.losses import dpo_loss
 from madpo_ray.models import (
     SHARED_PREFIX_MODEL_TYPES,
     can_share_prefix,
     prepare_for_training,
     shares_prefix,
-    tell_layout,
+    takes_shared_rows,
 )
 
 GENERATOR = torch.Generator().manual_seed(3)
@@ -101,8 +101,8 @@ def test_models_that_cannot_share_are_read_as_two_rows(caplog: pytest.LogCapture
     assert not shares_prefix(model, settings)
     model.config.save_pretrained(tmp_path)
     with caplog.at_level("WARNING"):
-        tell_layout(tmp_path, settings)
-        tell_layout(tmp_path, settings)
+        assert not takes_shared_rows(tmp_path, settings)
+        assert not takes_shared_rows(tmp_path, settings)
     assert caplog.text.count("two rows") == 1
     outputs = PairLogps(model)(collate(ROWS, shared_prefix=False))
     torch.testing.assert_close(outputs["logps"], all_alone(model), rtol=0, atol=1e-4)
@@ -199,3 +199,18 @@ def test_the_first_loss_is_ln_2(use_peft: bool) -> None:
             torch.testing.assert_close(chosen - rejected, torch.zeros(2), rtol=0, atol=1e-5)
             loss = dpo_loss(chosen - rejected, beta=0.1)
             torch.testing.assert_close(loss, torch.full((2,), 2.0).log(), rtol=0, atol=1e-6)
+
+
+def test_log_probs_and_entropy_of_logits_to_float64() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = (5 * torch.randn(4, 11, generator=generator, dtype=torch.float64)).requires_grad_()
+    targets = torch.tensor([0, 3, 10, 3])
+    logps, entropy = _TargetLogps.apply(logits, targets)
+    exact = logits.log_softmax(-1)
+    torch.testing.assert_close(logps, exact.gather(-1, targets[:, None])[:, 0])
+    torch.testing.assert_close(entropy, -(exact.exp() * exact).sum(-1))
+    weights = torch.tensor([1.0, -2.0, 0.5, 0.0], dtype=torch.float64)
+    expected = torch.autograd.grad((exact.gather(-1, targets[:, None])[:, 0] * weights).sum(), logits)
+    torch.testing.assert_close(torch.autograd.grad((logps * weights).sum(), logits), expected)
+    huge = torch.tensor([[60.0, -60.0, 0.0]], dtype=torch.bfloat16).float()
+    assert all(torch.isfinite(value).all() for value in _TargetLogps.apply(huge, torch.tensor([1])))

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import TEMPLATE, make_model, make_tokenizer
 
-from madpo_ray import evaluate, margins, pipeline, reward, train
+from madpo_ray import evaluate, margins, pairs, pipeline, reward, sft, train
 from madpo_ray.batching import collate
 from madpo_ray.config import Config, UserError
 from madpo_ray.config_file import load_config, parse_config
@@ -26,8 +26,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.deepspeed]
 
 
 def test_every_stage_ran_and_said_its_seconds(finished_run: tuple[Config, list[str]]) -> None:
-    for stage in pipeline.STAGES:
-        assert any(line.startswith(f"{stage.name}: ") and line.endswith(" s") for line in finished_run[1])
+    for name in pipeline.STAGES:
+        assert any(line.startswith(f"{name}: ") and line.endswith(" s") for line in finished_run[1])
 
 
 def test_margins_hold_every_pair_once(finished_run: tuple[Config, list[str]]) -> None:
@@ -36,7 +36,7 @@ def test_margins_hold_every_pair_once(finished_run: tuple[Config, list[str]]) ->
         pyarrow.dataset.dataset(str(parquet_folder(stage(config))), format="parquet")
         .to_table(columns=["pair_id"])["pair_id"]
         .to_pylist()
-        for stage in (pipeline.STAGES[0].folder, margins.folder)
+        for stage in (pairs.folder, margins.folder)
     ]
     assert len(ids[0]) == len(set(ids[0])) == 90
     assert ids[1] == ids[0]
@@ -47,7 +47,7 @@ def test_margins_are_differences_of_rewards_in_calibrated_units(finished_run: tu
     columns = ("margin", "chosen_reward", "rejected_reward")
     table = read_split(parquet_folder(margins.folder(config)), "train", columns)
     assert pc.subtract(table["chosen_reward"], table["rejected_reward"]).to_pylist() == table["margin"].to_pylist()
-    results = pipeline.results(config, pipeline.STAGES[1])
+    results = pipeline.results(config, pipeline.STAGES["reward"])
     assert results["accuracy"] > 0.6
     assert results["temperature"] not in (None, 1.0)
 
@@ -59,7 +59,7 @@ def test_saved_reward_model_scores_the_same_in_plain_transformers(finished_run: 
     folder = reward.folder(config) / "model"
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    temperature = pipeline.results(config, pipeline.STAGES[1])["temperature"]
+    temperature = pipeline.results(config, pipeline.STAGES["reward"])["temperature"]
     columns = ("prompt_ids", "chosen_ids", "chosen_reward")
     rows = read_split(parquet_folder(margins.folder(config)), "test", columns).slice(0, 4).to_pylist()
     texts = [row["prompt_ids"] + row["chosen_ids"] for row in rows]
@@ -74,7 +74,7 @@ def test_stored_reference_log_probs_are_the_models_own(finished_run: tuple[Confi
     config, _ = finished_run
     names = ("prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps")
     rows = read_split(parquet_folder(margins.folder(config)), "train", names).slice(0, 6).to_pylist()
-    policy = load_policy(Path(config.model.model_name_or_path), config.model).eval()
+    policy = load_policy(sft.start_folder(config), config.model).eval()
     with torch.no_grad():
         logps = PairLogps(policy)(collate(rows, shared_prefix=False))["logps"]
     stored = [row[f"ref_{side}_logps"] for side in ("chosen", "rejected") for row in rows]
@@ -168,7 +168,8 @@ def at(section: str, key: str, value: Any) -> Callable[[dict[str, Any], Path], N
         (weights, "pairs"),
         (at("data", "max_length", 32), "pairs"),
         (at("run", "seed", 1), "pairs"),
-        (at("model", "dtype", "bfloat16"), "reward"),
+        (at("model", "dtype", "bfloat16"), "sft"),
+        (at("sft", "learning_rate", 1e-4), "sft"),
         (at("reward", "learning_rate", 1e-4), "reward"),
         (at("margins", "calibrate", False), "margins"),
         (at("train", "tau", 3.0), "train"),
@@ -187,7 +188,7 @@ def test_what_changes_the_numbers_is_redone_from_its_stage(
     raw = finished_run[0].model_dump(mode="json")
     edit(raw, tmp_path)
     todo = [stage.name for stage in pipeline.pending(parse_config(raw))]
-    names = [stage.name for stage in pipeline.STAGES]
+    names = list(pipeline.STAGES)
     assert todo == (names[names.index(first) :] if first else [])
 
 
@@ -195,7 +196,7 @@ def test_a_stage_refuses_inputs_made_otherwise(finished_run: tuple[Config, list[
     config, _ = finished_run
     changed = config.model_copy(update={"reward": config.reward.model_copy(update={"num_train_epochs": 1})})
     with pytest.raises(UserError, match="made from other inputs"):
-        pipeline.run_stage(changed, pipeline.STAGES[2], say=lambda what: None)
+        pipeline.run_stage(changed, pipeline.STAGES["margins"], say=lambda what: None)
 
 
 def test_changed_files_under_the_same_config_are_refused(

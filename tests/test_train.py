@@ -1,29 +1,23 @@
-"""The policy's training: every loss, the same numbers on one worker and two, ZeRO stages, LoRA, and a crash."""
+"""The policy's training: every loss, and what stands beside it."""
 
 import dataclasses
 import math
-import os
-import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-import ray.train
 import torch
 from torch import Tensor
 
 from madpo_ray import train
 from madpo_ray.batching import MicroBatch, collate
 from madpo_ray.config import Config, PolicyConfig, UserError
-from madpo_ray.launch import newest_checkpoint, train_on_ray
-from madpo_ray.loop import Objective, Terms
 from madpo_ray.losses import madpo_weight
 from madpo_ray.metrics import read_metrics
 from madpo_ray.models import load_policy
-from madpo_ray.plan import Plan
-from madpo_ray.train import BetaDPOObjective, PolicyObjective, PolicyTask
-from madpo_ray.worker import TrainingJob
+from madpo_ray.train import BetaDPOObjective, PolicyObjective
 
 COLUMNS = ("margin", "ref_chosen_logps", "ref_rejected_logps")
 
@@ -113,169 +107,54 @@ def test_beta_dpo_passes_over_a_round_of_fillers(variant: str) -> None:
     assert terms.loss.tolist() == [0.0]
 
 
-class CrashOnce(Objective):
-    """An objective whose process dies, once, in the middle of a step."""
-
-    def __init__(self, inner: Any, marker: Path, calls: int) -> None:
-        self._inner, self._marker, self._calls = inner, marker, calls
-        self.end_step, self.state_dict, self.load_state_dict = inner.end_step, inner.state_dict, inner.load_state_dict
-
-    def __call__(self, outputs: Mapping[str, Tensor], batch: MicroBatch, *, training: bool) -> Terms:
-        self._calls -= training
-        if self._calls == 0 and not self._marker.exists():
-            self._marker.touch()
-            os._exit(1)
-        return self._inner(outputs, batch, training=training)  # type: ignore[no-any-return]
+def test_nll_and_a_pairs_own_weight_stand_beside_the_loss() -> None:
+    outputs, batch, logratio = synthetic()
+    weight = torch.tensor([0.0, 1.0, 2.0, 0.5], dtype=torch.float64)
+    batch = dataclasses.replace(batch, columns={**batch.columns, "importance": weight})
+    settings = PolicyConfig(loss_type="sigmoid", nll_loss_coef=0.3, weight_column="importance")
+    terms = PolicyObjective(settings)(outputs, batch, training=True)
+    nll = -outputs["logps"][:4] / torch.tensor([1, 2, 3, 4])
+    expected = weight.float() * (torch.log1p(torch.exp(-0.1 * logratio)) + 0.3 * nll)
+    torch.testing.assert_close(terms.loss, expected)
+    torch.testing.assert_close(terms.metrics["nll_loss"], nll)
 
 
-@dataclasses.dataclass(frozen=True)
-class CrashingTask(PolicyTask):
-    marker: Path = Path()
-
-    def objective(self, config: Config) -> Objective:
-        return CrashOnce(super().objective(config), self.marker, calls=4)
-
-
-class Poisoned(PolicyObjective):
-    """A loss that is finite and whose gradient is not: the square root at 0."""
-
-    def __call__(self, outputs: Mapping[str, Tensor], batch: MicroBatch, *, training: bool) -> Terms:
-        terms = super().__call__(outputs, batch, training=training)
-        return Terms(terms.loss + (terms.loss - terms.loss.detach()).sqrt(), terms.metrics)
-
-
-class PoisonedTask(PolicyTask):
-    def objective(self, config: Config) -> Objective:
-        return Poisoned(config.train)
-
-
-@pytest.mark.ray
 @pytest.mark.deepspeed
-class TestOnRay:
-    @pytest.fixture(autouse=True)
-    def _by_value(self) -> None:
-        import ray.cloudpickle
+def test_beta_dpo_with_lora_under_zero_3(policy_job: Any, train_on: Any) -> None:
+    job = policy_job(
+        "lora",
+        loss_type="beta_dpo",
+        use_peft=True,
+        lora_r=4,
+        zero_stage=3,
+        stage3_param_persistence_threshold=0,
+        weight_column="importance",
+    )
+    train_on(job, 2)
+    lines = read_metrics(job.metrics / "metrics.jsonl")
+    assert abs(lines[0]["rewards/margins"]) < 1e-6
+    assert "beta/effective" in lines[0]
+    policy = load_policy(job.output / "model", job.config.model)
+    moved = [parameter.abs().max().item() for name, parameter in policy.named_parameters() if "lora_B" in name]
+    assert min(moved) > 0
 
-        ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
-    @staticmethod
-    def job(config: Config, output: Path, *, workers: int = 2, **changes: Any) -> TrainingJob:
-        config = config.model_copy(
-            update={
-                "train": config.train.model_copy(update=changes),
-                "cluster": config.cluster.model_copy(update={"num_workers": workers}),
-            }
-        )
-        return train.job(config, output=output, experiment=f"test-{output.name}")
+@pytest.mark.deepspeed
+@pytest.mark.parametrize("lora", [{}, {"use_peft": True, "lora_r": 4}])
+def test_the_first_loss_is_ln_2(lora: dict[str, Any], policy_job: Any, train_on: Any) -> None:
+    job = policy_job("first", loss_type="sigmoid", max_steps=1, **lora)
+    train_on(job, 2)
+    first = read_metrics(job.metrics / "metrics.jsonl")[0]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert abs(first["rewards/chosen"]) < 1e-6
 
-    @staticmethod
-    def losses(output: Path) -> torch.Tensor:
-        return torch.tensor([line["loss"] for line in read_metrics(output / "metrics.jsonl") if "loss" in line])
 
-    def test_workers_accumulation_and_zero_stage_change_no_loss(
-        self, finished_run: tuple[Config, Any], tmp_path: Path
-    ) -> None:
-        config, _ = finished_run
-        runs = {
-            "one": {"workers": 1, "per_device_train_batch_size": 4},
-            "two": {"workers": 2, "per_device_train_batch_size": 2},
-            "whole": {"workers": 1, "per_device_train_batch_size": 8, "zero_stage": 0},
-            "sharded": {
-                "workers": 2,
-                "per_device_train_batch_size": 3,
-                "zero_stage": 3,
-                "stage3_param_persistence_threshold": 0,
-            },
-        }
-        # 50 pairs or so in steps of 8: the last step of the epoch is short, and one worker has none of it.
-        for name, changes in runs.items():
-            train_on_ray(self.job(config, tmp_path / name, max_steps=9, num_train_epochs=2, **changes))
-        reference = self.losses(tmp_path / "one")
-        assert len(reference) == 9
-        assert len(set(reference.tolist())) == 9
-        for name in runs:
-            torch.testing.assert_close(self.losses(tmp_path / name), reference, rtol=0, atol=1e-5)
-        weights = [load_policy(tmp_path / name / "model", config.model).state_dict() for name in ("one", "sharded")]
-        assert weights[0].keys() == weights[1].keys()
-        for name, weight in weights[0].items():
-            torch.testing.assert_close(weight, weights[1][name], rtol=0, atol=1e-4)
-
-    def test_beta_dpo_with_lora_under_zero_3(self, finished_run: tuple[Config, Any], tmp_path: Path) -> None:
-        config, _ = finished_run
-        job = self.job(
-            config,
-            tmp_path / "lora",
-            loss_type="beta_dpo",
-            use_peft=True,
-            lora_r=4,
-            zero_stage=3,
-            stage3_param_persistence_threshold=0,
-        )
-        train_on_ray(job)
-        lines = read_metrics(tmp_path / "lora" / "metrics.jsonl")
-        assert lines[0]["loss"] == pytest.approx(0.693147, abs=1e-6)
-        assert "beta/effective" in lines[0]
-        policy = load_policy(tmp_path / "lora" / "model", config.model)
-        moved = [parameter.abs().max().item() for name, parameter in policy.named_parameters() if "lora_B" in name]
-        assert min(moved) > 0
-
-    def test_a_worker_that_dies_is_restarted_to_the_same_numbers(
-        self, finished_run: tuple[Config, Any], tmp_path: Path
-    ) -> None:
-        config, _ = finished_run
-        changes = {"loss_type": "beta_dpo", "save_steps": 2, "per_device_train_batch_size": 4}
-        train_on_ray(self.job(config, tmp_path / "calm", **changes))
-        crashing = self.job(config, tmp_path / "crash", **changes)
-        train_on_ray(dataclasses.replace(crashing, task=CrashingTask(marker=tmp_path / "died")))
-        assert (tmp_path / "died").exists()
-        assert torch.equal(self.losses(tmp_path / "calm"), self.losses(tmp_path / "crash"))
-
-    def test_bfloat16_with_recomputation(self, finished_run: tuple[Config, Any], tmp_path: Path) -> None:
-        config, _ = finished_run
-        job = self.job(config, tmp_path / "bf16", workers=1, zero_stage=1, gradient_checkpointing=True)
-        model = config.model.model_copy(update={"dtype": "bfloat16"})
-        train_on_ray(dataclasses.replace(job, config=job.config.model_copy(update={"model": model})))
-        lines = read_metrics(tmp_path / "bf16" / "metrics.jsonl")
-        # The stored reference log-probs are float32's, so the first loss is only near ln 2.
-        assert all(math.isfinite(line["loss"]) for line in lines if "loss" in line)
-        assert all(math.isfinite(line["grad_norm"]) for line in lines if "grad_norm" in line)
-
-    @pytest.mark.parametrize("zero_stage", [0, pytest.param(2, marks=pytest.mark.slow)])
-    def test_a_loss_that_is_not_finite_stops_the_run(
-        self, zero_stage: int, finished_run: tuple[Config, Any], tmp_path: Path
-    ) -> None:
-        config, _ = finished_run
-        job = self.job(config, tmp_path / "nan", workers=1, zero_stage=zero_stage)
-        cluster = job.config.cluster.model_copy(update={"max_failures": 0})
-        job = dataclasses.replace(
-            job,
-            task=PoisonedTask(),
-            config=job.config.model_copy(update={"cluster": cluster}),
-            experiment=f"nan-{zero_stage}",
-        )
-        with pytest.raises(ray.train.TrainingFailedError) as failed:
-            train_on_ray(job)
-        assert "gradient's norm of step 1 is" in str(failed.value)
-        assert "the optimizer has not moved" in str(failed.value)
-
-    def test_another_number_of_workers_does_not_resume(self, finished_run: tuple[Config, Any], tmp_path: Path) -> None:
-        config, _ = finished_run
-        train_on_ray(self.job(config, tmp_path / "resized", workers=1, max_steps=1))
-        with pytest.raises(UserError, match="saved by another number of workers"):
-            train_on_ray(self.job(config, tmp_path / "resized", workers=2, max_steps=1))
-        torn = next((config.run.folder / "ray" / "test-resized").glob("checkpoint_*/rank-0.pt"))
-        torn.write_bytes(torn.read_bytes()[:-1])
-        assert newest_checkpoint(config.run.folder / "ray" / "test-resized") is None
-
-    def test_every_rank_reads_its_rows_in_order(self, finished_run: tuple[Config, Any], tmp_path: Path) -> None:
-        config, _ = finished_run
-        job = self.job(config, tmp_path, num_train_epochs=2, max_steps=-1)
-        plan = Plan(job.plan(num_workers=3))
-        seen: list[str] = []
-        for number in range(plan.num_micro_batches):
-            row = plan.row(number).to_pylist()[0]
-            seen += row["pair_id"]
-            assert row["step"] == number // plan.micro_batches_per_step
-        half = len(seen) // 2
-        assert sorted(seen[:half]) == sorted(seen[half:]) == sorted(set(seen))
-        assert seen[:half] != seen[half:]
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
+def test_weights_that_are_none_are_refused(weight: float, config: Config, tmp_path: Path) -> None:
+    folder = tmp_path / "tiny" / "margins" / "data"
+    folder.mkdir(parents=True)
+    table = {"pair_id": ["a", "b"], "split": ["train", "validation"], "chosen_score": [1.0, weight]}
+    pq.write_table(pa.table(table), folder / "part-000000.parquet")
+    config = config.model_copy(update={"train": config.train.model_copy(update={"weight_column": "chosen_score"})})
+    with pytest.raises(UserError, match=r"chosen_score is missing, negative or not finite for 1 pairs, such as b"):
+        train.check_weights(config)

@@ -1,13 +1,15 @@
 """What every rank runs, on real ranks over gloo: the same numbers however many there are, kills, restarts, exports."""
 
 import dataclasses
+import itertools
+import json
 import math
 import os
 import random
 import shutil
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,23 +109,78 @@ def kill_at(job: TrainingJob, ranks: Ranks, step: int, victims: list[int], *, af
         os.kill(ranks.processes[rank].pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("victims", [[1], [0], [0, 1]])
+class Recording(PolicyObjective):
+    """A loss that writes down which pairs it was asked about in which step of training."""
+
+    def __init__(self, settings: PolicyConfig, record: Path) -> None:
+        super().__init__(settings)
+        self._record = record / f"{os.getpid()}.jsonl"
+
+    def __call__(self, outputs: Mapping[str, Tensor], batch: MicroBatch, *, training: bool) -> Terms:
+        if training:
+            with self._record.open("a") as stream:
+                stream.write(json.dumps([batch.step, batch.pair_ids]) + "\n")
+        return super().__call__(outputs, batch, training=training)
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordingTask(PolicyTask):
+    record: Path = Path()
+
+    def objective(self, config: Config) -> Recording:
+        return Recording(config.train, self.record)
+
+
+def assert_each_epoch_read_every_pair(record: Path, job: TrainingJob, epochs: int) -> None:
+    everyone = read_split(job.source, "train", ("pair_id",))["pair_id"].to_pylist()
+    per_epoch = -(-len(everyone) // 8)
+    lines = [line for file in record.iterdir() for line in file.read_text().splitlines(keepends=True)]
+    read: dict[int, set[str]] = {}
+    for step, ids in (json.loads(line) for line in lines if line.endswith("\n")):
+        read.setdefault(step, set()).update(ids)
+    for epoch in range(epochs):
+        steps = [read[step] for step in range(epoch * per_epoch, (epoch + 1) * per_epoch)]
+        assert sum(map(len, steps)) == len(everyone)  # a step that was repeated read the same pairs again
+        assert set().union(*steps) == set(everyone)
+
+
+@pytest.mark.parametrize(
+    "victims", [pytest.param([1], marks=pytest.mark.slow), pytest.param([0], marks=pytest.mark.slow), [0, 1]]
+)
 def test_killed_ranks_resume_to_the_same_weights(
     victims: list[int], policy_job: MakeJob, train_on: TrainOn, tmp_path: Path
 ) -> None:
-    settings = {"loss_type": "beta_dpo", "max_steps": 12, "num_train_epochs": 3, "save_steps": 2, "zero_stage": 2}
+    settings = {"num_train_epochs": 2, "max_steps": -1, "save_steps": 2, "zero_stage": 2}
     undisturbed = policy_job("undisturbed", **settings)
     train_on(undisturbed, 2)
     rng = random.Random(sum(victims) + len(victims))
     for draw in range(5):
+        record = tmp_path / f"record-{draw}"
+        record.mkdir()
         job = policy_job(f"killed-{draw}", **settings)
+        job = dataclasses.replace(job, task=RecordingTask(columns=job.task.columns, record=record))
         ranks = Ranks(job, 2, tmp_path)
         # A step is logged, then saved: some milliseconds after the log of an even step lie within a save.
         kill_at(job, ranks, rng.randint(2, 10), victims, after=rng.uniform(0, 0.1))
         assert -signal.SIGKILL in ranks.join()
-        assert train_on(job, 2) == Outcome(12)
+        assert train_on(job, 2).step == len(logged(undisturbed))
         assert torch.equal(logged(job), logged(undisturbed))
         assert_same_weights(job, undisturbed)
+        assert_each_epoch_read_every_pair(record, job, epochs=2)
+
+
+def test_beta_dpo_goes_on_with_its_running_statistics(policy_job: MakeJob, train_on: TrainOn) -> None:
+    settings = {"loss_type": "beta_dpo", "max_steps": 9, "num_train_epochs": 2}
+    undisturbed, job = policy_job("undisturbed", **settings), policy_job("interrupted", **settings)
+    train_on(undisturbed, 2)
+    job.stop_file.parent.mkdir(parents=True)
+    for step in range(1, 5):
+        job.stop_file.touch()
+        assert train_on(job, 2) == Outcome(step, Notice.TERMINATED)
+    job.stop_file.unlink()
+    train_on(job, 2)
+    assert torch.equal(logged(job), logged(undisturbed))
+    assert_same_weights(job, undisturbed)
 
 
 def test_a_run_reads_each_pair_of_an_epoch_once(policy_job: MakeJob) -> None:
@@ -154,7 +211,15 @@ def test_a_torn_checkpoint_is_passed_over(
     assert all(torch.equal(weight, finished[name]) for name, weight in weights(job).items())
 
 
-@pytest.mark.parametrize("zero", [{"zero_stage": 0}, {"zero_stage": 1}, {"zero_stage": 2}, SHARDED])
+@pytest.mark.parametrize(
+    "zero",
+    [
+        pytest.param({"zero_stage": 0}, marks=pytest.mark.slow),
+        pytest.param({"zero_stage": 1}, marks=pytest.mark.slow),
+        {"zero_stage": 2},
+        SHARDED,
+    ],
+)
 def test_a_run_goes_on_with_another_number_of_ranks(
     zero: dict[str, Any], calm: TrainingJob, policy_job: MakeJob, train_on: TrainOn, tmp_path: Path
 ) -> None:
@@ -324,8 +389,15 @@ class PoisonedTask(PolicyTask):
         return PoisonedObjective(config.train, self.poison)
 
 
-@pytest.mark.parametrize("zero", [{"zero_stage": 0}, {"zero_stage": 2}, SHARDED])
-@pytest.mark.parametrize(("dtype", "poison"), [("float32", "loss"), ("float32", "gradient"), ("bfloat16", "loss")])
+def not_finite_cases() -> Iterator[Any]:
+    quick = [(0, "float32", "loss"), (2, "float32", "gradient"), (3, "bfloat16", "loss")]
+    for stage, dtype, poison in itertools.product([0, 1, 2, 3], ["float32", "bfloat16"], ["loss", "gradient"]):
+        zero = {"zero_stage": stage, "stage3_param_persistence_threshold": 0}
+        marks = [] if (stage, dtype, poison) in quick else [pytest.mark.slow]
+        yield pytest.param(zero, dtype, poison, marks=marks, id=f"zero-{stage}-{dtype}-{poison}")
+
+
+@pytest.mark.parametrize(("zero", "dtype", "poison"), not_finite_cases())
 def test_what_is_not_finite_stops_the_run_or_is_left_out(
     zero: dict[str, Any], dtype: str, poison: str, policy_job: MakeJob, train_on: TrainOn, tmp_path: Path
 ) -> None:
