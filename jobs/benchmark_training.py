@@ -23,10 +23,12 @@ from typing import Any
 SHAPES = {"summary": ((300, 400), (20, 60)), "chat": ((100, 150), (80, 150))}
 VOCABULARY = 32_000
 PAIRS_PER_STEP = 8
+# Steps of a measurement that do not count: on Ray, other processes are still starting beside the first ones.
+WARM_UP = 2
 
 
-def make_model(folder: Path, seed: int) -> None:
-    """A random Llama of 39 M parameters with a tokenizer of one word a token."""
+def make_model(folder: Path, seed: int, **size: int) -> None:
+    """A random Llama, of 39 M parameters unless sized otherwise, with a tokenizer of one word a token."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -34,14 +36,11 @@ def make_model(folder: Path, seed: int) -> None:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=384,
-        intermediate_size=1024,
-        num_hidden_layers=8,
-        num_attention_heads=6,
         max_position_embeddings=2048,
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=2,
+        **{"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 6, **size},
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     words = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "<pad>": 2, **{f"w{i}": i for i in range(3, VOCABULARY)}}))
@@ -89,7 +88,17 @@ def make_source(folder: Path, pairs: list[dict[str, str]], model: Path) -> None:
     pq.write_table(pa.Table.from_pylist(rows), folder / "part-000000.parquet")
 
 
-def our_job(work: Path, shape: str, steps: int, threads: int, workers: int = 1, *, name: str) -> Any:
+def our_job(
+    work: Path,
+    shape: str,
+    steps: int,
+    threads: int,
+    workers: int = 1,
+    *,
+    name: str,
+    zero_stage: int = 2,
+    export: bool = False,
+) -> Any:
     from madpo_ray.config_file import parse_config
     from madpo_ray.train import PolicyTask
     from madpo_ray.worker import TrainingJob
@@ -106,6 +115,7 @@ def our_job(work: Path, shape: str, steps: int, threads: int, workers: int = 1, 
                 "per_device_train_batch_size": PAIRS_PER_STEP // workers,
                 "max_steps": steps,
                 "logging_steps": 1,
+                "zero_stage": zero_stage,
             },
         }
     )
@@ -116,16 +126,16 @@ def our_job(work: Path, shape: str, steps: int, threads: int, workers: int = 1, 
         source=work / shape,
         output=work / f"{shape}-{name}-{os.getpid()}",
         experiment=name,
-        export=False,
+        export=export,
     )
 
 
 def step_seconds(job: Any) -> list[float]:
-    """Seconds of each step but the first, which warms up."""
+    """Seconds of each step behind those that warm up."""
     from madpo_ray.metrics import read_metrics
 
     lines = [line for line in read_metrics(job.metrics / "metrics.jsonl") if "pairs_per_second" in line]
-    return [PAIRS_PER_STEP / line["pairs_per_second"] for line in lines[1:]]
+    return [PAIRS_PER_STEP / line["pairs_per_second"] for line in lines[WARM_UP:]]
 
 
 def measure_ours(work: Path, shape: str, steps: int, threads: int) -> dict[str, Any]:
@@ -140,8 +150,8 @@ def measure_ours(work: Path, shape: str, steps: int, threads: int) -> dict[str, 
     torch.distributed.init_process_group("gloo")
     job = our_job(work, shape, steps, threads, name=f"bare-{os.getpid()}")
     train_rank(job, Local(job))
-    utilisation = [line["mfu"] for line in read_metrics(job.metrics / "metrics.jsonl") if "mfu" in line][1:]
-    return {"seconds": step_seconds(job), "mfu": statistics.median(utilisation)}
+    utilisation = [line["mfu"] for line in read_metrics(job.metrics / "metrics.jsonl") if "mfu" in line]
+    return {"seconds": step_seconds(job), "mfu": statistics.median(utilisation[WARM_UP:])}
 
 
 def measure_trl(work: Path, shape: str, steps: int, threads: int) -> dict[str, Any]:
@@ -184,7 +194,7 @@ def measure_trl(work: Path, shape: str, steps: int, threads: int) -> dict[str, A
         callbacks=[Clock()],
     )
     trainer.train()
-    return {"seconds": seconds[1:]}
+    return {"seconds": seconds[WARM_UP:]}
 
 
 def measure_on_ray(work: Path, shape: str, steps: int, threads: int, workers: int) -> dict[str, Any]:
@@ -250,7 +260,9 @@ def rows_of(shape: str, pooled: dict[str, dict[str, Any]]) -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=6, help="optimizer steps of a measurement; the first warms up")
+    parser.add_argument(
+        "--steps", type=int, default=6, help="optimizer steps of a measurement; the first two do not count"
+    )
     parser.add_argument("--rounds", type=int, default=2, help="turns of each side")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)

@@ -63,6 +63,9 @@ class ModelConfig(Section):
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     trust_remote_code: bool = Field(False, description="run Python code that a model brings")
     chat_template_path: str | None = Field(None, description="Jinja file that replaces the tokenizer's chat template")
+    load_in_4bit: bool = Field(
+        False, description="policy and reference in NF4 (QLoRA), for GPUs; needs train.use_peft and bitsandbytes"
+    )
     shared_prefix: Literal["auto", "off"] = Field(
         "auto", description="one row [prompt | chosen | rejected] a pair, where the model's attention allows it"
     )
@@ -133,6 +136,8 @@ class TrainingConfig(Section):
     stage3_param_persistence_threshold: int = Field(
         100_000, ge=0, description="smaller parameters stay whole under ZeRO-3"
     )
+    offload_optimizer: bool = Field(False, description="optimizer states in CPU memory; needs zero_stage 2 or 3")
+    offload_param: bool = Field(False, description="parameters in CPU memory; needs zero_stage 3")
     gradient_checkpointing: bool = False
     disable_dropout: bool = Field(True, description="every dropout is 0, LoRA's included, as in TRL")
     use_peft: bool = Field(False, description="LoRA instead of all weights")
@@ -165,6 +170,12 @@ class TrainingConfig(Section):
         name = self.metric_for_best_model
         greater = not name.endswith("loss") if self.greater_is_better is None else self.greater_is_better
         return name if name.startswith("eval_") else f"eval_{name}", greater
+
+    @model_validator(mode="after")
+    def _offloading_needs_shards(self) -> "TrainingConfig":
+        if (self.offload_optimizer and self.zero_stage < 2) or (self.offload_param and self.zero_stage < 3):
+            raise ValueError("offload_optimizer needs zero_stage 2 or 3, and offload_param zero_stage 3")
+        return self
 
     @model_validator(mode="after")
     def _metric_is_measured(self) -> "TrainingConfig":
@@ -325,6 +336,16 @@ class Config(Section):
     tune: TuneConfig = TuneConfig()
 
     @model_validator(mode="after")
+    def _four_bits_are_frozen(self) -> "Config":
+        adapter = self.train.use_peft and self.train.zero_stage < 3 and not self.train.merge_adapter
+        if self.model.load_in_4bit and not (self.cluster.use_gpu and adapter and self.sft is None):
+            raise ValueError(
+                "model.load_in_4bit needs cluster.use_gpu, train.use_peft, a train.zero_stage below 3, and neither a "
+                "section sft nor train.merge_adapter: 4-bit weights are neither trained nor merged into"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _columns_are_kept(self) -> "Config":
         columns = (self.evaluate.chosen_score_column, self.evaluate.rejected_score_column)
         if (columns[0] is None) != (columns[1] is None):
@@ -350,9 +371,9 @@ def settings_of(section: Section) -> dict[str, Any]:
     return section.model_dump(mode="json", exclude=operational)
 
 
-def numerics_of(model: ModelConfig) -> dict[str, str]:
+def numerics_of(model: ModelConfig) -> dict[str, Any]:
     """How a model computes, as far as it shows in the numbers."""
-    return {"dtype": model.dtype, "attn_implementation": model.attn_implementation}
+    return model.model_dump(mode="json", include={"dtype", "attn_implementation", "load_in_4bit"})
 
 
 def tokens_of(model: ModelConfig) -> dict[str, str | None]:

@@ -36,8 +36,11 @@ def deepspeed_config(settings: TrainingConfig, *, dtype: str, resized: bool = Fa
         "zero_optimization": {
             "stage": settings.zero_stage,
             "stage3_param_persistence_threshold": settings.stage3_param_persistence_threshold,
+            **({"offload_optimizer": {"device": "cpu"}} if settings.offload_optimizer else {}),
+            **({"offload_param": {"device": "cpu"}} if settings.offload_param else {}),
         },
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW is vectorised on CPUs, too
         "steps_per_print": None,
         "wall_clock_breakdown": False,
         "checkpoint": {"load_universal": resized},

@@ -16,6 +16,7 @@ from madpo_ray.cluster import ordered_execution, worker_resources
 from madpo_ray.config import Stopped, TrainingConfig
 from madpo_ray.engine import newest_checkpoint
 from madpo_ray.loop import Notice
+from madpo_ray.models import check_trainable
 from madpo_ray.plan import Plan, micro_batch_dataset
 from madpo_ray.progress import training_progress
 from madpo_ray.worker import Outcome, TrainingJob, train_rank
@@ -62,6 +63,7 @@ def train_on_ray(job: TrainingJob, callbacks: list[Any] | None = None) -> Outcom
     """Runs a job to its end; one of the same name goes on from its newest checkpoint.
 
     Raises:
+        UserError: the model cannot be trained as the settings say.
         Stopped: SIGTERM came, or run.max_wall_time is over; the job has saved.
         ray.train.TrainingFailedError: the workers failed more often than cluster.max_failures allows.
     """
@@ -70,6 +72,7 @@ def train_on_ray(job: TrainingJob, callbacks: list[Any] | None = None) -> Outcom
 
     cluster, limit = job.config.cluster, job.config.run.max_wall_time
     job = dataclasses.replace(job, deadline=None if limit is None else _BEGAN + limit)
+    check_trainable(job.base, job.config.model, job.settings, task_type=job.task.task_type)
     spec = job.plan(cluster.num_workers)
 
     def dataset() -> Any:  # evaluated anew whenever the workers start, so it goes on where they do

@@ -4,6 +4,7 @@ folder."""
 import functools
 import importlib.util
 import logging
+import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from madpo_ray.artifacts import Inputs, building, hash_file, hash_files, is_finished, write_json
-from madpo_ray.config import Config, ModelConfig, TrainingConfig, UserError
+from madpo_ray.config import Config, ModelConfig, TrainingConfig, UserError, nearest
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,8 @@ def check_model(model: ModelConfig) -> None:
             raise UserError(f"model.model_name_or_path: {path} is no folder with a config.json")
         if not any(path.glob("*.safetensors")):
             raise UserError(f"model.model_name_or_path: {path} has no safetensors weights, and no others are read")
+    if model.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("model.load_in_4bit needs the package bitsandbytes: pip install bitsandbytes")
     if model.attn_implementation == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
         raise UserError("model.attn_implementation: flash_attention_2 needs the package flash-attn; sdpa needs none")
 
@@ -140,8 +143,22 @@ def load_policy(folder: Path, model: ModelConfig) -> nn.Module:
         base = load_policy(Path(str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)), model)
         adapted: nn.Module = PeftModel.from_pretrained(base, str(folder))
         return adapted
-    loaded: nn.Module = _load("AutoModelForCausalLM", folder, model, dtype=DTYPES[model.dtype])
+    options = {"dtype": DTYPES[model.dtype], **(_four_bits(model) if model.load_in_4bit else {})}
+    loaded: nn.Module = _load("AutoModelForCausalLM", folder, model, **options)
     return loaded
+
+
+def _four_bits(model: ModelConfig) -> dict[str, Any]:
+    """QLoRA's settings (Dettmers et al. 2023), on this process's GPU."""
+    from transformers import BitsAndBytesConfig
+
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=DTYPES[model.dtype],
+    )
+    return {"quantization_config": quantization, "device_map": {"": int(os.environ.get("LOCAL_RANK", 0))}}
 
 
 def load_reward_model(folder: Path, model: ModelConfig) -> nn.Module:
@@ -194,6 +211,38 @@ def _zero_config_dropout(model: nn.Module) -> None:
         for name in ("attention_dropout", "attn_dropout", "dropout"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
+
+
+def check_trainable(folder: Path, model: ModelConfig, settings: TrainingConfig, *, task_type: str) -> None:
+    """Looks at a model's architecture, without its weights. Raises UserError where it has no reward head to train, or
+    LoRA's settings name what it does not have. `task_type` is peft's: CAUSAL_LM or SEQ_CLS.
+    """
+    import transformers
+
+    classes = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_CLS": "AutoModelForSequenceClassification"}
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+    try:
+        with torch.device("meta"):
+            skeleton = getattr(transformers, classes[task_type]).from_config(
+                config, trust_remote_code=model.trust_remote_code
+            )
+    except ValueError:
+        skeleton = None
+    if skeleton is None or (task_type == "SEQ_CLS" and not hasattr(skeleton, "score")):
+        raise UserError(
+            f"model.model_name_or_path: {config.model_type} has no {classes[task_type]} that can be trained"
+        )
+    if not settings.use_peft:
+        return
+    names = sorted({name.rsplit(".", 1)[-1] for name, _ in skeleton.named_modules() if name})
+    for target in settings.lora_target_modules:
+        if target != "all-linear" and target.rsplit(".", 1)[-1] not in names:
+            raise UserError(
+                f"lora_target_modules: {config.model_type} has no module {target!r}{nearest(target, names)}"
+            )
+    layers = int(config.num_hidden_layers)
+    if beyond := [layer for layer in settings.lora_layers_to_transform if not 0 <= layer < layers]:
+        raise UserError(f"lora_layers_to_transform: {beyond} of a model with layers 0 to {layers - 1}")
 
 
 def base_of(model: nn.Module) -> Any:

@@ -33,6 +33,8 @@ def preview(config: Config) -> dict[str, Any]:
     for name, settings in (("sft", config.sft), ("reward", config.reward), ("train", config.train)):
         if settings is not None:
             numbers[f"steps of {name}"] = _steps(settings, training)
+            if idle := _idle(settings, config.cluster.num_workers):
+                numbers[f"idle in {name}"] = idle
     cluster = config.cluster
     numbers["workers"] = f"{cluster.num_workers}, each {cluster.cpus_per_worker:g} CPUs" + (
         " and a GPU" if cluster.use_gpu else ""
@@ -45,6 +47,18 @@ def preview(config: Config) -> dict[str, Any]:
 def _steps(settings: TrainingConfig, pairs_to_train: int) -> int:
     epochs = settings.num_train_epochs * math.ceil(pairs_to_train / settings.global_batch_size)
     return settings.max_steps if settings.max_steps > 0 else epochs
+
+
+def _idle(settings: TrainingConfig, num_workers: int) -> str:
+    """What of a step's work finds no worker's turn filled, in words; empty where all is."""
+    if settings.max_tokens_per_device is not None:  # the cut follows the lengths
+        return ""
+    planned = math.ceil(settings.global_batch_size / settings.per_device_train_batch_size)
+    turns = math.ceil(planned / num_workers) * num_workers
+    if planned == turns:
+        return ""
+    fitting = num_workers * settings.per_device_train_batch_size
+    return f"{turns - planned} of {turns} micro-batches of a step are empty; a multiple of {fitting} pairs fills all"
 
 
 def _count_rows(path: Path) -> int:

@@ -66,6 +66,7 @@ class RewardObjective(Stateless):
 
 @dataclass(frozen=True)
 class RewardTask:
+    task_type: str = "SEQ_CLS"
     columns: tuple[str, ...] = ()
     responses: tuple[str, ...] = TOKEN_COLUMNS[1:]
 
@@ -74,7 +75,7 @@ class RewardTask:
 
     def load(self, config: Config, base: Path, max_response_tokens: int) -> nn.Module:
         model = self._classifier(config, base, config.model)
-        return PairRewards(prepare_for_training(model, config.reward, task_type="SEQ_CLS"))
+        return PairRewards(prepare_for_training(model, config.reward, task_type=self.task_type))
 
     def objective(self, config: Config) -> RewardObjective:
         return RewardObjective(config.reward.center_rewards_coefficient)

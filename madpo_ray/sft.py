@@ -71,6 +71,7 @@ class SFTObjective(Stateless):
 
 @dataclass(frozen=True)
 class SFTTask:
+    task_type: str = "CAUSAL_LM"
     columns: tuple[str, ...] = ()
     responses: tuple[str, ...] = ("chosen_ids",)
 
@@ -78,7 +79,7 @@ class SFTTask:
         return _section(config)
 
     def load(self, config: Config, base: Path, max_response_tokens: int) -> nn.Module:
-        model = prepare_for_training(load_policy(base, config.model), _section(config), task_type="CAUSAL_LM")
+        model = prepare_for_training(load_policy(base, config.model), _section(config), task_type=self.task_type)
         return PairLogps(model, max_response_tokens)
 
     def objective(self, config: Config) -> SFTObjective:

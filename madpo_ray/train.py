@@ -195,6 +195,7 @@ def _gather(values: Tensor, valid: Tensor) -> tuple[Tensor, slice]:
 
 @dataclass(frozen=True)
 class PolicyTask:
+    task_type: str = "CAUSAL_LM"
     columns: tuple[str, ...] = ("margin", "ref_chosen_logps", "ref_rejected_logps")
     responses: tuple[str, ...] = TOKEN_COLUMNS[1:]
 
@@ -202,7 +203,7 @@ class PolicyTask:
         return config.train
 
     def load(self, config: Config, base: Path, max_response_tokens: int) -> nn.Module:
-        model = prepare_for_training(load_policy(base, config.model), config.train, task_type="CAUSAL_LM")
+        model = prepare_for_training(load_policy(base, config.model), config.train, task_type=self.task_type)
         return PairLogps(model, max_response_tokens)
 
     def objective(self, config: Config) -> Objective:

@@ -1,6 +1,7 @@
 """Stage 6: search keys of section `train` over margins that are computed once. A trial is stage 4's training, nothing
 else."""
 
+import dataclasses
 import functools
 import os
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from madpo_ray.config_file import parse_config
 from madpo_ray.launch import train_on_ray
 from madpo_ray.pipeline import save_config
 from madpo_ray.plan import Plan
+from madpo_ray.worker import TrainingJob
 
 METRIC = "eval_rewards/accuracies"
 # Evaluations in a trial where the config names no eval_steps: ASHA can only stop a trial that reports.
@@ -36,15 +38,14 @@ def with_values(config: Config, values: Mapping[str, Any]) -> Config:
     return parse_config(raw)
 
 
-def _trial(values: dict[str, Any], config: Config) -> None:
-    """One trial, inside its own Tune actor: a TorchTrainer on the stored margins."""
+def _trial(values: dict[str, Any], job: TrainingJob) -> None:
+    """One trial, inside its own Tune actor: the job with other values, under a name of its own."""
     import ray.tune
     from ray.tune.integration.ray_train import TuneReportCallback
 
-    name = f"tune-{inputs(config).fingerprint[:16]}-{ray.tune.get_context().get_trial_id()}"
-    config = config.model_copy(update={"run": config.run.model_copy(update={"max_wall_time": None})})
-    job = train.job(with_values(config, values), output=config.run.folder / "ray" / name, experiment=name, export=False)
-    train_on_ray(job, callbacks=[TuneReportCallback()])
+    name = f"{job.experiment}-{ray.tune.get_context().get_trial_id()}"
+    config = with_values(job.config, values)
+    train_on_ray(dataclasses.replace(job, config=config, experiment=name), callbacks=[TuneReportCallback()])
 
 
 def run(config: Config) -> Path:
@@ -58,8 +59,10 @@ def run(config: Config) -> Path:
     train.check_weights(config)
     _check_search(config)
     with building(folder(config), inputs(config)) as (partial, results):
+        name = f"tune-{inputs(config).fingerprint[:16]}"
+        job = train.job(_reporting(config), output=partial, experiment=name, export=False)
         with connected(config.cluster, dashboard=True):
-            found = _search(_reporting(config))
+            found = _search(job)
         trials = [_outcome(trial) for trial in found]
         write_json(partial / "trials.json", trials)
         best = max(
@@ -101,9 +104,10 @@ def describe(results: Mapping[str, Any]) -> str:
 
 
 def _reporting(config: Config) -> Config:
-    """The config with evaluations on the way."""
+    """The config of a trial: evaluations on the way, and an end of its own."""
     # A save without an evaluation would report no objective, which Tune takes for an error.
     config = with_values(config, {"save_steps": None})
+    config = config.model_copy(update={"run": config.run.model_copy(update={"max_wall_time": None})})
     if config.train.eval_steps is not None:
         return config
     probe = train.job(config, output=folder(config), experiment="plan", export=False)
@@ -111,17 +115,18 @@ def _reporting(config: Config) -> Config:
     return with_values(config, {"eval_steps": max(1, total // EVALUATIONS)})
 
 
-def _search(config: Config) -> Any:
+def _search(job: TrainingJob) -> Any:
     import ray.tune
     from ray.tune.schedulers import ASHAScheduler
     from ray.tune.search.optuna import OptunaSearch
 
+    config = job.config
     space = {
         key: ray.tune.loguniform(bounds.min, bounds.max) if bounds.log else ray.tune.uniform(bounds.min, bounds.max)
         for key, bounds in config.tune.search_space.items()
     }
     tuner = ray.tune.Tuner(
-        ray.tune.with_resources(functools.partial(_trial, config=config), {"CPU": 0.01}),
+        ray.tune.with_resources(functools.partial(_trial, job=job), {"CPU": 0.01}),
         param_space=space,
         tune_config=ray.tune.TuneConfig(
             metric=METRIC,
@@ -132,9 +137,7 @@ def _search(config: Config) -> Any:
             scheduler=ASHAScheduler(time_attr="training_iteration", grace_period=config.tune.grace_period),
             search_alg=OptunaSearch(seed=config.run.seed),
         ),
-        run_config=ray.tune.RunConfig(
-            name=f"tune-{inputs(config).fingerprint[:16]}", storage_path=str(config.run.folder / "ray"), verbose=0
-        ),
+        run_config=ray.tune.RunConfig(name=job.experiment, storage_path=str(job.checkpoints.parent), verbose=0),
     )
     found = tuner.fit()
     if found.num_errors == len(found):

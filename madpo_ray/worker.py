@@ -29,6 +29,10 @@ class Task(Protocol):
     """What is trained: the part of a stage that runs inside the workers."""
 
     @property
+    def task_type(self) -> str:
+        """What peft calls it: CAUSAL_LM or SEQ_CLS."""
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """Float columns of the source that the objective reads."""
 
@@ -231,7 +235,6 @@ def train_rank(job: TrainingJob, site: Site) -> Outcome:
         progress = Progress(**state["progress"])
         objective.load_state_dict(state["objective"])
     log = MetricsLog(job.metrics, progress.step) if site.rank == 0 else None
-    held_out = _held_out(job, held_out_plan, site)
     notice = Notice.NONE
     if progress.step < plan.total_steps and not progress.ran_out_of_patience(job.settings):
         notice = fit(
@@ -242,7 +245,7 @@ def train_rank(job: TrainingJob, site: Site) -> Outcome:
             progress=progress,
             total_steps=plan.total_steps,
             steps_per_epoch=plan.steps_per_epoch,
-            evaluate=lambda: evaluate(engine, objective, held_out, engine.device),
+            evaluate=lambda: evaluate(engine, objective, _held_out(job, held_out_plan, site), engine.device),
             reporter=RunReporter(job, site, engine, objective, log),
             notice=Noticeboard(job, site, engine.device),
             flops=ModelFlops(engine.module.model),
@@ -314,9 +317,9 @@ def _own_batches(job: TrainingJob, site: Site, start_step: int) -> Iterator[Micr
             yield decode_row(row, job)
 
 
-def _held_out(job: TrainingJob, plan: Plan, site: Site) -> list[MicroBatch]:
+def _held_out(job: TrainingJob, plan: Plan, site: Site) -> Iterator[MicroBatch]:
     """This rank's share of the validation pairs, filled up so that every rank has equally many micro-batches."""
-    return [decode_row(plan.row(i), job) for i in range(site.rank, plan.num_rows, site.world_size)]
+    return (decode_row(plan.row(i), job) for i in range(site.rank, plan.num_rows, site.world_size))
 
 
 def decode_row(row: pa.Table, job: TrainingJob) -> MicroBatch:

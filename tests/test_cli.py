@@ -34,10 +34,16 @@ def test_dry_run_counts_and_writes_nothing_but_a_folder(raw_config: dict[str, An
     done = call(raw_config, tmp_path, "run", "--dry-run", "--set", "train.max_steps=7")
     assert done.exit_code == 0, done.output
     assert "steps of train: 7" in done.output
+    assert "idle" not in done.output
     assert "workers: 2, each 1 CPUs" in done.output
     assert ": 90}" in done.output
     assert "stages to do: pairs, sft, reward, margins, train, evaluate" in done.output
     assert list((tmp_path / "tiny").iterdir()) == []
+
+
+def test_dry_run_tells_of_workers_that_would_wait(raw_config: dict[str, Any], tmp_path: Path) -> None:
+    done = call(raw_config, tmp_path, "run", "--dry-run", "--set", "train.per_device_train_batch_size=3")
+    assert "idle in train: 1 of 4 micro-batches of a step are empty; a multiple of 6 pairs fills all" in done.output
 
 
 def edit(section: str, key: str, value: Any) -> Edit:

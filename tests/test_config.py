@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from conftest import Edit
 
-from madpo_ray.config import Config, UserError, settings_of
+from madpo_ray.config import Config, UserError, numerics_of, settings_of
 from madpo_ray.config_file import load_config, parse_config
 
 ROOT = Path(__file__).parent.parent
@@ -118,6 +118,24 @@ def test_evaluations_count_for_the_numbers_only_where_they_choose_the_result(con
     assert settings_of(often) == settings_of(config.train)
     best = config.train.model_copy(update={"metric_for_best_model": "eval_loss"})
     assert settings_of(best) != settings_of(best.model_copy(update={"eval_steps": 3}))
+
+
+@pytest.mark.parametrize(("stage", "key"), [(1, "offload_optimizer"), (2, "offload_param")])
+def test_offloading_needs_shards(stage: int, key: str, raw_config: dict[str, Any]) -> None:
+    raw_config["train"] |= {"zero_stage": stage, key: True}
+    with pytest.raises(UserError, match="offload_param zero_stage 3"):
+        parse_config(raw_config)
+    raw_config["train"]["zero_stage"] = 3
+    assert getattr(parse_config(raw_config).train, key)
+
+
+def test_four_bits_are_for_an_adapter_on_gpus(raw_config: dict[str, Any]) -> None:
+    raw_config["model"]["load_in_4bit"] = True
+    with pytest.raises(UserError, match=r"model\.load_in_4bit needs cluster\.use_gpu, train\.use_peft"):
+        parse_config(raw_config)
+    del raw_config["sft"]
+    raw_config["train"]["use_peft"] = raw_config["cluster"]["use_gpu"] = True
+    assert numerics_of(parse_config(raw_config).model)["load_in_4bit"]
 
 
 def test_a_weight_column_is_kept(raw_config: dict[str, Any]) -> None:

@@ -169,3 +169,16 @@ def test_a_killed_driver_is_started_again_by_hand(
     code, output = killed.run()
     assert code == 0, output
     assert_finished_like(killed, undisturbed)
+
+
+@pytest.mark.slow
+def test_the_best_checkpoint_outlives_the_limit(command: Callable[[str], Command]) -> None:
+    best = command("best")
+    settings = {"eval_steps": 3, "metric_for_best_model": "eval_loss", "save_total_limit": 1, "learning_rate": 3e-2}
+    code, output = best.run(*(f"--set=train.{key}={value}" for key, value in settings.items()))
+    assert code == 0, output
+    lines = [line for line in best.metrics if "eval_loss" in line]
+    chosen = min(lines, key=lambda line: line["eval_loss"])
+    assert chosen["step"] < lines[-1]["step"]
+    assert f"step {chosen['step']}: eval_loss {chosen['eval_loss']:.4f}" in output
+    assert len(list((best.config.run.folder / "ray").glob("train-*/checkpoint_*"))) == 2

@@ -22,6 +22,7 @@ from conftest import Ranks
 from safetensors.torch import load_file
 from torch import Tensor
 
+from madpo_ray import worker
 from madpo_ray.batching import MicroBatch
 from madpo_ray.config import Config, PolicyConfig
 from madpo_ray.config_file import parse_config
@@ -34,7 +35,7 @@ from madpo_ray.scoring import PairScorer
 from madpo_ray.sft import SFTTask
 from madpo_ray.tables import read_split
 from madpo_ray.train import PolicyObjective, PolicyTask
-from madpo_ray.worker import Outcome, TrainingJob
+from madpo_ray.worker import Local, Noticeboard, Outcome, TrainingJob
 
 pytestmark = pytest.mark.deepspeed
 
@@ -80,6 +81,9 @@ def test_neither_ranks_nor_accumulation_nor_zero_stage_change_a_loss(
         "four-ranks": (4, {"per_device_train_batch_size": 2}),
         "budget": (2, {"max_tokens_per_device": 90}),
         "sharded": (2, {"per_device_train_batch_size": 3, **SHARDED}),
+        "two-rows-a-pair": (2, {"model": {"shared_prefix": "off"}}),
+        "offloaded": (2, {"zero_stage": 2, "offload_optimizer": True}),
+        "all-offloaded": (2, {"offload_optimizer": True, "offload_param": True, **SHARDED}),
         "recomputed": (2, {"per_device_train_batch_size": 4, "gradient_checkpointing": True, **SHARDED}),
     }
     for name, (ranks, changes) in settings.items():
@@ -422,3 +426,25 @@ def test_what_is_not_finite_stops_the_run_or_is_left_out(
     assert "of step 2 is" in said[0]
     assert said[0].count("pair-") == 8
     assert "The last good checkpoint is step 1's" in said[0]
+
+
+class LeavingNode(Local):
+    """A place whose node is about to be taken away."""
+
+    def node_is_leaving(self) -> bool:
+        return True
+
+
+def test_a_node_that_leaves_is_saved_for_once(
+    policy_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "PREEMPTION_POLL_S", 0.0)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        job = policy_job("leaving")
+        board = Noticeboard(job, LeavingNode(job), torch.device("cpu"))
+        assert [board(), board()] == [Notice.SAVE, Notice.NONE]
+        calm = Noticeboard(job, Local(job), torch.device("cpu"))
+        assert calm() is Notice.NONE
+    finally:
+        dist.destroy_process_group()

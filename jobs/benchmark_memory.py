@@ -1,0 +1,117 @@
+"""Peak memory of each rank while a policy is loaded, trained and exported, under ZeRO-2 and ZeRO-3.
+
+Counts a process's own memory (RssAnon): weights read from a file are mapped, and the system can drop such pages.
+Ranks run over gloo on this machine; a random Llama of 270 M parameters, 1.0 GiB in float32.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmark_training import make_model, make_pairs, make_source, our_job
+
+SIZE = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 16, "num_attention_heads": 16}
+STEPS = 2
+
+
+def own_bytes() -> int:
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
+
+
+class Watch:
+    """The largest `own_bytes` of each phase, above what the process had before."""
+
+    def __init__(self) -> None:
+        self.start, self.phase = own_bytes(), "load"
+        self.peaks: dict[str, int] = {}
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while True:
+            self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), own_bytes() - self.start)
+            time.sleep(0.005)
+
+
+def rank_main(arguments: argparse.Namespace) -> None:
+    import torch.distributed as dist
+
+    from madpo_ray.train import PolicyTask
+    from madpo_ray.worker import Local, train_rank
+
+    rank, size = arguments.rank, arguments.ranks
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    os.environ |= {name: str(place) for name, place in places.items()}
+    work = Path(arguments.work)
+    dist.init_process_group("gloo", init_method=f"file://{work}/store-{arguments.stage}", rank=rank, world_size=size)
+    name = f"stage-{arguments.stage}"
+    job = our_job(work, "summary", STEPS, 1, size, name=name, zero_stage=arguments.stage, export=True)
+    import deepspeed  # noqa: F401 (its own memory, and transformers', is no part of a model's)
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    watch = Watch()
+
+    class Task(PolicyTask):
+        def load(self, *given: Any) -> Any:
+            module = super().load(*given)
+            watch.phase = "train"
+            return module
+
+    class Site(Local):
+        def report(self, *given: Any) -> None:
+            super().report(*given)
+            watch.phase = "export"
+
+    train_rank(dataclasses.replace(job, task=Task()), Site(job))
+    gathered: list[Any] = [None] * size
+    dist.all_gather_object(gathered, watch.peaks)
+    if rank == 0:
+        print("\n" + json.dumps(gathered), flush=True)
+
+
+def measure(work: Path, stage: int, ranks: int) -> list[dict[str, int]]:
+    command = [sys.executable, __file__, "--work", str(work), "--stage", str(stage), "--ranks", str(ranks)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    started = [
+        subprocess.Popen([*command, "--rank", str(rank)], stdout=subprocess.PIPE, text=True, env=environment)
+        for rank in range(ranks)
+    ]
+    said = [process.communicate()[0] for process in started]
+    if any(process.returncode for process in started):
+        raise SystemExit(f"a rank failed under ZeRO-{stage}")
+    peaks: list[dict[str, int]] = json.loads(said[0].strip().splitlines()[-1])
+    return peaks
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--stage", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.rank is not None:
+        rank_main(arguments)
+        return
+    print("| ZeRO | rank | peak GiB while loading | training | saving and exporting |\n|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        make_model(work / "model", arguments.seed, **SIZE)
+        make_source(work / "summary", make_pairs("summary", 8 * STEPS, arguments.seed), work / "model")
+        for stage in (2, 3):
+            for rank, peaks in enumerate(measure(work, stage, arguments.ranks)):
+                shown = " | ".join(f"{peaks.get(phase, 0) / 2**30:.2f}" for phase in ("load", "train", "export"))
+                print(f"| {stage} | {rank} | {shown} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
