@@ -113,13 +113,10 @@ def assert_finished_like(command: Command, undisturbed: tuple[torch.Tensor, dict
     assert all(torch.equal(weight, undisturbed[1][name]) for name, weight in weights.items())
 
 
-def test_a_killed_worker_the_wall_time_and_sigterm(
+def test_a_killed_worker_and_sigterm(
     command: Callable[[str], Command], undisturbed: tuple[torch.Tensor, dict[str, torch.Tensor]]
 ) -> None:
     disturbed = command("disturbed")
-    code, output = disturbed.run("--set", "run.max_wall_time=0.001")
-    assert code == 75, output
-    assert "saved at step 1 of 40; the same command goes on from there" in output
     process = disturbed.start()
     disturbed.at_step(7)
     os.kill(disturbed.workers()[0], signal.SIGKILL)
@@ -132,6 +129,19 @@ def test_a_killed_worker_the_wall_time_and_sigterm(
     code, output = disturbed.run()
     assert code == 0, output
     assert_finished_like(disturbed, undisturbed)
+
+
+@pytest.mark.slow
+def test_the_wall_time_ends_a_training_with_a_code_of_its_own(
+    command: Callable[[str], Command], undisturbed: tuple[torch.Tensor, dict[str, torch.Tensor]]
+) -> None:
+    hurried = command("hurried")
+    code, output = hurried.run("--set", "run.max_wall_time=0.001")
+    assert code == 75, output
+    assert "saved at step 1 of 40; the same command goes on from there" in output
+    code, output = hurried.run()
+    assert code == 0, output
+    assert_finished_like(hurried, undisturbed)
 
 
 @pytest.mark.slow

@@ -26,8 +26,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.deepspeed]
 
 
 def test_every_stage_ran_and_said_its_seconds(finished_run: tuple[Config, list[str]]) -> None:
-    for name in pipeline.STAGES:
-        assert any(line.startswith(f"{name}: ") and line.endswith(" s") for line in finished_run[1])
+    for stage in pipeline.stages_of(finished_run[0]):
+        assert any(line.startswith(f"{stage.name}: ") and line.endswith(" s") for line in finished_run[1])
 
 
 def test_margins_hold_every_pair_once(finished_run: tuple[Config, list[str]]) -> None:
@@ -168,8 +168,7 @@ def at(section: str, key: str, value: Any) -> Callable[[dict[str, Any], Path], N
         (weights, "pairs"),
         (at("data", "max_length", 32), "pairs"),
         (at("run", "seed", 1), "pairs"),
-        (at("model", "dtype", "bfloat16"), "sft"),
-        (at("sft", "learning_rate", 1e-4), "sft"),
+        (at("model", "dtype", "bfloat16"), "reward"),
         (at("reward", "learning_rate", 1e-4), "reward"),
         (at("margins", "calibrate", False), "margins"),
         (at("train", "tau", 3.0), "train"),
@@ -188,8 +187,20 @@ def test_what_changes_the_numbers_is_redone_from_its_stage(
     raw = finished_run[0].model_dump(mode="json")
     edit(raw, tmp_path)
     todo = [stage.name for stage in pipeline.pending(parse_config(raw))]
-    names = list(pipeline.STAGES)
+    names = [stage.name for stage in pipeline.stages_of(finished_run[0])]
     assert todo == (names[names.index(first) :] if first else [])
+
+
+def test_a_section_sft_moves_what_starts_from_the_model(finished_run: tuple[Config, list[str]]) -> None:
+    raw = finished_run[0].model_dump(mode="json")
+    raw["sft"] = {}
+    config = parse_config(raw)
+    assert [stage.name for stage in pipeline.pending(config)] == ["sft", "reward", "margins", "train", "evaluate"]
+    # The reward model does not start from there: its artifact still fits.
+    assert reward.inputs(config) == reward.inputs(finished_run[0])
+    assert margins.inputs(config) != margins.inputs(finished_run[0])
+    with pytest.raises(UserError, match="run `madpo-ray sft` first"):
+        sft.start_folder(config)
 
 
 def test_a_stage_refuses_inputs_made_otherwise(finished_run: tuple[Config, list[str]]) -> None:

@@ -241,8 +241,12 @@ def test_a_run_goes_on_with_another_number_of_ranks(
         torch.testing.assert_close(logged(resized), logged(calm), rtol=0, atol=1e-5)
 
 
-def test_lora_goes_on_with_another_number_of_ranks(policy_job: MakeJob, train_on: TrainOn, tmp_path: Path) -> None:
-    lora = {**THIRTY_STEPS, "use_peft": True, "lora_r": 4, "save_steps": 10}
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [{"zero_stage": 2}, SHARDED])
+def test_lora_goes_on_with_another_number_of_ranks(
+    zero: dict[str, Any], policy_job: MakeJob, train_on: TrainOn, tmp_path: Path
+) -> None:
+    lora = {**THIRTY_STEPS, **zero, "use_peft": True, "lora_r": 4, "save_steps": 10}
     whole, job = policy_job("whole", **lora), policy_job("lora", **lora)
     train_on(whole, 2)
     ranks = Ranks(job, 2, tmp_path)
@@ -253,6 +257,21 @@ def test_lora_goes_on_with_another_number_of_ranks(policy_job: MakeJob, train_on
     ranks.join()
     assert train_on(job, 1) == Outcome(30)
     torch.testing.assert_close(logged(job), logged(whole), rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bfloat16_goes_on_with_another_number_of_ranks(stage: int, policy_job: MakeJob, train_on: TrainOn) -> None:
+    job = policy_job("bf16", {"dtype": "bfloat16"}, **{**THIRTY_STEPS, **SHARDED, "zero_stage": stage})
+    job.stop_file.parent.mkdir(parents=True)
+    job.stop_file.touch()
+    assert train_on(job, 2).notice is Notice.TERMINATED
+    job.stop_file.unlink()
+    assert train_on(job, 1) == Outcome(30)
+    whole = policy_job("whole", {"dtype": "bfloat16"}, **{**THIRTY_STEPS, **SHARDED, "zero_stage": stage})
+    train_on(whole, 2)
+    # The master weights and moments are carried over whole; sums over ranks round otherwise in bfloat16.
+    torch.testing.assert_close(logged(job)[:3], logged(whole)[:3], rtol=0, atol=0.02)
 
 
 def test_told_to_leave_a_run_saves_and_goes_on_when_started_again(
