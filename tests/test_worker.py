@@ -9,7 +9,7 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -412,12 +412,14 @@ class PoisonedTask(PolicyTask):
         return PoisonedObjective(config.train, self.poison)
 
 
-def not_finite_cases() -> Iterator[Any]:
+def not_finite_cases() -> list[Any]:
     quick = [(0, "float32", "loss"), (2, "float32", "gradient"), (3, "bfloat16", "loss")]
+    cases = []
     for stage, dtype, poison in itertools.product([0, 1, 2, 3], ["float32", "bfloat16"], ["loss", "gradient"]):
         zero = {"zero_stage": stage, "stage3_param_persistence_threshold": 0}
         marks = [] if (stage, dtype, poison) in quick else [pytest.mark.slow]
-        yield pytest.param(zero, dtype, poison, marks=marks, id=f"zero-{stage}-{dtype}-{poison}")
+        cases.append(pytest.param(zero, dtype, poison, marks=marks, id=f"zero-{stage}-{dtype}-{poison}"))
+    return cases
 
 
 @pytest.mark.parametrize(("zero", "dtype", "poison"), not_finite_cases())
