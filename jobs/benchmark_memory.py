@@ -45,13 +45,10 @@ def rank_main(arguments: argparse.Namespace) -> None:
     import torch.distributed as dist
 
     from madpo_ray.train import PolicyTask
-    from madpo_ray.worker import Local, train_rank
+    from madpo_ray.worker import Local, join_ranks, train_rank
 
-    rank, size = arguments.rank, arguments.ranks
-    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-    os.environ |= {name: str(place) for name, place in places.items()}
-    work = Path(arguments.work)
-    dist.init_process_group("gloo", init_method=f"file://{work}/store-{arguments.stage}", rank=rank, world_size=size)
+    rank, size, work = arguments.rank, arguments.ranks, Path(arguments.work)
+    join_ranks(rank, size, work / f"store-{arguments.stage}")
     name = f"stage-{arguments.stage}"
     job = our_job(work, "summary", STEPS, 1, size, name=name, zero_stage=arguments.stage, export=True)
     import deepspeed  # noqa: F401 (its own memory, and transformers', is no part of a model's)

@@ -140,14 +140,10 @@ def step_seconds(job: Any) -> list[float]:
 
 def measure_ours(work: Path, shape: str, steps: int, threads: int) -> dict[str, Any]:
     """The loop and the engine of a training in this process, without Ray."""
-    import torch
-
     from madpo_ray.metrics import read_metrics
-    from madpo_ray.worker import Local, train_rank
+    from madpo_ray.worker import Local, join_ranks, train_rank
 
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20_000 + os.getpid() % 20_000)}
-    torch.distributed.init_process_group("gloo")
+    join_ranks(0, 1, work / f"store-{os.getpid()}")
     job = our_job(work, shape, steps, threads, name=f"bare-{os.getpid()}")
     train_rank(job, Local(job))
     utilisation = [line["mfu"] for line in read_metrics(job.metrics / "metrics.jsonl") if "mfu" in line]

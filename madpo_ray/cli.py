@@ -1,6 +1,5 @@
 """`madpo-ray <stage>`: parse, call the stage, exit code."""
 
-import enum
 import logging
 import os
 import sys
@@ -12,7 +11,7 @@ import typer
 import yaml
 from rich.console import Console
 
-from madpo_ray.config import Config, Stopped, UserError
+from madpo_ray.config import Config, ExitCode, Stopped, UserError
 from madpo_ray.config_file import load_config
 
 console = Console(soft_wrap=not sys.stdout.isatty())
@@ -30,15 +29,6 @@ app = typer.Typer(
 ConfigFile = Annotated[Path, typer.Option("--config", help="YAML file with sections model, data, run, train, ...")]
 Overrides = Annotated[list[str], typer.Option("--set", help="section.key=value, over the file; may be repeated")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the resolved config, rows, steps and workers, and exit")]
-
-
-class ExitCode(enum.IntEnum):
-    DONE = 0
-    FAILED = 1
-    USER_ERROR = 2
-    # Saved and left before the end; the same command goes on (launch.EXIT_CODES):
-    OUT_OF_TIME = 75  # EX_TEMPFAIL of sysexits.h
-    TERMINATED = 143  # 128 + SIGTERM
 
 
 @app.command()

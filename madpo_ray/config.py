@@ -5,6 +5,7 @@ TRL's where TRL has the thing.
 """
 
 import difflib
+import enum
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -17,10 +18,20 @@ class UserError(Exception):
     traceback."""
 
 
-class Stopped(Exception):  # noqa: N818 (no error: it did what it was told)
-    """A training was told to leave before its end and has saved; the same command goes on from there."""
+class ExitCode(enum.IntEnum):
+    """What a command returns."""
 
-    def __init__(self, message: str, exit_code: int) -> None:
+    DONE = 0
+    FAILED = 1
+    USER_ERROR = 2
+    OUT_OF_TIME = 75  # EX_TEMPFAIL of sysexits.h: saved, and the same command goes on
+    TERMINATED = 143  # 128 + SIGTERM: the same
+
+
+class Stopped(Exception):  # noqa: N818 (no error: it did what it was told)
+    """A training ended before its end, and says why in one message: it was told to leave, or could not go on."""
+
+    def __init__(self, message: str, exit_code: ExitCode) -> None:
         super().__init__(message, exit_code)
         self.message, self.exit_code = message, exit_code
 
@@ -227,7 +238,7 @@ class PolicyConfig(TrainingConfig):
         | {f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")}
     )
 
-    merge_adapter: bool = Field(False, description="write whole weights with LoRA merged in, not an adapter")
+    merge_adapter: bool = Field(False, description="write whole float32 weights with LoRA merged in, not an adapter")
     loss_type: LossType = "madpo"
     beta: float = Field(0.1, gt=0, description="base temperature")
     label_smoothing: float = Field(
@@ -359,7 +370,10 @@ class Config(Section):
 
 # Keys of a training that change neither weights nor results: a change of theirs redoes nothing.
 OPERATIONAL_KEYS = frozenset(
-    {"logging_steps", "save_steps", "save_total_limit", "eval_steps", "per_device_eval_batch_size"}
+    {
+        *("logging_steps", "save_steps", "save_total_limit", "eval_steps", "per_device_eval_batch_size"),
+        "skip_nonfinite",  # a run that it lets go on is the run that stopped
+    }
 )
 
 

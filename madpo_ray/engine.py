@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import gc
 import io
 import json
 import logging
@@ -166,13 +167,29 @@ def newest_checkpoint(folder: Path, step: int | None = None) -> tuple[int, Path]
 
     A newer one that is torn or was changed since it was written is passed over with a warning.
     """
-    for candidate in sorted(folder.glob("checkpoint_*"), reverse=True):
+    for candidate in sorted(folder.glob("checkpoint_*"), key=_claimed_step, reverse=True):
         found = checkpoint_step(candidate)
         if found is None:
             logger.warning("checkpoint %s is torn or was changed; taking the one before it", candidate)
         elif step in (None, found):
             return found, candidate
     return None
+
+
+def agreed_checkpoint(folder: Path, step: int | None = None) -> Path | None:
+    """The folder of `newest_checkpoint` as rank 0 sees it, on every rank: one reads and hashes it, and none differs."""
+    found = newest_checkpoint(folder, step) if dist.get_rank() == 0 else None
+    agreed = [found[1] if found else None]
+    dist.broadcast_object_list(agreed, src=0)
+    return agreed[0]
+
+
+def _claimed_step(folder: Path) -> float:
+    """What a checkpoint says of itself; above all others where it says nothing, to be looked at first."""
+    try:
+        return float(json.loads((folder / "rank-0.json").read_text())["step"])
+    except (FileNotFoundError, ValueError):
+        return math.inf
 
 
 def is_resized(folder: Path, settings: TrainingConfig, *, dtype: str) -> bool:
@@ -185,7 +202,7 @@ def load(engine: Any, folder: Path) -> dict[str, Any]:
     """Restores a checkpoint and returns its `state`. Its files are pickles: `checkpoint_step` has checked their
     hashes.
 
-    One of another number of ranks is brought into DeepSpeed's universal form first, once, inside its folder.
+    One of another number of ranks is brought into DeepSpeed's universal form first, inside its folder, by rank 0.
     """
     rank, saved = dist.get_rank(), _saved_world_size(folder)
     if engine.load_universal_checkpoint():
@@ -193,6 +210,10 @@ def load(engine: Any, folder: Path) -> dict[str, Any]:
             _make_universal(folder)
         dist.barrier()
         engine.load_checkpoint(str(folder / UNIVERSAL), tag=TAG, load_module_strict=False)
+        # One count of steps came for all parameters, on the CPU; fused AdamW wants each on its parameter's device.
+        for parameter, values in engine.basic_optimizer.state.items():
+            if isinstance(values.get("step"), Tensor):
+                values["step"] = values["step"].to(parameter.device, copy=True)
     else:
         engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=False)
     state: dict[str, Any] = torch.load(folder / f"rank-{rank % saved}.pt", weights_only=False)
@@ -212,10 +233,10 @@ def _saved_world_size(folder: Path) -> int:
 def _make_universal(folder: Path) -> None:
     from deepspeed.checkpoint import ds_to_universal
 
-    if (folder / UNIVERSAL).exists():
-        return
+    # Made anew each time: nothing but what was hashed is ever unpickled.
     partial = folder / f"{UNIVERSAL}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    for stale in (partial, folder / UNIVERSAL):
+        shutil.rmtree(stale, ignore_errors=True)
     logger.warning("%s was saved by %d ranks; converting it", folder, _saved_world_size(folder))
     with contextlib.redirect_stdout(io.StringIO()):
         ds_to_universal.main(
@@ -230,6 +251,15 @@ def _make_universal(folder: Path) -> None:
             )
         )
     partial.rename(folder / UNIVERSAL)
+
+
+def release(engine: Any) -> None:
+    """Frees what DeepSpeed holds; the caller drops its own reference."""
+    engine.destroy()
+    engine.optimizer = engine.basic_optimizer = engine.module = None
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def trained_tensors(engine: Any, model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -13,16 +13,14 @@ from typing import Any
 import pyarrow as pa
 
 from madpo_ray.cluster import ordered_execution, worker_resources
-from madpo_ray.config import Stopped, TrainingConfig
+from madpo_ray.config import ExitCode, Stopped
 from madpo_ray.engine import newest_checkpoint
-from madpo_ray.loop import Notice
+from madpo_ray.loop import NonFiniteError, Notice
 from madpo_ray.models import check_trainable
 from madpo_ray.plan import Plan, micro_batch_dataset
 from madpo_ray.progress import training_progress
 from madpo_ray.worker import Outcome, TrainingJob, train_rank
 
-# Exit codes of a command that saved and left before its end.
-EXIT_CODES = {Notice.OUT_OF_TIME: 75, Notice.TERMINATED: 143}
 # run.max_wall_time counts from here: this is imported when a command starts.
 _BEGAN = time.time()
 
@@ -56,7 +54,10 @@ class RaySite:
 
 
 def _train_on_rank(spec: dict[str, TrainingJob]) -> Outcome:
-    return train_rank(spec["job"], RaySite())
+    try:
+        return train_rank(spec["job"], RaySite())
+    except NonFiniteError as error:  # on every rank, and again after a restart: nothing that Ray should retry
+        return Outcome(0, failure=str(error))
 
 
 def train_on_ray(job: TrainingJob, callbacks: list[Any] | None = None) -> Outcome:
@@ -64,7 +65,7 @@ def train_on_ray(job: TrainingJob, callbacks: list[Any] | None = None) -> Outcom
 
     Raises:
         UserError: the model cannot be trained as the settings say.
-        Stopped: SIGTERM came, or run.max_wall_time is over; the job has saved.
+        Stopped: SIGTERM came or run.max_wall_time is over, and the job has saved; or a loss or gradient is not finite.
         ray.train.TrainingFailedError: the workers failed more often than cluster.max_failures allows.
     """
     import ray.train
@@ -74,6 +75,8 @@ def train_on_ray(job: TrainingJob, callbacks: list[Any] | None = None) -> Outcom
     job = dataclasses.replace(job, deadline=None if limit is None else _BEGAN + limit)
     check_trainable(job.base, job.config.model, job.settings, task_type=job.task.task_type)
     spec = job.plan(cluster.num_workers)
+    plan = Plan(spec)
+    Plan(job.plan(cluster.num_workers, split="validation"))  # what is wrong with it is told before workers start
 
     def dataset() -> Any:  # evaluated anew whenever the workers start, so it goes on where they do
         newest = newest_checkpoint(job.checkpoints)
@@ -94,53 +97,51 @@ def train_on_ray(job: TrainingJob, callbacks: list[Any] | None = None) -> Outcom
             storage_path=str(job.checkpoints.parent),
             callbacks=callbacks,
             checkpoint_config=ray.train.CheckpointConfig(
-                num_to_keep=job.settings.save_total_limit, **_best_is_kept(job.settings)
+                num_to_keep=job.settings.save_total_limit,
+                # Ray deletes the lowest score first, and never the newest.
+                checkpoint_score_attribute="best" if job.settings.metric_for_best_model else None,
             ),
             failure_config=ray.train.FailureConfig(
                 max_failures=cluster.max_failures, controller_failure_limit=-1 if cluster.autoscaling else 3
             ),
         ),
     )
-    progress = training_progress(job.experiment.split("-")[0], job.metrics / "metrics.jsonl", Plan(spec).total_steps)
-    with progress, _sigterm_stops(job):
+    progress = training_progress(job.experiment.split("-")[0], job.metrics / "metrics.jsonl", plan.total_steps)
+    with progress, _sigterm_stops(job) as terminated:
         outcome = trainer.fit().return_value
     assert isinstance(outcome, Outcome)
-    if outcome.notice in EXIT_CODES:
-        why = "SIGTERM came" if outcome.notice is Notice.TERMINATED else f"run.max_wall_time: {limit:g} s are over"
-        raise Stopped(
-            f"{why}: saved at step {outcome.step} of {Plan(spec).total_steps}; the same command goes on from there",
-            EXIT_CODES[outcome.notice],
-        )
+    if outcome.failure:
+        raise Stopped(outcome.failure, ExitCode.FAILED)
+    saved = f"saved at step {outcome.step} of {plan.total_steps}; the same command goes on from there"
+    if outcome.notice is Notice.OUT_OF_TIME:
+        raise Stopped(f"run.max_wall_time: {limit:g} s are over: {saved}", ExitCode.OUT_OF_TIME)
+    if terminated.is_set():  # perhaps too late for the workers to hear
+        raise Stopped(f"SIGTERM came: {saved}", ExitCode.TERMINATED)
     if job.export:
         shutil.copytree(job.metrics, job.output, dirs_exist_ok=True)
     return outcome
 
 
-def _best_is_kept(settings: TrainingConfig) -> dict[str, str]:
-    """Ray deletes by age, unless told what is better; the newest checkpoint it always keeps."""
-    if settings.metric_for_best_model is None:
-        return {}
-    name, greater = settings.best_metric
-    return {"checkpoint_score_attribute": name, "checkpoint_score_order": "max" if greater else "min"}
-
-
 @contextlib.contextmanager
-def _sigterm_stops(job: TrainingJob) -> Iterator[None]:
-    """While in the block, a first SIGTERM has the workers save and leave; a second one does what it did before."""
+def _sigterm_stops(job: TrainingJob) -> Iterator[threading.Event]:
+    """While in the block, a first SIGTERM has the workers save and leave, and sets the event; a second one does what
+    it did before."""
+    terminated = threading.Event()
     job.stop_file.unlink(missing_ok=True)
     if threading.current_thread() is not threading.main_thread():  # a trial of Tune; signals are its driver's
-        yield
+        yield terminated
         return
     before = signal.getsignal(signal.SIGTERM)
 
     def stop(*_: Any) -> None:
         signal.signal(signal.SIGTERM, before)
+        terminated.set()
         job.stop_file.parent.mkdir(parents=True, exist_ok=True)
         job.stop_file.touch()
 
     signal.signal(signal.SIGTERM, stop)
     try:
-        yield
+        yield terminated
     finally:
         signal.signal(signal.SIGTERM, before)
         job.stop_file.unlink(missing_ok=True)

@@ -86,7 +86,7 @@ class Progress:
             return False
         name, greater = settings.best_metric
         value, best = metrics[name], self.best_metric
-        better = best is None or (value > best if greater else value < best)
+        better = math.isfinite(value) and (best is None or (value > best if greater else value < best))
         self.evaluations_since_best = 0 if better else self.evaluations_since_best + 1
         if better:
             self.best_metric, self.best_step = value, self.step
@@ -139,6 +139,7 @@ def fit(
     engine.train()  # transformers loads in eval mode, where activation checkpointing and dropout do nothing
     meter, step_meter, clock = Meter(), Meter(), time.monotonic()
     step_loss, step_ids = torch.zeros((), device=engine.device), list[str]()
+    before = objective.state_dict()  # of the step
     for batch in batches:
         assert batch.step == progress.step, f"a batch of step {batch.step} at step {progress.step}"
         batch = batch.to(engine.device)
@@ -155,6 +156,8 @@ def fit(
         else:
             progress.skipped += 1
             _refuse_or_skip(progress, settings, grad_norm, step_loss, step_ids, reporter)
+            objective.load_state_dict(before)
+        before = objective.state_dict()
         step_meter = Meter()
         step_loss.zero_()
         step_ids.clear()
@@ -164,7 +167,8 @@ def fit(
         evaluates = done or _due(progress.step, settings.eval_steps)
         saves = done or heard > Notice.NONE or _due(progress.step, settings.save_steps)
         saves = saves or (evaluates and settings.metric_for_best_model is not None)
-        # A checkpoint holds no half-filled meter, so what a resumed run logs is what an undisturbed one does.
+        # A checkpoint holds no half-filled meter, so a run that is resumed from a save of its own plan logs what an
+        # undisturbed one does.
         if saves or _due(progress.step, settings.logging_steps):
             elapsed, clock = time.monotonic() - clock, time.monotonic()
             metrics = {"learning_rate": rate, "epoch": progress.step / steps_per_epoch}

@@ -148,6 +148,11 @@ def load_policy(folder: Path, model: ModelConfig) -> nn.Module:
     return loaded
 
 
+def load_exact(folder: Path, model: ModelConfig) -> nn.Module:
+    """A causal language model in float32, to merge LoRA into: bfloat16 would round its small changes off."""
+    return load_policy(folder, model.model_copy(update={"dtype": "float32"}))
+
+
 def _four_bits(model: ModelConfig) -> dict[str, Any]:
     """QLoRA's settings (Dettmers et al. 2023), on this process's GPU."""
     from transformers import BitsAndBytesConfig
@@ -226,12 +231,10 @@ def check_trainable(folder: Path, model: ModelConfig, settings: TrainingConfig, 
             skeleton = getattr(transformers, classes[task_type]).from_config(
                 config, trust_remote_code=model.trust_remote_code
             )
-    except ValueError:
-        skeleton = None
-    if skeleton is None or (task_type == "SEQ_CLS" and not hasattr(skeleton, "score")):
-        raise UserError(
-            f"model.model_name_or_path: {config.model_type} has no {classes[task_type]} that can be trained"
-        )
+    except ValueError as error:
+        raise UserError(f"model.model_name_or_path: no {classes[task_type]} of {config.model_type}: {error}") from None
+    if task_type == "SEQ_CLS" and not hasattr(skeleton, "score"):
+        raise UserError(f"model.model_name_or_path: the {type(skeleton).__name__} has no linear head named score")
     if not settings.use_peft:
         return
     names = sorted({name.rsplit(".", 1)[-1] for name, _ in skeleton.named_modules() if name})
@@ -240,7 +243,7 @@ def check_trainable(folder: Path, model: ModelConfig, settings: TrainingConfig, 
             raise UserError(
                 f"lora_target_modules: {config.model_type} has no module {target!r}{nearest(target, names)}"
             )
-    layers = int(config.num_hidden_layers)
+    layers = int(config.get_text_config().num_hidden_layers)
     if beyond := [layer for layer in settings.lora_layers_to_transform if not 0 <= layer < layers]:
         raise UserError(f"lora_layers_to_transform: {beyond} of a model with layers 0 to {layers - 1}")
 
@@ -314,7 +317,8 @@ def save_whole(
 
     Every rank runs through `tensors`, which may gather them; only the writer writes.
     """
-    if getattr(model, "_weight_conversions", None):  # loaded under other names than its files have
+    # Loaded under other names than its files have, or from code that has to be saved beside it.
+    if getattr(model, "_weight_conversions", None) or model.is_remote_code():
         whole = {name: tensor for name, tensor in tensors if is_writer}
         if is_writer:
             model.save_pretrained(str(folder), state_dict=whole)

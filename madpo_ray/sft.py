@@ -1,5 +1,5 @@
-"""Stage 2, where the config asks for it: supervised fine-tuning on the chosen responses, as the start of policy and
-reference."""
+"""Behind stage 1, where the config asks for it: supervised fine-tuning on the chosen responses, where policy and
+reference start from."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from madpo_ray.launch import train_on_ray
 from madpo_ray.logprobs import PairLogps
 from madpo_ray.loop import Stateless, Terms
 from madpo_ray.metrics import read_metrics
-from madpo_ray.models import base_folder, load_policy, load_tokenizer, model_inputs, prepare_for_training
+from madpo_ray.models import base_folder, load_exact, load_policy, load_tokenizer, model_inputs, prepare_for_training
 from madpo_ray.tables import parquet_folder
 from madpo_ray.worker import TrainingJob
 
@@ -89,7 +89,7 @@ class SFTTask:
         return load_tokenizer(base, config.model)
 
     def fresh_base(self, config: Config, base: Path) -> nn.Module:
-        return load_policy(base, config.model)
+        return load_exact(base, config.model)
 
 
 def run(config: Config) -> Path:

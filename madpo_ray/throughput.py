@@ -1,5 +1,6 @@
 """How much of the machine a training uses: model FLOPs against the peak of a matrix product on the same device."""
 
+import math
 import resource
 import time
 from typing import Any
@@ -24,13 +25,18 @@ class ModelFlops:
         base = base_of(model)
         head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
         self._per_token, self._per_response_token, self._per_attended, trained_before = 0, 0, 0, False
-        heads, size = base.config.num_attention_heads, getattr(base.config, "head_dim", None)
-        channels = heads * size if size else base.config.hidden_size
+        config = base.config.get_text_config()
+        heads, size = config.num_attention_heads, getattr(config, "head_dim", None)
+        channels = heads * size if size else config.hidden_size
         for module in model.modules():
             trained_here = any(p.requires_grad for p in module.parameters(recurse=False))
             weight = module._parameters.get("weight")  # its own: peft's wrappers hand out what they wrap
-            if isinstance(weight, torch.Tensor) and weight.dim() == 2 and not isinstance(module, nn.Embedding):
-                flops = 2 * weight.numel() * (1 + trained_before + weight.requires_grad)
+            # The whole weight, of which partitioning (ZeRO-3) or packing (4 bits) may have left less.
+            shape = getattr(weight, "ds_shape", getattr(weight, "shape", ()))
+            if isinstance(module, nn.Linear):
+                shape = (module.out_features, module.in_features)
+            if weight is not None and len(shape) == 2 and not isinstance(module, nn.Embedding):
+                flops = 2 * math.prod(shape) * (1 + trained_before + weight.requires_grad)
                 if module is head:
                     self._per_response_token += flops
                 else:

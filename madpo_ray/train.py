@@ -20,7 +20,7 @@ from madpo_ray.logprobs import PairLogps
 from madpo_ray.loop import Objective, Stateless, Terms
 from madpo_ray.losses import BetaStatistics, beta_dpo_batch, beta_dpo_loss, dpo_loss, ipo_loss, madpo_loss, madpo_weight
 from madpo_ray.metrics import read_metrics
-from madpo_ray.models import load_policy, load_tokenizer, prepare_for_training
+from madpo_ray.models import load_exact, load_policy, load_tokenizer, prepare_for_training
 from madpo_ray.plan import TOKEN_COLUMNS
 from madpo_ray.tables import parquet_folder, read_split
 from madpo_ray.worker import TrainingJob
@@ -178,7 +178,7 @@ class BetaDPOObjective(PolicyObjective):
         return {"statistics": tuple(self._statistics), "generator": self._generator.get_state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._statistics = BetaStatistics(*state["statistics"])
+        self._statistics, self._gaps = BetaStatistics(*state["statistics"]), []
         self._generator.set_state(state["generator"])
 
 
@@ -215,7 +215,7 @@ class PolicyTask:
         return load_tokenizer(base, config.model)
 
     def fresh_base(self, config: Config, base: Path) -> nn.Module | None:
-        return load_policy(base, config.model) if config.train.merge_adapter else None
+        return load_exact(base, config.model) if config.train.merge_adapter else None
 
 
 def job(config: Config, *, output: Path, experiment: str, export: bool = True) -> TrainingJob:

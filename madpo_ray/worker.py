@@ -1,6 +1,7 @@
 """What every rank of a training runs: load, restore, fit, export. Knows no Ray: a `Site` says where it runs."""
 
 import dataclasses
+import os
 import shutil
 import tempfile
 import time
@@ -127,8 +128,15 @@ class Site(Protocol):
         """Whether a node of the run is about to be taken away. A barrier."""
 
 
+def join_ranks(rank: int, world_size: int, store: Path) -> None:
+    """Makes this process a rank of a gloo group on this machine; `store` is a file that all ranks name."""
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    os.environ |= {name: str(place) for name, place in places.items()}
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+
+
 class Local:
-    """A rank of a torch.distributed group, without Ray: for benchmarks and tests.
+    """A rank that `join_ranks` made, without Ray: for benchmarks and tests.
 
     Checkpoints go to the job's folder as they do on Ray; the ranks share a file system.
     """
@@ -164,7 +172,9 @@ class RunReporter:
     def report(self, progress: Progress, metrics: dict[str, float], *, save: bool) -> None:
         if self._log is not None and metrics:
             self._log.write(progress.step, metrics)
-        numbers = {"step": progress.step, **metrics}
+        # Ray keeps the checkpoint with the highest `best`: that of the newest best evaluation.
+        best = progress.step if progress.best_step == progress.step else 0
+        numbers = {"step": progress.step, "best": best, **metrics}
         if not save:
             self._site.report(numbers, None)
             return
@@ -197,7 +207,8 @@ class Noticeboard:
             own = Notice.OUT_OF_TIME
         if self._job.stop_file.exists():
             own = Notice.TERMINATED
-        polls = self._site.rank == 0 and time.monotonic() >= self._next_poll
+        # A trial of Tune saves nothing: its reports all have to hold the objective.
+        polls = self._job.export and self._site.rank == 0 and time.monotonic() >= self._next_poll
         heard, anyone_polls = ds.max_over_ranks([own, polls], self._device)
         if anyone_polls:
             self._next_poll = time.monotonic() + PREEMPTION_POLL_S
@@ -213,6 +224,7 @@ class Outcome:
 
     step: int  # whose weights are the result
     notice: Notice = Notice.NONE  # to leave, where it heard one before its end
+    failure: str = ""  # why it cannot go on
 
     def evaluation(self, metrics: list[dict[str, Any]]) -> dict[str, Any]:
         """The line of that step's evaluation."""
@@ -225,42 +237,53 @@ def train_rank(job: TrainingJob, site: Site) -> Outcome:
     plan = Plan(job.plan(site.world_size))
     held_out_plan = Plan(job.plan(site.world_size, split="validation"))
     bound = max(plan.max_response_tokens, held_out_plan.max_response_tokens)
-    newest = ds.newest_checkpoint(job.checkpoints)
-    engine = _start(job, bound, plan.total_steps, newest[1] if newest else None)
-    # Before the checkpoint restores the random state, which measuring draws from.
-    machine_flops = ds.sum_over_ranks(peak_flops(DTYPES[job.config.model.dtype], engine.device), engine.device)
-    objective, progress = job.task.objective(job.config), Progress()
-    if newest is not None:
-        state = ds.load(engine, newest[1])
-        progress = Progress(**state["progress"])
-        objective.load_state_dict(state["objective"])
-    log = MetricsLog(job.metrics, progress.step) if site.rank == 0 else None
-    notice = Notice.NONE
-    if progress.step < plan.total_steps and not progress.ran_out_of_patience(job.settings):
-        notice = fit(
-            engine,
-            objective,
-            _own_batches(job, site, progress.step),
-            job.settings,
-            progress=progress,
-            total_steps=plan.total_steps,
-            steps_per_epoch=plan.steps_per_epoch,
-            evaluate=lambda: evaluate(engine, objective, _held_out(job, held_out_plan, site), engine.device),
-            reporter=RunReporter(job, site, engine, objective, log),
-            notice=Noticeboard(job, site, engine.device),
-            flops=ModelFlops(engine.module.model),
-            machine_flops=machine_flops,
-        )
-    if log is not None:
-        log.close()
+    newest = ds.agreed_checkpoint(job.checkpoints)
+    engine = _start(job, bound, plan.total_steps, newest)
+    progress, notice = _train(job, site, engine, plan, held_out_plan, newest)
     if notice > Notice.NONE:
         return Outcome(progress.step, notice)
     best = progress.best_step or progress.step
     if job.export:
         if best != progress.step:
-            engine = _restart_from(job, best, engine, bound, plan.total_steps)
+            # DeepSpeed does not load into an engine that has trained; two at a time might not fit.
+            ds.release(engine)
+            del engine
+            engine = _from_step(job, best, bound, plan.total_steps)
         _export(job, engine)
     return Outcome(best)
+
+
+def _train(
+    job: TrainingJob, site: Site, engine: Any, plan: Plan, held_out: Plan, checkpoint: Path | None
+) -> tuple[Progress, Notice]:
+    """Restores the checkpoint, if there is one, and trains from there; how far it came, and the notice to leave."""
+    # Before the checkpoint restores the random state, which measuring draws from.
+    machine_flops = ds.sum_over_ranks(peak_flops(DTYPES[job.config.model.dtype], engine.device), engine.device)
+    objective, progress = job.task.objective(job.config), Progress()
+    if checkpoint is not None:
+        state = ds.load(engine, checkpoint)
+        progress = Progress(**state["progress"])
+        objective.load_state_dict(state["objective"])
+    if progress.step == plan.total_steps or progress.ran_out_of_patience(job.settings):
+        return progress, Notice.NONE
+    log = MetricsLog(job.metrics, progress.step) if site.rank == 0 else None
+    notice = fit(
+        engine,
+        objective,
+        _own_batches(job, site, progress.step),
+        job.settings,
+        progress=progress,
+        total_steps=plan.total_steps,
+        steps_per_epoch=plan.steps_per_epoch,
+        evaluate=lambda: evaluate(engine, objective, _held_out(job, held_out, site), engine.device),
+        reporter=RunReporter(job, site, engine, objective, log),
+        notice=Noticeboard(job, site, engine.device),
+        flops=ModelFlops(engine.module.model),
+        machine_flops=machine_flops,
+    )
+    if log is not None:
+        log.close()
+    return progress, notice
 
 
 def _export(job: TrainingJob, engine: Any) -> None:
@@ -293,22 +316,21 @@ def _start(job: TrainingJob, max_response_tokens: int, total_steps: int, checkpo
     return ds.initialize(module, job.settings, dtype=dtype, total_steps=total_steps, resized=resized)
 
 
-def _restart_from(job: TrainingJob, step: int, engine: Any, max_response_tokens: int, total_steps: int) -> Any:
-    """A fresh engine with the weights of an earlier step: DeepSpeed does not load into one that has trained.
+def _from_step(job: TrainingJob, step: int, max_response_tokens: int, total_steps: int) -> Any:
+    """An engine with the weights of an earlier step.
 
     Raises:
         RuntimeError: there is no whole checkpoint of that step any more.
     """
-    best = ds.newest_checkpoint(job.checkpoints, step=step)
-    if best is None:
+    checkpoint = ds.agreed_checkpoint(job.checkpoints, step=step)
+    if checkpoint is None:
         raise RuntimeError(
             f"the best step was {step}, and {job.checkpoints} has no whole checkpoint of it; "
             "metric_for_best_model: null takes the last step's weights"
         )
-    engine.destroy()
-    fresh = _start(job, max_response_tokens, total_steps, best[1])
-    ds.load(fresh, best[1])
-    return fresh
+    engine = _start(job, max_response_tokens, total_steps, checkpoint)
+    ds.load(engine, checkpoint)
+    return engine
 
 
 def _own_batches(job: TrainingJob, site: Site, start_step: int) -> Iterator[MicroBatch]:

@@ -13,7 +13,9 @@ import dataclasses
 import json
 import multiprocessing
 import random
+import signal
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -262,11 +264,9 @@ def policy_job(config: Config, scored_pairs: Path, tmp_path: Path) -> Callable[.
 def _be_a_rank(job: Any, rank: int, world_size: int, store: str, outcomes: Any) -> None:
     import torch.distributed as dist
 
-    from madpo_ray.worker import Local, train_rank
+    from madpo_ray.worker import Local, join_ranks, train_rank
 
-    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-    os.environ |= {name: str(place) for name, place in places.items()}
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    join_ranks(rank, world_size, Path(store))
     try:
         outcomes.put(train_rank(job, Local(job)))
     except RuntimeError as error:
@@ -297,10 +297,21 @@ class Ranks:
         return [process.exitcode for process in self.processes]
 
     def outcome(self) -> Any:
-        """Waits, and gives what rank 0, like all, returned."""
+        """Waits, and gives what all ranks returned."""
         codes = self.join()
         assert codes == [0] * len(codes), codes
-        return self._outcomes.get(timeout=10)
+        outcomes = [self._outcomes.get(timeout=10) for _ in codes]
+        assert outcomes == [outcomes[0]] * len(codes)
+        return outcomes[0]
+
+    def kill_when(self, ready: Callable[[], Any]) -> None:
+        """kill -9 of all ranks once something is there."""
+        while not ready():
+            assert all(process.is_alive() for process in self.processes)
+            time.sleep(0.005)
+        for process in self.processes:
+            os.kill(process.pid, signal.SIGKILL)
+        assert self.join() == [-signal.SIGKILL] * len(self.processes)
 
     def errors(self) -> list[str]:
         """Waits, and gives what each rank died of."""

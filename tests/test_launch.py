@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -192,3 +193,12 @@ def test_the_best_checkpoint_outlives_the_limit(command: Callable[[str], Command
     assert chosen["step"] < lines[-1]["step"]
     assert f"step {chosen['step']}: eval_loss {chosen['eval_loss']:.4f}" in output
     assert len(list((best.config.run.folder / "ray").glob("train-*/checkpoint_*"))) == 2
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_stops_the_command_with_one_message(command: Callable[[str], Command]) -> None:
+    code, output = command("diverging").run("--set", "train.learning_rate=1e30", "--set", "train.save_steps=1")
+    assert code == 1, output
+    assert re.search(r"of step \d+ is (nan|inf|-inf); the optimizer has not moved. Pairs of the step: pair-", output)
+    assert "The last good checkpoint is step" in output
+    assert "Traceback" not in output

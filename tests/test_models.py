@@ -79,5 +79,5 @@ def test_a_model_without_a_reward_head_is_refused(tmp_path: Path) -> None:
     tiny_config("cohere").save_pretrained(tmp_path)
     model = ModelConfig(model_name_or_path=str(tmp_path))
     check_trainable(tmp_path, model, PolicyConfig(), task_type="CAUSAL_LM")
-    with pytest.raises(UserError, match="cohere has no AutoModelForSequenceClassification that can be trained"):
+    with pytest.raises(UserError, match="no AutoModelForSequenceClassification of cohere"):
         check_trainable(tmp_path, model, RewardConfig(), task_type="SEQ_CLS")
