@@ -116,14 +116,16 @@ def beta_dpo_batch(
 
     Keeps int(N (1 - mode_weight)) pairs, drawn without replacement with p ~ exp(-0.5 ((gap - M) / S)^2); beta becomes
     beta (1 + a (mean of kept gaps - M)), at least 1e-3. Source: `preference_loss` in junkangwu/beta-DPO. Where S is
-    0, fewer than two gaps or nothing is kept (the published code makes NaN there), keeps all with the base beta.
+    0, a gap is not finite, there are fewer than two or nothing is kept (the published code makes NaN there), keeps
+    all with the base beta.
     """
     _same_shape(gaps)
     gaps = _exact(gaps.detach())
     keep = int(len(gaps) * (1 - mode_weight))
     everything = torch.ones_like(gaps, dtype=torch.bool)
     base = torch.as_tensor(beta, dtype=gaps.dtype, device=gaps.device)
-    if len(gaps) < 2 or keep == 0 or not statistics.std > 0:
+    drawable = bool(statistics.std > 0) and bool(torch.isfinite(gaps).all())
+    if len(gaps) < 2 or keep == 0 or not drawable:
         return base, everything
     score = -0.5 * ((gaps - statistics.mean) / statistics.std) ** 2
     # The largest is shifted to 1, so that far outliers cannot make every probability 0.

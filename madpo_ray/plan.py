@@ -51,15 +51,17 @@ def plan_epoch(
     epoch: int | None,
     global_batch_size: int,
     micro_batch_size: int,
+    read_tokens: np.ndarray | None = None,
     max_tokens: int | None = None,
 ) -> list[Step]:
     """Micro-batches of row numbers, by optimizer step: a function of its arguments alone, never of the number of
     workers.
 
-    `lengths` are the tokens that the model reads for each pair. The pairs are shuffled by (seed, epoch), sorted by
+    `lengths` are the tokens of each pair. The pairs are shuffled by (seed, epoch), sorted by
     length within windows of a few steps, cut into steps, and a window's whole steps are shuffled again. `epoch` None
     keeps the pairs in order. The last step may be short; every pair stands in the epoch exactly once. A step is cut
-    into micro-batches of `micro_batch_size` pairs, or of at most `max_tokens` tokens when padded to the longest.
+    into micro-batches of `micro_batch_size` pairs, or of at most `max_tokens` tokens when padded to the longest, of
+    `read_tokens` that the model reads for each pair (the pair's own, unless given).
     """
     rng = None if epoch is None else np.random.default_rng([seed, epoch])
     order = np.arange(len(lengths)) if rng is None else rng.permutation(len(lengths))
@@ -75,17 +77,19 @@ def plan_epoch(
         steps += cut
     if max_tokens is None:
         return [[step[i : i + micro_batch_size] for i in range(0, len(step), micro_batch_size)] for step in steps]
-    return [_within_budget(step, lengths, max_tokens) for step in steps]
+    tokens = lengths if read_tokens is None else read_tokens
+    return [_within_budget(step, tokens, max_tokens) for step in steps]
 
 
-def _within_budget(members: np.ndarray, lengths: np.ndarray, max_tokens: int) -> Step:
-    """Cuts a step, longest pair first, so that no micro-batch is padded to more tokens than the budget."""
-    cut, start = [], 0
-    while start < len(members):
-        size = max(1, max_tokens // int(lengths[members[start]]))
-        cut.append(members[start : start + size])
-        start += size
-    return cut
+def _within_budget(members: np.ndarray, tokens: np.ndarray, max_tokens: int) -> Step:
+    """Cuts a step so that no micro-batch is padded to more tokens than the budget."""
+    cut, start, longest = [], 0, 0
+    for end, count in enumerate(tokens[members].tolist()):
+        if end > start and max(longest, count) * (end - start + 1) > max_tokens:
+            cut.append(members[start:end])
+            start, longest = end, 0
+        longest = max(longest, count)
+    return [*cut, members[start:]]
 
 
 class Plan:
@@ -105,8 +109,9 @@ class Plan:
             )
         prompt, *responses = (pc.list_value_length(self._table[name]).to_numpy() for name in token_columns)
         self._responses = np.sum(responses, axis=0)  # response tokens of each pair
+        self._lengths = prompt + self._responses
         alone = len(responses) * (prompt + np.max(responses, axis=0))  # a row for each response
-        self._lengths = prompt + self._responses if spec.shared_prefix else alone
+        self._read_tokens = self._lengths if spec.shared_prefix else alone
         self._refuse_over_budget()
         self._global_batch_size = spec.global_batch_size or len(prompt)
         self._planned: tuple[int, list[Step]] | None = None
@@ -146,7 +151,7 @@ class Plan:
         )
 
     def _refuse_over_budget(self) -> None:
-        longest, budget = int(self._lengths.max()), self._spec.max_tokens
+        longest, budget = int(self._read_tokens.max()), self._spec.max_tokens
         if budget is not None and longest > budget:
             raise UserError(
                 f"max_tokens_per_device: {budget} is less than the longest pair's {longest} tokens: raise it, or lower "
@@ -161,6 +166,7 @@ class Plan:
                 epoch=epoch if self._spec.shuffled else None,
                 global_batch_size=self._global_batch_size,
                 micro_batch_size=self._spec.micro_batch_size,
+                read_tokens=self._read_tokens,
                 max_tokens=self._spec.max_tokens,
             )
             self._planned = (epoch, steps)
