@@ -167,7 +167,8 @@ def newest_checkpoint(folder: Path, step: int | None = None) -> tuple[int, Path]
 
     A newer one that is torn or was changed since it was written is passed over with a warning.
     """
-    for candidate in sorted(folder.glob("checkpoint_*"), key=_claimed_step, reverse=True):
+    candidates = [path for path in folder.glob("checkpoint_*") if path.is_dir()]
+    for candidate in sorted(candidates, key=_claimed_step, reverse=True):
         found = checkpoint_step(candidate)
         if found is None:
             logger.warning("checkpoint %s is torn or was changed; taking the one before it", candidate)
