@@ -1,7 +1,7 @@
 """Peak memory of each rank while a policy is loaded, trained and exported, under ZeRO-2 and ZeRO-3.
 
 Counts a process's own memory (RssAnon): weights read from a file are mapped, and the system can drop such pages.
-Ranks run over gloo on this machine; a random Llama of 270 M parameters, 1.0 GiB in float32.
+Ranks run over gloo on this machine; a random Llama of 134 M parameters, 0.50 GiB in float32.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmark_training import make_model, make_pairs, make_source, our_job
 
-SIZE = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 16, "num_attention_heads": 16}
+SIZE = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12}
 STEPS = 2
 
 

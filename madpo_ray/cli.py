@@ -102,7 +102,7 @@ def _call(command: str, config: Config, dry_run: bool) -> None:
     search = pipeline.Stage("tune", tune.inputs, tune.folder, tune.run, tune.describe)
     stages = {**pipeline.STAGES, "tune": search}
     if dry_run:
-        _print_preview(config, preview.preview(config))
+        _print_preview(config, preview.preview(config, command))
     elif command == "run":
         pipeline.run_all(config, say=_say)
     else:

@@ -12,7 +12,7 @@ from madpo_ray.config import Config, TrainingConfig
 from madpo_ray.pipeline import check, pending
 
 
-def preview(config: Config) -> dict[str, Any]:
+def preview(config: Config, command: str = "run") -> dict[str, Any]:
     """Row counts (of the files, and by split once stage pairs is done), optimizer steps, workers, stages to do.
 
     Raises UserError as the stages themselves would.
@@ -39,8 +39,11 @@ def preview(config: Config) -> dict[str, Any]:
     numbers["workers"] = f"{cluster.num_workers}, each {cluster.cpus_per_worker:g} CPUs" + (
         " and a GPU" if cluster.use_gpu else ""
     )
-    if fetched:
-        numbers["stages to do"] = ", ".join(stage.name for stage in pending(config)) or "none"
+    if command == "tune":
+        numbers["trials"] = f"{config.tune.num_samples}, {config.tune.max_concurrent_trials} at a time"
+    elif fetched:
+        todo = [stage.name for stage in pending(config) if command in ("run", stage.name)]
+        numbers["stages to do"] = ", ".join(todo) or "none"
     return numbers
 
 

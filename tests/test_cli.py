@@ -41,6 +41,11 @@ def test_dry_run_counts_and_writes_nothing_but_a_folder(raw_config: dict[str, An
     assert list((tmp_path / "tiny").iterdir()) == []
 
 
+def test_dry_run_of_one_command_tells_of_that_one(raw_config: dict[str, Any], tmp_path: Path) -> None:
+    assert "stages to do: train\n" in call(raw_config, tmp_path, "train", "--dry-run").output
+    assert "trials: 8, 1 at a time" in call(raw_config, tmp_path, "tune", "--dry-run").output
+
+
 def test_dry_run_tells_of_workers_that_would_wait(raw_config: dict[str, Any], tmp_path: Path) -> None:
     done = call(raw_config, tmp_path, "run", "--dry-run", "--set", "train.per_device_train_batch_size=3")
     assert "idle in train: 1 of 4 micro-batches of a step are empty; a multiple of 6 pairs fills all" in done.output
