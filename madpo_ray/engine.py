@@ -60,6 +60,9 @@ def initialize(
     import deepspeed
     from transformers import get_scheduler
 
+    # An inference kernel for CPUs, compiled under a lock file: a process killed there would leave the lock behind, and
+    # every later run would wait for it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
         parameters,
