@@ -63,23 +63,32 @@ class Command:
             assert self.process.poll() is None, self.process.communicate()[0]
             time.sleep(0.005)
 
+    @property
+    def checkpoints(self) -> list[Path]:
+        return list((self.config.run.folder / "ray").glob("train-*/checkpoint_*/rank-0.json"))
+
     def workers(self) -> list[int]:
         """The pids of the ranks."""
         assert self.process is not None
-        children = psutil.Process(self.process.pid).children(recursive=True)
-        return [child.pid for child in children if "RayTrainWorker" in " ".join(child.cmdline())]
+        return ranks_below(self.process.pid)
+
+
+def ranks_below(pid: int) -> list[int]:
+    children = psutil.Process(pid).children(recursive=True)
+    return [child.pid for child in children if "RayTrainWorker" in " ".join(child.cmdline())]
 
 
 @pytest.fixture
-def command(raw_config: dict[str, Any], scored_pairs: Path, tmp_path: Path) -> Iterator[Callable[[str], Command]]:
+def command(raw_config: dict[str, Any], scored_pairs: Path, tmp_path: Path) -> Iterator[Callable[..., Command]]:
+    """Makes a command by the name of its run and settings of its training."""
     made: list[Command] = []
 
-    def make(name: str) -> Command:
+    def make(name: str, **settings: Any) -> Command:
         raw = {**raw_config, "run": {"name": name, "storage_path": str(tmp_path)}}
         del raw["sft"]
         raw["data"] = {**raw["data"], "keep_columns": []}
         raw["evaluate"] = {}
-        raw["train"] = {**raw["train"], "max_steps": STEPS, "num_train_epochs": 9, "save_steps": 5}
+        raw["train"] |= {"max_steps": STEPS, "save_steps": 5, **settings}
         (tmp_path / name).mkdir()
         made.append(Command(raw, scored_pairs, tmp_path / name))
         return made[-1]
@@ -90,32 +99,31 @@ def command(raw_config: dict[str, Any], scored_pairs: Path, tmp_path: Path) -> I
             one.process.kill()
 
 
-@pytest.fixture
-def undisturbed(
-    command: Callable[[str], Command], scored_pairs: Path, tmp_path: Path, train_on: Callable[..., Any]
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Losses and weights of the same training on two ranks, without Ray, that nothing happens to."""
-    config = command("undisturbed").config
-    job = train.job(config, output=tmp_path / "undisturbed" / "train", experiment="undisturbed")
-    train_on(dataclasses.replace(job, source=scored_pairs), 2)
-    return losses(job.metrics), load_file(job.output / "model" / "model.safetensors")
-
-
 def losses(folder: Path) -> torch.Tensor:
     return torch.tensor([line["loss"] for line in read_metrics(folder / "metrics.jsonl") if "loss" in line])
 
 
-def assert_finished_like(command: Command, undisturbed: tuple[torch.Tensor, dict[str, torch.Tensor]]) -> None:
-    folder = train.folder(command.config)
-    assert len(losses(folder)) == STEPS
-    assert torch.equal(losses(folder), undisturbed[0])
-    weights = load_file(folder / "model" / "model.safetensors")
-    assert weights.keys() == undisturbed[1].keys()
-    assert all(torch.equal(weight, undisturbed[1][name]) for name, weight in weights.items())
+@pytest.fixture
+def assert_ends_undisturbed(
+    train_on: Callable[..., Any], scored_pairs: Path, tmp_path: Path
+) -> Callable[[Command], None]:
+    """Compares losses and weights with those of the same training on two ranks that nothing happened to."""
+
+    def check(command: Command) -> None:
+        job = train.job(command.config, output=tmp_path / "undisturbed", experiment="undisturbed")
+        train_on(dataclasses.replace(job, source=scored_pairs), 2)
+        folder = train.folder(command.config)
+        assert len(losses(job.metrics)) == command.config.train.max_steps
+        assert torch.equal(losses(folder), losses(job.metrics))
+        ours, theirs = (load_file(place / "model" / "model.safetensors") for place in (folder, job.output))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
+
+    return check
 
 
 def test_a_killed_worker_and_sigterm(
-    command: Callable[[str], Command], undisturbed: tuple[torch.Tensor, dict[str, torch.Tensor]]
+    command: Callable[..., Command], assert_ends_undisturbed: Callable[[Command], None]
 ) -> None:
     disturbed = command("disturbed")
     process = disturbed.start()
@@ -129,12 +137,12 @@ def test_a_killed_worker_and_sigterm(
     assert not train.folder(disturbed.config).exists()
     code, output = disturbed.run()
     assert code == 0, output
-    assert_finished_like(disturbed, undisturbed)
+    assert_ends_undisturbed(disturbed)
 
 
 @pytest.mark.slow
 def test_the_wall_time_ends_a_training_with_a_code_of_its_own(
-    command: Callable[[str], Command], undisturbed: tuple[torch.Tensor, dict[str, torch.Tensor]]
+    command: Callable[..., Command], assert_ends_undisturbed: Callable[[Command], None]
 ) -> None:
     hurried = command("hurried")
     code, output = hurried.run("--set", "run.max_wall_time=0.001")
@@ -142,13 +150,13 @@ def test_the_wall_time_ends_a_training_with_a_code_of_its_own(
     assert "saved at step 1 of 40; the same command goes on from there" in output
     code, output = hurried.run()
     assert code == 0, output
-    assert_finished_like(hurried, undisturbed)
+    assert_ends_undisturbed(hurried)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("who", ["one worker", "all workers"])
 def test_killed_workers_are_started_again(
-    who: str, command: Callable[[str], Command], undisturbed: tuple[torch.Tensor, dict[str, torch.Tensor]]
+    who: str, command: Callable[..., Command], assert_ends_undisturbed: Callable[[Command], None]
 ) -> None:
     killed = command("killed")
     process = killed.start("--set", "cluster.max_failures=5")
@@ -162,12 +170,12 @@ def test_killed_workers_are_started_again(
             os.kill(pid, signal.SIGKILL)
     output, _ = process.communicate()
     assert process.returncode == 0, output
-    assert_finished_like(killed, undisturbed)
+    assert_ends_undisturbed(killed)
 
 
 @pytest.mark.slow
 def test_a_killed_driver_is_started_again_by_hand(
-    command: Callable[[str], Command], undisturbed: tuple[torch.Tensor, dict[str, torch.Tensor]]
+    command: Callable[..., Command], assert_ends_undisturbed: Callable[[Command], None]
 ) -> None:
     killed = command("killed")
     rng = random.Random(0)
@@ -179,25 +187,58 @@ def test_a_killed_driver_is_started_again_by_hand(
         process.communicate()
     code, output = killed.run()
     assert code == 0, output
-    assert_finished_like(killed, undisturbed)
+    assert_ends_undisturbed(killed)
+
+
+@pytest.fixture
+def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A Ray cluster of one CPU a node: two for ranks, two for what feeds them, one to spare."""
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "0.5")
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    for _ in range(4):
+        cluster.add_node(num_cpus=1)
+    yield cluster
+    cluster.shutdown()
 
 
 @pytest.mark.slow
-def test_the_best_checkpoint_outlives_the_limit(command: Callable[[str], Command]) -> None:
-    best = command("best")
-    settings = {"eval_steps": 3, "metric_for_best_model": "eval_loss", "save_total_limit": 1, "learning_rate": 3e-2}
-    code, output = best.run(*(f"--set=train.{key}={value}" for key, value in settings.items()))
+def test_a_draining_node_is_saved_for_before_it_is_gone(
+    command: Callable[..., Command], nodes: Any, assert_ends_undisturbed: Callable[[Command], None]
+) -> None:
+    leaving = command("leaving", max_steps=150, save_steps=None)
+    process = leaving.start("--set", f"cluster.address={nodes.address}")
+    leaving.at_step(5)
+    raylets = {node: node.all_processes["raylet"][0].process.pid for node in nodes.worker_nodes}
+    node = next(node for node, pid in raylets.items() if ranks_below(pid))
+    reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+    which = ["--address", nodes.address, "--node-id", node.node_id, "--deadline-remaining-seconds", "600"]
+    subprocess.run([Path(sys.executable).with_name("ray"), "drain-node", *which, *reason], check=True)
+    while not leaving.checkpoints:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    nodes.remove_node(node, allow_graceful=False)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    assert_ends_undisturbed(leaving)
+
+
+@pytest.mark.slow
+def test_the_best_checkpoint_outlives_the_limit(command: Callable[..., Command]) -> None:
+    best = command("best", eval_steps=3, metric_for_best_model="eval_loss", save_total_limit=1, learning_rate=3e-2)
+    code, output = best.run()
     assert code == 0, output
     lines = [line for line in best.metrics if "eval_loss" in line]
     chosen = min(lines, key=lambda line: line["eval_loss"])
     assert chosen["step"] < lines[-1]["step"]
     assert f"step {chosen['step']}: eval_loss {chosen['eval_loss']:.4f}" in output
-    assert len(list((best.config.run.folder / "ray").glob("train-*/checkpoint_*"))) == 2
+    assert len(best.checkpoints) == 2
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite_stops_the_command_with_one_message(command: Callable[[str], Command]) -> None:
-    code, output = command("diverging").run("--set", "train.learning_rate=1e30", "--set", "train.save_steps=1")
+def test_a_loss_that_is_not_finite_stops_the_command_with_one_message(command: Callable[..., Command]) -> None:
+    code, output = command("diverging", learning_rate=1e30, save_steps=1).run()
     assert code == 1, output
     assert re.search(r"of step \d+ is (nan|inf|-inf); the optimizer has not moved. Pairs of the step: pair-", output)
     assert "The last good checkpoint is step" in output
