@@ -71,7 +71,7 @@ class ModelConfig(Section):
     model_name_or_path: str = Field(description="hub name, folder in transformers' format, or a .gguf file")
     model_revision: str = Field("main", description="branch, tag or commit, for a hub name")
     dtype: Literal["float32", "bfloat16"] = "float32"
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
     trust_remote_code: bool = Field(False, description="run Python code that a model brings")
     chat_template_path: str | None = Field(None, description="Jinja file that replaces the tokenizer's chat template")
     load_in_4bit: bool = Field(
@@ -353,6 +353,15 @@ class Config(Section):
             raise ValueError(
                 "model.load_in_4bit needs cluster.use_gpu, train.use_peft, a train.zero_stage below 3, and neither a "
                 "section sft nor train.merge_adapter: 4-bit weights are neither trained nor merged into"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _kernels_need_gpus(self) -> "Config":
+        if self.model.attn_implementation in ("flash_attention_2", "flex_attention") and not self.cluster.use_gpu:
+            raise ValueError(
+                f"model.attn_implementation: {self.model.attn_implementation} trains on GPUs only: set "
+                "cluster.use_gpu, or take sdpa"
             )
         return self
 

@@ -30,7 +30,7 @@ def hidden_states(model: Any, batch: MicroBatch) -> Tensor:
     return output.last_hidden_state.flatten(0, 1)  # type: ignore[no-any-return]
 
 
-def _attention_masks(model: Any, batch: MicroBatch) -> Tensor | dict[str, Tensor]:
+def _attention_masks(model: Any, batch: MicroBatch) -> Any:
     """What the model's layers take as mask: for shared rows one (B, 1, L, L), or one for each kind of layer.
 
     transformers takes such a mask as it is, so a sliding window has to be in it, counted on the restarted positions.
@@ -39,20 +39,29 @@ def _attention_masks(model: Any, batch: MicroBatch) -> Tensor | dict[str, Tensor
     if mask.dim() == 2:
         return mask
     window = getattr(config, "sliding_window", None)
-    masks = {"full_attention": _as_scores(model, mask)}
+    masks = {"full_attention": _as_taken(model, mask)}
     if window is None:
         return masks["full_attention"]
     distance = batch.position_ids[:, :, None] - batch.position_ids[:, None, :]  # (B, L, L)
-    masks["sliding_attention"] = _as_scores(model, mask & (distance < window)[:, None])
+    masks["sliding_attention"] = _as_taken(model, mask & (distance < window)[:, None])
     return masks if getattr(config, "layer_types", None) else masks["sliding_attention"]
 
 
-def _as_scores(model: Any, mask: Tensor) -> Tensor:
-    """SDPA takes booleans; the eager path adds the mask to the scores, so it takes numbers."""
-    if model.config._attn_implementation != "eager":
-        return mask
-    dtype = next(model.parameters()).dtype
-    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+def _as_taken(model: Any, mask: Tensor) -> Any:
+    """SDPA takes booleans; the eager path adds the mask to the scores, so it takes numbers; FlexAttention takes which
+    blocks of the scores to skip, to mask, or to take whole."""
+    match model.config._attn_implementation:
+        case "eager":
+            dtype = next(model.parameters()).dtype
+            return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+        case "flex_attention":
+            from torch.nn.attention.flex_attention import create_block_mask
+
+            size, _, length, _ = mask.shape
+            return create_block_mask(
+                lambda row, _, query, key: mask[row, 0, query, key], size, None, length, length, device=mask.device
+            )
+    return mask
 
 
 def _chunk_logps(model: Any, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -226,13 +226,17 @@ def check_trainable(folder: Path, model: ModelConfig, settings: TrainingConfig, 
 
     classes = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_CLS": "AutoModelForSequenceClassification"}
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+    # Whether FlashAttention runs is the workers' affair: here may be no GPU.
+    attention = None if model.attn_implementation == "flash_attention_2" else model.attn_implementation
     try:
         with torch.device("meta"):
             skeleton = getattr(transformers, classes[task_type]).from_config(
-                config, trust_remote_code=model.trust_remote_code
+                config, trust_remote_code=model.trust_remote_code, attn_implementation=attention
             )
     except ValueError as error:
-        raise UserError(f"model.model_name_or_path: no {classes[task_type]} of {config.model_type}: {error}") from None
+        raise UserError(
+            f"model: no {classes[task_type]} of {config.model_type} with {model.attn_implementation}: {error}"
+        ) from None
     if task_type == "SEQ_CLS" and not hasattr(skeleton, "score"):
         raise UserError(f"model.model_name_or_path: the {type(skeleton).__name__} has no linear head named score")
     if not settings.use_peft:
@@ -260,7 +264,7 @@ def can_share_prefix(config: Any, attn_implementation: str) -> bool:
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
     return (
         config.model_type in SHARED_PREFIX_MODEL_TYPES
-        and attn_implementation in ("sdpa", "eager")
+        and attn_implementation in ("sdpa", "eager", "flex_attention")
         and layer_types <= {"full_attention", "sliding_attention"}
     )
 

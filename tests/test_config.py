@@ -52,6 +52,7 @@ def set_in(section: str, key: str, value: Any) -> Edit:
         (set_in("data", "keep_columns", ["margin"]), "rename it"),
         (set_in("tune", "search_space", {"lora_r": {"min": 4.0, "max": 8.0}}), "no real number"),
         (set_in("reward", "lora_layers_to_transform", [1]), "by name"),
+        (set_in("model", "attn_implementation", "flex_attention"), "flex_attention trains on GPUs only"),
     ],
 )
 def test_bad_values_say_how_to_mend_them(raw_config: dict[str, Any], edit: Edit, message: str) -> None:

@@ -90,6 +90,21 @@ def test_shared_rows_equal_separate_forwards(name: str, attention: str, checkpoi
             assert (mine - their).norm() <= 1e-5 * their.norm() + 1e-7
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, when it first compiles
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "gpt2"])
+def test_flex_attention_takes_shared_rows(name: str) -> None:
+    # Its gradients are for GPUs; GPT-2 has none of it in transformers.
+    model_type, changes = MODELS[name]
+    model = make_model(model_type, **changes)
+    expected = all_alone(model)
+    model.set_attn_implementation("flex_attention")
+    assert can_share_prefix(model.config, "flex_attention")
+    with torch.no_grad():
+        outputs = PairLogps(model)(collate(ROWS, shared_prefix=True))
+    torch.testing.assert_close(outputs["logps"], expected, rtol=0, atol=1e-4)
+
+
 def test_windows_matter_to_these_models() -> None:
     # Else the test above could not see a window that a mask drops.
     narrow, wide = make_model("mistral", sliding_window=8), make_model("mistral", sliding_window=None)

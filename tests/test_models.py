@@ -81,3 +81,10 @@ def test_a_model_without_a_reward_head_is_refused(tmp_path: Path) -> None:
     check_trainable(tmp_path, model, PolicyConfig(), task_type="CAUSAL_LM")
     with pytest.raises(UserError, match="no AutoModelForSequenceClassification of cohere"):
         check_trainable(tmp_path, model, RewardConfig(), task_type="SEQ_CLS")
+
+
+def test_attention_that_a_model_does_not_have_is_refused(tmp_path: Path) -> None:
+    tiny_config("gpt2").save_pretrained(tmp_path)
+    model = ModelConfig(model_name_or_path=str(tmp_path), attn_implementation="flex_attention")
+    with pytest.raises(UserError, match="no AutoModelForCausalLM of gpt2 with flex_attention"):
+        check_trainable(tmp_path, model, PolicyConfig(), task_type="CAUSAL_LM")
