@@ -99,7 +99,7 @@ def main() -> None:
     if arguments.rank is not None:
         rank_main(arguments)
         return
-    print("| ZeRO | rank | peak GiB while loading | training | saving and exporting |\n|---|---|---|---|---|")
+    print("| ZeRO | rank | peak GiB while loading | training and saving | exporting |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         make_model(work / "model", arguments.seed, **SIZE)

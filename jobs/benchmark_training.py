@@ -245,12 +245,13 @@ def in_turn(work: Path, sides: tuple[str, ...], shape: str, arguments: argparse.
 
 
 def rows_of(shape: str, pooled: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """A line of the table for each side; on Ray the model is in other processes, whose memory is not shown."""
     for side, numbers in pooled.items():
         seconds = sorted(numbers["seconds"])
         median, spread = statistics.median(seconds), f"{seconds[0]:.2f} to {seconds[-1]:.2f}"
         yield (
             f"| {shape} | {side} | {PAIRS_PER_STEP / median:.2f} | {median:.2f} ({spread}) "
-            f"| {numbers['peak_bytes'] / 2**30:.2f} |"
+            f"| {'-' if side.startswith('ray') else format(numbers['peak_bytes'] / 2**30, '.2f')} |"
         )
 
 

@@ -5,6 +5,7 @@ stage that is redone keeps its old result until the new one is complete.
 """
 
 import contextlib
+import fcntl
 import functools
 import hashlib
 import json
@@ -114,28 +115,51 @@ def require(folder: Path, inputs: Inputs) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def building(folder: Path, inputs: Inputs) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """A fresh folder to build a stage in, and a dict for the manifest's `results`; moved into place on success."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    results: dict[str, Any] = {}
-    yield partial, results
-    manifest = {
-        "stage": inputs.stage,
-        "fingerprint": inputs.fingerprint,
-        "inputs": inputs.parts,
-        "results": results,
-        "files": hash_files(partial),
-    }
-    write_json(partial / MANIFEST, manifest)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    """A fresh folder to build a stage in, and a dict for the manifest's `results`; moved into place on success.
+
+    Raises:
+        UserError: another process is building it.
+    """
+    with _alone(folder):
+        partial = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        results: dict[str, Any] = {}
+        yield partial, results
+        manifest = {
+            "stage": inputs.stage,
+            "fingerprint": inputs.fingerprint,
+            "inputs": inputs.parts,
+            "results": results,
+            "files": hash_files(partial),
+        }
+        write_json(partial / MANIFEST, manifest)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Holds a lock that ends with this process, however it ends."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f".{folder.name}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another process is making {folder}: wait for it to end, or give another run.name"
+            ) from None
+        yield
 
 
 def write_json(path: Path, value: Any) -> None:
-    """JSON written whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """A file written whole or not at all."""
     scratch = path.with_name(path.name + ".partial")
-    scratch.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    scratch.write_text(text)
     os.replace(scratch, path)
 
 

@@ -3,12 +3,14 @@
 import contextlib
 import logging
 import os
+import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
-from madpo_ray.config import ClusterConfig, UserError
+from madpo_ray.config import ClusterConfig, ExitCode, Stopped, UserError
 
 # Logical CPUs of a local Ray beyond the machine's: data tasks and Tune's trial drivers wait more than they compute.
 LOCAL_EXTRA_CPUS = 2
@@ -47,11 +49,22 @@ def connected(cluster: ClusterConfig, *, dashboard: bool = False) -> Iterator[No
         os.environ.setdefault("RAY_DATA_PARQUET_FOOTER_NUM_ACTORS", "1")
         ray.init(num_cpus=(os.cpu_count() or 1) + LOCAL_EXTRA_CPUS, include_dashboard=dashboard, **options)
     try:
+        _leave_on_sigterm()
         check_workers_fit(cluster)
         _prepare_data()
         yield
     finally:
         ray.shutdown()
+
+
+def _leave_on_sigterm() -> None:
+    """SIGTERM ends the command with its own exit code, wherever it is; Ray's handler would exit with 15."""
+
+    def leave(*_: Any) -> None:
+        raise Stopped("SIGTERM came: the same command does what is left", ExitCode.TERMINATED)
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, leave)
 
 
 def _knock(address: str) -> None:

@@ -161,7 +161,7 @@ class TrainingConfig(Section):
     )
     logging_steps: int = Field(10, ge=1)
     eval_steps: int | None = Field(None, ge=1, description="optimizer steps between evaluations; null: at the end only")
-    save_steps: int | None = Field(None, ge=1, description="optimizer steps between checkpoints; null: at the end only")
+    save_steps: int | None = Field(500, ge=1, description="optimizer steps between checkpoints; null: at the end only")
     save_total_limit: int = Field(2, ge=1, description="checkpoints kept; the newest, and the best, are never deleted")
     metric_for_best_model: str | None = Field(
         None, description="such as eval_loss: every evaluation saves, and the best one's weights are the result"

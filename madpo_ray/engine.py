@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import gc
 import io
 import json
@@ -48,6 +49,17 @@ def deepspeed_config(settings: TrainingConfig, *, dtype: str, resized: bool = Fa
     }
 
 
+def _deepspeed() -> Any:
+    # DeepSpeed takes this for a launcher's job and looks for MPI where the variables are missing; Ray has set them.
+    os.environ.setdefault("LOCAL_RANK", "0")
+    import deepspeed
+
+    # An inference kernel for CPUs, compiled under a lock file: a process killed there would leave the lock behind, and
+    # every later run would wait for it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
 def initialize(
     module: nn.Module, settings: TrainingConfig, *, dtype: str, total_steps: int, resized: bool = False
 ) -> Any:
@@ -55,14 +67,9 @@ def initialize(
 
     `resized` where it is to load a checkpoint that another number of ranks saved.
     """
-    # DeepSpeed takes this for a launcher's job and looks for MPI where the variables are missing; Ray has set them.
-    os.environ.setdefault("LOCAL_RANK", "0")
-    import deepspeed
     from transformers import get_scheduler
 
-    # An inference kernel for CPUs, compiled under a lock file: a process killed there would leave the lock behind, and
-    # every later run would wait for it.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed = _deepspeed()
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
         parameters,
@@ -155,13 +162,12 @@ def checkpoint_step(folder: Path) -> int | None:
     """The step of a checkpoint of which every rank's files are there as they were written; None for any other."""
     try:
         listings = [json.loads(path.read_text()) for path in sorted(folder.glob("rank-*.json"))]
-    except ValueError:  # a torn listing
+        files = {name: digest for listing in listings for name, digest in listing["files"].items()}
+        whole = all(hash_file(folder / name) == digest for name, digest in files.items())
+    except (ValueError, FileNotFoundError):  # a torn listing; a missing file, or one that Ray is deleting
         return None
-    if not listings or len(listings) != listings[0]["world_size"]:
+    if not whole or not listings or len(listings) != listings[0]["world_size"]:
         return None
-    for name, digest in (item for listing in listings for item in listing["files"].items()):
-        if not (folder / name).exists() or hash_file(folder / name) != digest:
-            return None
     return int(listings[0]["step"])
 
 
@@ -170,8 +176,9 @@ def newest_checkpoint(folder: Path, step: int | None = None) -> tuple[int, Path]
 
     A newer one that is torn or was changed since it was written is passed over with a warning.
     """
-    candidates = [path for path in folder.glob("checkpoint_*") if path.is_dir()]
-    for candidate in sorted(candidates, key=_claimed_step, reverse=True):
+    claims = {path: _claimed_step(path) for path in folder.glob("checkpoint_*") if path.is_dir()}
+    candidates = [path for path, claimed in claims.items() if step is None or claimed in (step, math.inf)]
+    for candidate in sorted(candidates, key=lambda path: claims[path], reverse=True):
         found = checkpoint_step(candidate)
         if found is None:
             logger.warning("checkpoint %s is torn or was changed; taking the one before it", candidate)
@@ -257,10 +264,16 @@ def _make_universal(folder: Path) -> None:
     partial.rename(folder / UNIVERSAL)
 
 
-def release(engine: Any) -> None:
-    """Frees what DeepSpeed holds; the caller drops its own reference."""
-    engine.destroy()
-    engine.optimizer = engine.basic_optimizer = engine.module = None
+def collect_garbage() -> None:
+    """Frees an engine that nobody refers to any more: it and its module refer to each other, and DeepSpeed's ZeRO-3
+    keeps both in a list and in a cache of its own."""
+    from deepspeed.runtime.zero import parameter_offload
+
+    parameter_offload.FWD_MODULE_STACK.clear()
+    caches = [found for found in gc.get_objects() if isinstance(found, functools._lru_cache_wrapper)]
+    for cache in caches:
+        if str(cache.__module__).startswith("deepspeed."):
+            cache.cache_clear()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -270,8 +283,7 @@ def trained_tensors(engine: Any, model: nn.Module) -> Iterator[tuple[str, Tensor
     """What `model` trained, one tensor after another, whole on rank 0's CPU (others get empty ones): LoRA's part, or
     every parameter and saved buffer. All ranks run through it together; none ever holds more than one tensor whole.
     """
-    import deepspeed
-
+    deepspeed = _deepspeed()
     sharded = engine.zero_optimization_stage() == 3
     for name, tensor in saved_tensors(model):
         if isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
@@ -289,6 +301,7 @@ def sharded_construction(settings: TrainingConfig, *, dtype: str) -> Iterator[No
         return
     from transformers.integrations import deepspeed as integration
 
+    _deepspeed()
     # transformers asks this object, held by a weak reference, whether ZeRO-3 is on.
     wanted = integration.HfDeepSpeedConfig(deepspeed_config(settings, dtype=dtype))
     try:

@@ -21,6 +21,9 @@ from madpo_ray.plan import Plan, micro_batch_dataset
 from madpo_ray.progress import training_progress
 from madpo_ray.worker import Outcome, TrainingJob, train_rank
 
+# How long ranks wait for rank 0 where it works alone: hashing a large checkpoint, or converting it for another number
+# of ranks. A rank that dies is seen at once; Ray looks after that.
+COLLECTIVE_TIMEOUT_S = 2 * 3600
 # run.max_wall_time counts from here: this is imported when a command starts.
 _BEGAN = time.time()
 
@@ -69,7 +72,7 @@ def train_on_ray(job: TrainingJob, callbacks: list[Any] | None = None) -> Outcom
         ray.train.TrainingFailedError: the workers failed more often than cluster.max_failures allows.
     """
     import ray.train
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
 
     cluster, limit = job.config.cluster, job.config.run.max_wall_time
     job = dataclasses.replace(job, deadline=None if limit is None else _BEGAN + limit)
@@ -85,6 +88,7 @@ def train_on_ray(job: TrainingJob, callbacks: list[Any] | None = None) -> Outcom
     trainer = TorchTrainer(
         _train_on_rank,
         train_loop_config={"job": job},
+        torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S),
         scaling_config=ray.train.ScalingConfig(
             num_workers=cluster.num_workers, use_gpu=cluster.use_gpu, resources_per_worker=worker_resources(cluster)
         ),
@@ -127,7 +131,8 @@ def _sigterm_stops(job: TrainingJob) -> Iterator[threading.Event]:
     """While in the block, a first SIGTERM has the workers save and leave, and sets the event; a second one does what
     it did before."""
     terminated = threading.Event()
-    job.stop_file.unlink(missing_ok=True)
+    job.stop_file.parent.mkdir(parents=True, exist_ok=True)
+    job.stop_file.write_text("")
     if threading.current_thread() is not threading.main_thread():  # a trial of Tune; signals are its driver's
         yield terminated
         return
@@ -136,8 +141,7 @@ def _sigterm_stops(job: TrainingJob) -> Iterator[threading.Event]:
     def stop(*_: Any) -> None:
         signal.signal(signal.SIGTERM, before)
         terminated.set()
-        job.stop_file.parent.mkdir(parents=True, exist_ok=True)
-        job.stop_file.touch()
+        job.stop_file.write_text("SIGTERM\n")
 
     signal.signal(signal.SIGTERM, stop)
     try:

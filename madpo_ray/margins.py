@@ -20,9 +20,8 @@ def inputs(config: Config) -> Inputs:
         "pairs": pairs.inputs(config).fingerprint,
         "reward": reward.inputs(config).fingerprint,
         "calibrate": config.margins.calibrate,
+        "reference": numerics_of(config.model),
     }
-    # The reference's own part: another policy changes this and not the rewards.
-    settings["reference"] = numerics_of(config.model)
     return Inputs("margins", settings, {"reference": sft.start_inputs(config).fingerprint})
 
 

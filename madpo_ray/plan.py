@@ -5,16 +5,17 @@ is filled up with empty ones to a multiple of the workers, and rank r of W takes
 no torch: the Ray Data stage that assembles micro-batches should start quickly.
 """
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from madpo_ray.config import UserError
-from madpo_ray.tables import read_split
+from madpo_ray.tables import read_split, read_split_whole
 
 TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
@@ -92,8 +93,17 @@ def _within_budget(members: np.ndarray, tokens: np.ndarray, max_tokens: int) -> 
     return [*cut, members[start:]]
 
 
+class _Epoch(NamedTuple):
+    """An epoch's steps, and what each of them holds over all its micro-batches."""
+
+    number: int
+    steps: list[Step]
+    pairs: list[int]
+    response_tokens: list[int]
+
+
 class Plan:
-    """The micro-batches of a whole run, as rows of a table.
+    """The micro-batches of a whole run, as rows of a table. Holds lengths alone until a row is asked for.
 
     Raises:
         UserError: the split has no pairs, or one that is longer than the budget.
@@ -101,26 +111,25 @@ class Plan:
 
     def __init__(self, spec: PlanSpec) -> None:
         self._spec = spec
-        token_columns = (TOKEN_COLUMNS[0], *spec.responses)
-        self._table = read_split(spec.source, spec.split, ("pair_id", *token_columns, *spec.columns))
-        if self._table.num_rows == 0:
+        tokens = read_split(spec.source, spec.split, self._token_columns)
+        if tokens.num_rows == 0:
             raise UserError(
                 f"no pair of {spec.source.parent} is in split {spec.split!r}: see data.split_column and the fractions"
             )
-        prompt, *responses = (pc.list_value_length(self._table[name]).to_numpy() for name in token_columns)
+        prompt, *responses = (pc.list_value_length(tokens[name]).to_numpy() for name in self._token_columns)
         self._responses = np.sum(responses, axis=0)  # response tokens of each pair
         self._lengths = prompt + self._responses
         alone = len(responses) * (prompt + np.max(responses, axis=0))  # a row for each response
         self._read_tokens = self._lengths if spec.shared_prefix else alone
         self._refuse_over_budget()
         self._global_batch_size = spec.global_batch_size or len(prompt)
-        self._planned: tuple[int, list[Step]] | None = None
+        self._planned: _Epoch | None = None
         self.steps_per_epoch = -(-len(prompt) // self._global_batch_size)
         self.total_steps = spec.max_steps if spec.max_steps > 0 else spec.num_epochs * self.steps_per_epoch
         self.max_response_tokens = 0  # of any micro-batch
         counts = []
         for epoch in range(-(-self.total_steps // self.steps_per_epoch)):
-            for step in self._epoch(epoch):
+            for step in self._epoch(epoch).steps:
                 counts.append(-(-len(step) // spec.num_workers) * spec.num_workers)
                 most = max(int(self._responses[rows].sum()) for rows in step)
                 self.max_response_tokens = max(self.max_response_tokens, most)
@@ -139,14 +148,15 @@ class Plan:
         """Micro-batch `number` of the run, counted over all steps, as a table of one row."""
         step = int(np.searchsorted(self._first, number, side="right")) - 1
         index = number - self.first_row(step)
-        epoch, within = divmod(step, self.steps_per_epoch)
-        members = self._epoch(epoch)[within]
+        number_of_epoch, within = divmod(step, self.steps_per_epoch)
+        epoch = self._epoch(number_of_epoch)
+        members = epoch.steps[within]
         rows = members[index] if index < len(members) else np.array([], dtype=np.int64)
         return self._row(
             rows,
             step=step,
-            pairs_in_step=sum(map(len, members)),
-            response_tokens_in_step=int(sum(self._responses[rows].sum() for rows in members)),
+            pairs_in_step=epoch.pairs[within],
+            response_tokens_in_step=epoch.response_tokens[within],
             last_of_step=number >= self.first_row(step + 1) - self._spec.num_workers,
         )
 
@@ -158,8 +168,17 @@ class Plan:
                 "data.max_length"
             )
 
-    def _epoch(self, epoch: int) -> list[Step]:
-        if self._planned is None or self._planned[0] != epoch:
+    @property
+    def _token_columns(self) -> tuple[str, ...]:
+        return (TOKEN_COLUMNS[0], *self._spec.responses)
+
+    @functools.cached_property
+    def _table(self) -> pa.Table:
+        columns = ("pair_id", *self._token_columns, *self._spec.columns)
+        return read_split_whole(self._spec.source, self._spec.split, columns)
+
+    def _epoch(self, epoch: int) -> _Epoch:
+        if self._planned is None or self._planned.number != epoch:
             steps = plan_epoch(
                 self._lengths,
                 seed=self._spec.seed,
@@ -169,8 +188,13 @@ class Plan:
                 read_tokens=self._read_tokens,
                 max_tokens=self._spec.max_tokens,
             )
-            self._planned = (epoch, steps)
-        return self._planned[1]
+            self._planned = _Epoch(
+                epoch,
+                steps,
+                pairs=[sum(map(len, step)) for step in steps],
+                response_tokens=[int(self._responses[np.concatenate(step)].sum()) for step in steps],
+            )
+        return self._planned
 
     def _row(self, rows: np.ndarray, **scalars: Any) -> pa.Table:
         taken = self._table.take(rows)

@@ -53,11 +53,16 @@ class ModelFlops:
         return linear + self._per_attended * batch.num_attended
 
 
-def peak_flops(dtype: torch.dtype, device: torch.device, size: int = 1024, seconds: float = 1.0) -> float:
-    """FLOP/s of the fastest matrix product (size x size) in a while, on this process's threads or GPU.
+# Rows and columns of the product that shows a device's peak: on a GPU, far more work than starting it takes.
+PEAK_SIZES = {"cpu": 1024, "cuda": 8192}
+
+
+def peak_flops(dtype: torch.dtype, device: torch.device, size: int | None = None, seconds: float = 1.0) -> float:
+    """FLOP/s of the fastest square matrix product in a while, on this process's threads or GPU.
 
     The while is long enough for a quiet moment: at a run's start other processes are still busy starting.
     """
+    size = size or PEAK_SIZES.get(device.type, PEAK_SIZES["cuda"])
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:

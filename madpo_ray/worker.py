@@ -84,8 +84,14 @@ class TrainingJob:
 
     @property
     def stop_file(self) -> Path:
-        """While it is there, every rank saves and leaves after its step."""
+        """Once something stands in it, every rank saves and leaves after its step.
+
+        It is read, not looked for: NFS remembers for a minute that a file was not there, and not what was in it.
+        """
         return self.checkpoints / "stop"
+
+    def told_to_stop(self) -> bool:
+        return self.stop_file.exists() and bool(self.stop_file.read_bytes())
 
     @property
     def metrics(self) -> Path:
@@ -205,7 +211,7 @@ class Noticeboard:
         own = Notice.NONE
         if self._job.deadline is not None and time.time() >= self._job.deadline:
             own = Notice.OUT_OF_TIME
-        if self._job.stop_file.exists():
+        if self._job.told_to_stop():
             own = Notice.TERMINATED
         # A trial of Tune saves nothing: its reports all have to hold the objective.
         polls = self._job.export and self._site.rank == 0 and time.monotonic() >= self._next_poll
@@ -246,8 +252,9 @@ def train_rank(job: TrainingJob, site: Site) -> Outcome:
     if job.export:
         if best != progress.step:
             # DeepSpeed does not load into an engine that has trained; two at a time might not fit.
-            ds.release(engine)
+            engine.destroy()
             del engine
+            ds.collect_garbage()
             engine = _from_step(job, best, bound, plan.total_steps)
         _export(job, engine)
     return Outcome(best)

@@ -54,6 +54,14 @@ def test_a_failed_rebuild_leaves_the_old_result(tmp_path: Path) -> None:
     assert (folder / "file.txt").read_text() == "new"
 
 
+def test_two_do_not_build_the_same(tmp_path: Path) -> None:
+    with building(tmp_path / "pairs", INPUTS) as (partial, _):
+        (partial / "file.txt").write_text("x")
+        with pytest.raises(UserError, match="another process is making"), building(tmp_path / "pairs", INPUTS):
+            pass
+    assert is_finished(tmp_path / "pairs", INPUTS)
+
+
 def test_a_lost_file_is_told(tmp_path: Path) -> None:
     build(tmp_path / "pairs")
     (tmp_path / "pairs" / "file.txt").unlink()

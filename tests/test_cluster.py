@@ -1,6 +1,9 @@
 """Files under cluster/, and what connecting to a cluster refuses."""
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,17 @@ import yaml
 from madpo_ray.cluster import check_workers_fit, connected
 from madpo_ray.config import ClusterConfig, UserError
 
+TERMINATED = """
+import os, signal, time
+from madpo_ray.cluster import connected
+from madpo_ray.config import ClusterConfig, Stopped
+try:
+    with connected(ClusterConfig()):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+except Stopped as stopped:
+    raise SystemExit(int(stopped.exit_code))
+"""
 ROOT = Path(__file__).parent.parent
 
 
@@ -60,3 +74,8 @@ def test_more_workers_than_a_running_cluster_has() -> None:
     with pytest.raises(UserError, match="the cluster has 0 GPUs in all"):
         check_workers_fit(ClusterConfig(num_workers=1, use_gpu=True))
     check_workers_fit(ClusterConfig(num_workers=9, autoscaling=True))
+
+
+@pytest.mark.ray
+def test_sigterm_leaves_with_its_own_code() -> None:
+    assert subprocess.run([sys.executable, "-c", TERMINATED], check=False).returncode == 128 + signal.SIGTERM

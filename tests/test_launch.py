@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from madpo_ray import margins, train
 from madpo_ray.artifacts import building
 from madpo_ray.config_file import parse_config
+from madpo_ray.engine import newest_checkpoint
 from madpo_ray.metrics import read_metrics
 from madpo_ray.tables import parquet_folder
 
@@ -38,13 +39,13 @@ class Command:
         self.config = parse_config(raw)
         with building(margins.folder(self.config), margins.inputs(self.config)) as (partial, _):
             parquet_folder(partial).symlink_to(scored_pairs)
+        self.checkpoints = self.config.run.folder / "ray" / f"train-{train.inputs(self.config).fingerprint[:16]}"
         self._program = Path(sys.executable).with_name("madpo-ray")
         self.process: subprocess.Popen[str] | None = None
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        found = list((self.config.run.folder / "ray").glob("train-*/metrics/metrics.jsonl"))
-        return read_metrics(found[0]) if found else []
+        return read_metrics(self.checkpoints / "metrics" / "metrics.jsonl")
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         command = [self._program, "train", "--config", self._file, *arguments]
@@ -62,10 +63,6 @@ class Command:
         while not any(line["step"] >= step for line in self.metrics):
             assert self.process.poll() is None, self.process.communicate()[0]
             time.sleep(0.005)
-
-    @property
-    def checkpoints(self) -> list[Path]:
-        return list((self.config.run.folder / "ray").glob("train-*/checkpoint_*/rank-0.json"))
 
     def workers(self) -> list[int]:
         """The pids of the ranks."""
@@ -97,6 +94,14 @@ def command(raw_config: dict[str, Any], scored_pairs: Path, tmp_path: Path) -> I
     for one in made:
         if one.process is not None and one.process.poll() is None:
             one.process.kill()
+
+
+def starts(metrics: Path) -> list[int]:
+    """The first step of each start of a training, by the event files that it left."""
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    files = [EventFileLoader(str(file)).Load() for file in sorted((metrics / "tensorboard").iterdir())]
+    return [next(event.step for event in events if event.HasField("session_log")) for events in files]
 
 
 def losses(folder: Path) -> torch.Tensor:
@@ -133,10 +138,15 @@ def test_a_killed_worker_and_sigterm(
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate()
     assert process.returncode == 143, output
-    assert "SIGTERM came: saved at step" in output
+    saved = re.search(r"SIGTERM came: saved at step (\d+) of 40", output)
+    assert saved, output
     assert not train.folder(disturbed.config).exists()
     code, output = disturbed.run()
     assert code == 0, output
+    first, second, third = starts(disturbed.checkpoints / "metrics")
+    assert first == 1
+    assert 5 < second <= 20  # from a checkpoint
+    assert third == int(saved[1]) + 1
     assert_ends_undisturbed(disturbed)
 
 
@@ -151,6 +161,14 @@ def test_the_wall_time_ends_a_training_with_a_code_of_its_own(
     code, output = hurried.run()
     assert code == 0, output
     assert_ends_undisturbed(hurried)
+
+
+def assert_each_start_was_from_a_checkpoint(killed: Command) -> None:
+    """After kills at steps 7 * draw and on: the newest checkpoint may be torn, and the one before it is whole."""
+    began = starts(killed.checkpoints / "metrics")
+    assert began == sorted(began)
+    assert began[0] == 1
+    assert began[-1] > 7 * 4 - 2 * 5
 
 
 @pytest.mark.slow
@@ -170,6 +188,7 @@ def test_killed_workers_are_started_again(
             os.kill(pid, signal.SIGKILL)
     output, _ = process.communicate()
     assert process.returncode == 0, output
+    assert_each_start_was_from_a_checkpoint(killed)
     assert_ends_undisturbed(killed)
 
 
@@ -187,6 +206,7 @@ def test_a_killed_driver_is_started_again_by_hand(
         process.communicate()
     code, output = killed.run()
     assert code == 0, output
+    assert_each_start_was_from_a_checkpoint(killed)
     assert_ends_undisturbed(killed)
 
 
@@ -215,12 +235,14 @@ def test_a_draining_node_is_saved_for_before_it_is_gone(
     reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
     which = ["--address", nodes.address, "--node-id", node.node_id, "--deadline-remaining-seconds", "600"]
     subprocess.run([Path(sys.executable).with_name("ray"), "drain-node", *which, *reason], check=True)
-    while not leaving.checkpoints:
+    while (saved := newest_checkpoint(leaving.checkpoints)) is None:
         assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.01)
+        time.sleep(0.1)
+    assert saved[0] < 150  # for the notice: there is no other reason to save before the end
     nodes.remove_node(node, allow_graceful=False)
     output, _ = process.communicate()
     assert process.returncode == 0, output
+    assert starts(leaving.checkpoints / "metrics") == [1, saved[0] + 1]
     assert_ends_undisturbed(leaving)
 
 
@@ -233,7 +255,7 @@ def test_the_best_checkpoint_outlives_the_limit(command: Callable[..., Command])
     chosen = min(lines, key=lambda line: line["eval_loss"])
     assert chosen["step"] < lines[-1]["step"]
     assert f"step {chosen['step']}: eval_loss {chosen['eval_loss']:.4f}" in output
-    assert len(best.checkpoints) == 2
+    assert len(list(best.checkpoints.glob("checkpoint_*/rank-0.json"))) == 2
 
 
 @pytest.mark.slow
