@@ -203,10 +203,9 @@ def _claimed_step(folder: Path) -> float:
         return math.inf
 
 
-def is_resized(folder: Path, settings: TrainingConfig, *, dtype: str) -> bool:
+def is_resized(folder: Path, settings: TrainingConfig) -> bool:
     """Whether a checkpoint's optimizer state is cut for another number of ranks than there are now."""
-    sharded = settings.zero_stage > 0 or dtype == "bfloat16"
-    return sharded and _saved_world_size(folder) != dist.get_world_size()
+    return settings.zero_stage > 0 and _saved_world_size(folder) != dist.get_world_size()
 
 
 def load(engine: Any, folder: Path) -> dict[str, Any]:

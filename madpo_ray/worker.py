@@ -319,7 +319,7 @@ def _start(job: TrainingJob, max_response_tokens: int, total_steps: int, checkpo
     with ds.sharded_construction(job.settings, dtype=dtype):
         module = job.task.load(job.config, job.base, max_response_tokens)
     torch.manual_seed(job.config.run.seed + dist.get_rank())
-    resized = checkpoint is not None and ds.is_resized(checkpoint, job.settings, dtype=dtype)
+    resized = checkpoint is not None and ds.is_resized(checkpoint, job.settings)
     return ds.initialize(module, job.settings, dtype=dtype, total_steps=total_steps, resized=resized)
 
 
