@@ -96,9 +96,10 @@ def our_job(
     workers: int = 1,
     *,
     name: str,
-    zero_stage: int = 2,
     export: bool = False,
+    **settings: Any,
 ) -> Any:
+    """A training as both sides measure it; `settings` are more keys of section train."""
     from madpo_ray.config_file import parse_config
     from madpo_ray.train import PolicyTask
     from madpo_ray.worker import TrainingJob
@@ -115,7 +116,7 @@ def our_job(
                 "per_device_train_batch_size": PAIRS_PER_STEP // workers,
                 "max_steps": steps,
                 "logging_steps": 1,
-                "zero_stage": zero_stage,
+                **settings,
             },
         }
     )

@@ -147,6 +147,12 @@ class TrainingConfig(Section):
     stage3_param_persistence_threshold: int = Field(
         100_000, ge=0, description="smaller parameters stay whole under ZeRO-3"
     )
+    reduce_bucket_size: int = Field(
+        500_000_000, ge=1, description="gradients that ranks sum at a time under ZeRO 1 to 3; their buffer's size"
+    )
+    stage3_max_live_parameters: int = Field(
+        1_000_000_000, ge=1, description="parameters that a rank gathers and keeps for a while under ZeRO-3"
+    )
     offload_optimizer: bool = Field(False, description="optimizer states in CPU memory; needs zero_stage 2 or 3")
     offload_param: bool = Field(False, description="parameters in CPU memory; needs zero_stage 3")
     gradient_checkpointing: bool = False

@@ -38,6 +38,8 @@ def deepspeed_config(settings: TrainingConfig, *, dtype: str, resized: bool = Fa
         "zero_optimization": {
             "stage": settings.zero_stage,
             "stage3_param_persistence_threshold": settings.stage3_param_persistence_threshold,
+            "reduce_bucket_size": settings.reduce_bucket_size,
+            "stage3_max_live_parameters": settings.stage3_max_live_parameters,
             **({"offload_optimizer": {"device": "cpu"}} if settings.offload_optimizer else {}),
             **({"offload_param": {"device": "cpu"}} if settings.offload_param else {}),
         },
