@@ -314,6 +314,17 @@ def merge_adapter(model: Any, adapter: dict[str, torch.Tensor], fresh: nn.Module
 SHARD_BYTES = 5 * 10**9
 
 
+def _is_saved_otherwise(model: Any) -> bool:
+    """Whether transformers renames, merges or splits the model's tensors in its files. Asked with empty ones: under
+    ZeRO-3 it notes every conversion that there might have been."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    shapes = {name: getattr(tensor, "ds_shape", tensor.shape) for name, tensor in saved_tensors(model)}
+    empty = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    saved = revert_weight_conversion(model, dict(empty))
+    return saved.keys() != empty.keys() or any(saved[name] is not tensor for name, tensor in empty.items())
+
+
 def save_whole(
     model: Any, tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, *, is_writer: bool = True
 ) -> None:
@@ -321,8 +332,8 @@ def save_whole(
 
     Every rank runs through `tensors`, which may gather them; only the writer writes.
     """
-    # Loaded under other names than its files have, or from code that has to be saved beside it.
-    if getattr(model, "_weight_conversions", None) or model.is_remote_code():
+    # Its files have other names or other tensors than it has, or code has to be saved beside them.
+    if _is_saved_otherwise(model) or model.is_remote_code():
         whole = {name: tensor for name, tensor in tensors if is_writer}
         if is_writer:
             model.save_pretrained(str(folder), state_dict=whole)

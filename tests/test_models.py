@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TEMPLATE, tiny_config
+from conftest import TEMPLATE, make_model, tiny_config
 
 from madpo_ray import models
 from madpo_ray.artifacts import hash_files
 from madpo_ray.config import ModelConfig, PolicyConfig, RewardConfig, UserError
 from madpo_ray.config_file import parse_config
 from madpo_ray.models import (
+    _is_saved_otherwise,
     base_folder,
     check_model,
     check_trainable,
@@ -88,3 +89,9 @@ def test_attention_that_a_model_does_not_have_is_refused(tmp_path: Path) -> None
     model = ModelConfig(model_name_or_path=str(tmp_path), attn_implementation="flex_attention")
     with pytest.raises(UserError, match="no AutoModelForCausalLM of gpt2 with flex_attention"):
         check_trainable(tmp_path, model, PolicyConfig(), task_type="CAUSAL_LM")
+
+
+@pytest.mark.parametrize(("model_type", "expected"), [("llama", False), ("mixtral", True)])
+def test_a_model_whose_files_hold_other_tensors_is_known(model_type: str, expected: bool) -> None:
+    # Mixtral's files have a tensor for each expert, and the model one for all.
+    assert _is_saved_otherwise(make_model(model_type)) is expected
