@@ -47,24 +47,33 @@ def connected(cluster: ClusterConfig, *, dashboard: bool = False) -> Iterator[No
         _check_local(cluster)
         # Parquet footers are read by a pool of up to 32 one-CPU actors, which would starve a small machine.
         os.environ.setdefault("RAY_DATA_PARQUET_FOOTER_NUM_ACTORS", "1")
-        ray.init(num_cpus=(os.cpu_count() or 1) + LOCAL_EXTRA_CPUS, include_dashboard=dashboard, **options)
+        # Not a cluster that happens to run on this machine: its address has to be given.
+        num_cpus = (os.cpu_count() or 1) + LOCAL_EXTRA_CPUS
+        ray.init(address="local", num_cpus=num_cpus, include_dashboard=dashboard, **options)
+    terminated = _exit_on_sigterm()
     try:
-        _leave_on_sigterm()
         check_workers_fit(cluster)
         _prepare_data()
         yield
+    except SystemExit:
+        if terminated.is_set():  # Ray hands the exit on, with a code of its own
+            raise Stopped("SIGTERM came: the same command does what is left", ExitCode.TERMINATED) from None
+        raise
     finally:
         ray.shutdown()
 
 
-def _leave_on_sigterm() -> None:
-    """SIGTERM ends the command with its own exit code, wherever it is; Ray's handler would exit with 15."""
+def _exit_on_sigterm() -> threading.Event:
+    """From now on SIGTERM sets the event and raises SystemExit, the one exception that passes through Ray's calls."""
+    terminated = threading.Event()
 
     def leave(*_: Any) -> None:
-        raise Stopped("SIGTERM came: the same command does what is left", ExitCode.TERMINATED)
+        terminated.set()
+        sys.exit(ExitCode.TERMINATED)
 
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, leave)
+    return terminated
 
 
 def _knock(address: str) -> None:

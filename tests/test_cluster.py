@@ -15,13 +15,14 @@ from madpo_ray.cluster import check_workers_fit, connected
 from madpo_ray.config import ClusterConfig, UserError
 
 TERMINATED = """
-import os, signal, time
+import os, signal, threading, time
+import ray
 from madpo_ray.cluster import connected
 from madpo_ray.config import ClusterConfig, Stopped
 try:
     with connected(ClusterConfig()):
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(60)
+        threading.Timer(2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        ray.get(ray.remote(lambda: time.sleep(60)).remote())
 except Stopped as stopped:
     raise SystemExit(int(stopped.exit_code))
 """
