@@ -45,6 +45,11 @@ class Inputs:
     def fingerprint(self) -> str:
         return hashlib.sha256(json.dumps(self.parts, sort_keys=True).encode()).hexdigest()
 
+    @property
+    def experiment(self) -> str:
+        """The name of this stage's run in Ray's storage: the same inputs go on where they were."""
+        return f"{self.stage}-{self.fingerprint[:16]}"
+
 
 def hash_file(path: Path) -> str:
     """SHA-256 of a file's content, in hex; read once per process while size and time of change stay."""

@@ -112,7 +112,7 @@ def run(config: Config) -> Path:
             base=base,
             source=parquet_folder(pairs.folder(config)),
             output=partial,
-            experiment=f"reward-{stage.fingerprint[:16]}",
+            experiment=stage.experiment,
         )
         with connected(config.cluster):
             train_on_ray(job)

@@ -103,7 +103,7 @@ def run(config: Config) -> Path:
             base=base_folder(config),
             source=parquet_folder(pairs.folder(config)),
             output=partial,
-            experiment=f"sft-{stage.fingerprint[:16]}",
+            experiment=stage.experiment,
         )
         with connected(config.cluster):
             outcome = train_on_ray(job)

@@ -240,7 +240,7 @@ def run(config: Config) -> Path:
     stage = inputs(config)
     with building(folder(config), stage) as (partial, results):
         with connected(config.cluster):
-            outcome = train_on_ray(job(config, output=partial, experiment=f"train-{stage.fingerprint[:16]}"))
+            outcome = train_on_ray(job(config, output=partial, experiment=stage.experiment))
         results.update(outcome.evaluation(read_metrics(partial / "metrics.jsonl")))
     return folder(config)
 

@@ -59,7 +59,7 @@ def run(config: Config) -> Path:
     train.check_weights(config)
     _check_search(config)
     with building(folder(config), inputs(config)) as (partial, results):
-        name = f"tune-{inputs(config).fingerprint[:16]}"
+        name = inputs(config).experiment
         job = train.job(_reporting(config), output=partial, experiment=name, export=False)
         with connected(config.cluster, dashboard=True):
             found = _search(job)

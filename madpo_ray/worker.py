@@ -86,7 +86,8 @@ class TrainingJob:
     def stop_file(self) -> Path:
         """Once something stands in it, every rank saves and leaves after its step.
 
-        It is read, not looked for: NFS remembers for a minute that a file was not there, and not what was in it.
+        It is there, empty, before the ranks start: NFS remembers for a minute that a file was missing, but looks anew
+        at what stands in one that is opened.
         """
         return self.checkpoints / "stop"
 

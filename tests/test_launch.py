@@ -39,7 +39,7 @@ class Command:
         self.config = parse_config(raw)
         with building(margins.folder(self.config), margins.inputs(self.config)) as (partial, _):
             parquet_folder(partial).symlink_to(scored_pairs)
-        self.checkpoints = self.config.run.folder / "ray" / f"train-{train.inputs(self.config).fingerprint[:16]}"
+        self.checkpoints = self.config.run.folder / "ray" / train.inputs(self.config).experiment
         self._program = Path(sys.executable).with_name("madpo-ray")
         self.process: subprocess.Popen[str] | None = None
 
