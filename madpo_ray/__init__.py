@@ -1,3 +1,3 @@
-"""Margin-Adaptive DPO (MADPO) on Ray: reward margins scored once, then DPO weighted by them."""
+"""Margin-Adaptive DPO (MADPO) on Ray: score margins once, then train DPO weighted by them."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -1,18 +1,22 @@
-"""`madpo-ray <stage>`: parse, call the stage, exit code."""
+"""`madpo-ray <command>`: parse, call, exit code. The commands come from the list of stages."""
 
+import contextlib
 import logging
 import os
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 from rich.console import Console
 
-from madpo_ray.config import Config, ExitCode, Stopped, UserError
-from madpo_ray.config_file import load_config
+from madpo_ray import pipeline, planner
+from madpo_ray.config import Config, load_config
+from madpo_ray.config.files import dump_config
+from madpo_ray.errors import ExitCode, Stopped, UserError
+from madpo_ray.stages.stage import Stage
 
 console = Console(soft_wrap=not sys.stdout.isatty())
 app = typer.Typer(
@@ -20,110 +24,119 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     help=(
-        "Margin-Adaptive DPO on Ray: train a reward model on preference pairs, score every pair's margin once, "
-        "then train a policy whose DPO loss is weighted by it.\n\n"
+        "Margin-Adaptive DPO on Ray: train a reward model on preference pairs, score every pair's "
+        "margin once, then train a policy whose DPO loss is weighted by it.\n\n"
         "Start with: madpo-ray run --config FILE.yaml --dry-run"
     ),
 )
 
-ConfigFile = Annotated[Path, typer.Option("--config", help="YAML file with sections model, data, run, train, ...")]
-Overrides = Annotated[list[str], typer.Option("--set", help="section.key=value, over the file; may be repeated")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="print the resolved config, rows, steps and workers, and exit")]
+ConfigFile = Annotated[
+    Path, typer.Option("--config", help="YAML file with sections model, data, run, train, ...")
+]
+Overrides = Annotated[
+    list[str],
+    typer.Option("--set", help="section.key=value, overrides the file; may be repeated"),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="print the resolved config, rows, steps and workers, and exit"),
+]
+
+# What a command does with its config, and with the time at which trainings save and stop.
+Action = Callable[[Config, float | None], None]
 
 
-@app.command()
-def run(config: ConfigFile, overrides: Overrides = [], dry_run: DryRun = False) -> None:  # noqa: B006 (typer's way)
-    """All of it: pairs, reward model, margins, policy, evaluation. What is done already is left alone."""
-    _main("run", config, overrides, dry_run)
+def say(what: Any) -> None:
+    """Prints a line or a table. Text is printed as it is: square brackets are not markup."""
+    if isinstance(what, str):
+        console.print(what, markup=False, highlight=False)
+    else:
+        console.print(what)
 
 
-@app.command()
-def pairs(config: ConfigFile, overrides: Overrides = [], dry_run: DryRun = False) -> None:  # noqa: B006
-    """Read and check preference pairs, tokenise and split them; bad rows go to rejects.parquet."""
-    _main("pairs", config, overrides, dry_run)
+def _add_command(
+    name: str, description: str, stages: Callable[[Config], list[Stage]], action: Action
+) -> None:
+    """Adds a command with the flags that all commands share.
+
+    Args:
+        stages: what the command would run, for a dry run.
+    """
+
+    @app.command(name, help=description)
+    def run(config: ConfigFile, overrides: Overrides = [], dry_run: DryRun = False) -> None:  # noqa: B006 (typer's way)
+        began = time.time()
+        with exit_codes():
+            loaded = load_config(config, overrides)
+            if dry_run:
+                print_plan(loaded, stages(loaded))
+                return
+            limit_s = loaded.run.max_wall_time
+            action(loaded, None if limit_s is None else began + limit_s)
 
 
-@app.command()
-def sft(config: ConfigFile, overrides: Overrides = [], dry_run: DryRun = False) -> None:  # noqa: B006
-    """Fine-tune the start of policy and reference on the chosen responses, where the config has a section sft."""
-    _main("sft", config, overrides, dry_run)
+@contextlib.contextmanager
+def exit_codes() -> Iterator[None]:
+    """Prints what is for the user, without a traceback, and exits with the code that belongs to it.
 
-
-@app.command()
-def reward(config: ConfigFile, overrides: Overrides = [], dry_run: DryRun = False) -> None:  # noqa: B006
-    """Train the Bradley-Terry reward model and calibrate it."""
-    _main("reward", config, overrides, dry_run)
-
-
-@app.command()
-def margins(config: ConfigFile, overrides: Overrides = [], dry_run: DryRun = False) -> None:  # noqa: B006
-    """Score every pair's margin and the reference's log-probs, once."""
-    _main("margins", config, overrides, dry_run)
-
-
-@app.command()
-def train(config: ConfigFile, overrides: Overrides = [], dry_run: DryRun = False) -> None:  # noqa: B006
-    """Train the policy on the stored margins."""
-    _main("train", config, overrides, dry_run)
-
-
-@app.command()
-def evaluate(config: ConfigFile, overrides: Overrides = [], dry_run: DryRun = False) -> None:  # noqa: B006
-    """Compare the policy with the reference on the test split."""
-    _main("evaluate", config, overrides, dry_run)
-
-
-@app.command()
-def tune(config: ConfigFile, overrides: Overrides = [], dry_run: DryRun = False) -> None:  # noqa: B006
-    """Search beta, c_min and c_max (or other keys of section train) over the stored margins."""
-    _main("tune", config, overrides, dry_run)
-
-
-def _main(command: str, file: Path, overrides: list[str], dry_run: bool) -> None:
-    try:
-        config = load_config(file, overrides)
-        _call(command, config, dry_run)
-    except UserError as error:
-        Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="bold red", markup=False, highlight=False)
-        raise typer.Exit(ExitCode.USER_ERROR) from None
-    except Stopped as stopped:
-        Console(stderr=True, soft_wrap=True).print(stopped.message, markup=False, highlight=False)
-        raise typer.Exit(stopped.exit_code) from None
-
-
-def _call(command: str, config: Config, dry_run: bool) -> None:
-    # Torch, Ray and transformers take seconds to import: a wrong config is told before.
+    Also sets up logging: warnings of libraries, and what this package reports.
+    """
     if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars, as ours, are for terminals
+        os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars are for terminals, too
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("madpo_ray").setLevel(logging.INFO)
-    from madpo_ray import pipeline, preview, tune
-
-    search = pipeline.Stage("tune", tune.inputs, tune.folder, tune.run, tune.describe)
-    stages = {**pipeline.STAGES, "tune": search}
-    if dry_run:
-        _print_preview(config, preview.preview(config, command))
-    elif command == "run":
-        pipeline.run_all(config, say=_say)
-    else:
-        pipeline.run_stage(config, stages[command], say=_say)
+    try:
+        yield
+    except UserError as error:
+        _print_error(f"error: {error}", style="bold red")
+        raise SystemExit(ExitCode.USER_ERROR) from None
+    except Stopped as stopped:
+        _print_error(stopped.message)
+        raise SystemExit(stopped.exit_code) from None
 
 
-def _print_preview(config: Config, numbers: dict[str, Any]) -> None:
-    _say(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-    for name, value in numbers.items():
-        _say(f"{name}: {value}")
+def print_plan(config: Config, stages: list[Stage]) -> None:
+    """The resolved config, and what the stages would do."""
+    say(dump_config(config))
+    for line in planner.plan(config, stages).lines():
+        say(line)
 
 
-def _say(what: Any) -> None:
-    console.print(what, markup=False, highlight=False) if isinstance(what, str) else console.print(what)
+def _print_error(message: str, style: str | None = None) -> None:
+    errors = Console(stderr=True, soft_wrap=True)
+    errors.print(message, style=style, markup=False, highlight=False)
 
 
-def job(command: str) -> Callable[[], None]:
-    """The entry point of a job's script: the same command with the same flags."""
+def _run_all(config: Config, deadline: float | None) -> None:
+    pipeline.run_all(config, say=say, deadline=deadline)
+
+
+def _run_stage(stage: Stage) -> Action:
+    def action(config: Config, deadline: float | None) -> None:
+        pipeline.run_stage(config, stage, say=say, deadline=deadline)
+
+    return action
+
+
+def _only(stage: Stage) -> Callable[[Config], list[Stage]]:
+    return lambda config: [stage]
+
+
+_add_command(
+    "run",
+    "Run all stages that the config asks for. What is done already is left as it is.",
+    pipeline.wanted_stages,
+    _run_all,
+)
+for _stage in pipeline.STAGES:
+    _add_command(_stage.name, _stage.help, _only(_stage), _run_stage(_stage))
+
+
+def job(name: str) -> Callable[[], None]:
+    """The entry point of a job's script: a command with its flags."""
 
     def entry() -> None:
-        app([command, *sys.argv[1:]])
+        app([name, *sys.argv[1:]])
 
     return entry
 

@@ -1,124 +1,122 @@
-"""The stages in order, and what of them a config still has to do."""
+"""The stages in their order: what is pending, run one, run all. Read this first.
+
+    pairs      read, check, tokenise and split preference pairs
+    sft        optional: fine-tune the initial policy on the chosen responses
+    reward     train a reward model, if the loss uses margins
+    margins    score every pair once: reward margin and reference log-probs
+    train      train the policy on them
+    evaluate   compare policy and reference on the test split
+    tune       search settings of `train` over the same margins; only by its own command
+
+A stage reads the results of earlier stages from their folders and writes its own. It is finished
+when its manifest exists; the manifest says what it was made from.
+"""
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-import yaml
-
-from madpo_ray import evaluate, margins, models, pairs, reward, sft, train
-from madpo_ray.artifacts import Inputs, check_writable, differences, is_finished, read_manifest
+from madpo_ray.artifacts.manifest import check_writable, differences, refuse_changed_content
 from madpo_ray.cluster import connected
-from madpo_ray.config import Config, UserError
+from madpo_ray.config import Config, save_config
+from madpo_ray.stages import evaluate, margins, pairs, reward, sft, train, tune
+from madpo_ray.stages.stage import Stage
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+STAGES = (
+    pairs.STAGE,
+    sft.STAGE,
+    reward.STAGE,
+    margins.STAGE,
+    train.STAGE,
+    evaluate.STAGE,
+    tune.STAGE,
+)
+
+Say = Callable[["str | Table"], None]  # where progress and results are printed
 
 
-@dataclass(frozen=True)
-class Stage:
-    name: str
-    inputs: Callable[[Config], Inputs]
-    folder: Callable[[Config], Path]
-    run: Callable[[Config], Path]
-    describe: Callable[[Mapping[str, Any]], Any]
+def wanted_stages(config: Config) -> list[Stage]:
+    """The stages of `madpo-ray run`, in order."""
+    return [stage for stage in STAGES if stage.is_wanted(config)]
 
 
-STAGES = {
-    name: Stage(name, module.inputs, module.folder, module.run, describe)
-    for name, module, describe in (
-        ("pairs", pairs, pairs.describe),
-        ("sft", sft, sft.describe),
-        ("reward", reward, reward.describe),
-        ("margins", margins, margins.describe),
-        ("train", train, train.describe),
-        ("evaluate", evaluate, evaluate.as_tables),
-    )
-}
+def pending(config: Config) -> list[Stage]:
+    """The stages of `madpo-ray run` from the first unfinished one on."""
+    stages = wanted_stages(config)
+    for i, stage in enumerate(stages):
+        if not stage.is_finished(config):
+            return stages[i:]
+    return []
 
 
-def stages_of(config: Config) -> list[Stage]:
-    """The stages that the config asks for."""
-    return [stage for stage in STAGES.values() if stage.name != "sft" or config.sft is not None]
-
-
-def check(config: Config) -> None:
-    """Everything that can be wrong without loading a model. Raises UserError."""
+def check(config: Config, stages: Sequence[Stage]) -> None:
+    """Checks everything that can be wrong before the first stage starts. Raises UserError."""
     check_writable(config.run.folder)
-    models.check_model(config.model)
-    pairs.check_files(config.data)
+    pairs.STAGE.check(config)
+    for stage in stages:
+        stage.check(config)
 
 
-def results(config: Config, stage: Stage) -> dict[str, Any]:
-    """The results of a finished stage."""
-    manifest = read_manifest(stage.folder(config))
-    assert manifest is not None, f"{stage.name} has not run"
-    return dict(manifest["results"])
+def run_all(config: Config, *, say: Say, deadline: float | None = None) -> None:
+    """Runs the pending stages. The first one that the config changes is redone, with all after it.
 
-
-def run_stage(config: Config, stage: Stage, *, say: Callable[[Any], None]) -> None:
-    """Runs one stage, unless its artifact is there for this config; says why where it is made anew."""
-    check(config)
-    if is_finished(stage.folder(config), stage.inputs(config)):
-        say(f"{stage.name}: done already, in {stage.folder(config)}")
-        return
-    _say_why(config, stage, say)
-    _execute(config, stage, say)
-
-
-def run_all(config: Config, *, say: Callable[[Any], None]) -> None:
-    """Stages 1 to 5. What is done is left alone; the first stage that the config changes is redone, with all behind it.
+    Args:
+        say: gets lines and tables for the terminal.
+        deadline: time.time() at which a training saves and stops.
 
     Raises:
-        UserError: the run's folder was made from files or a package that have changed since under the same config.
+        UserError: the input or config is wrong, or what the config points to changed under it.
+        Stopped: SIGTERM or the deadline came, and what was running has saved.
     """
-    check(config)
+    stages = wanted_stages(config)
+    check(config, stages)
     todo = pending(config)
     if not todo:
         say(f"nothing to do: every stage in {config.run.folder} is done for this config")
         return
-    _say_why(config, todo[0], say)
+
+    explain_redo(config, todo[0], say)
     with connected(config.cluster):
-        for stage in stages_of(config):
+        for stage in stages:
             if stage in todo:
-                _execute(config, stage, say)
+                _run(config, stage, say, deadline)
             else:
                 say(f"{stage.name}: done already")
     save_config(config, config.run.folder / "config.yaml")
 
 
-def save_config(config: Config, path: Path) -> None:
-    """The resolved config as a file that `--config` takes."""
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-
-
-def pending(config: Config) -> list[Stage]:
-    """The stages from the first unfinished one on."""
-    stages = stages_of(config)
-    for i, stage in enumerate(stages):
-        if not is_finished(stage.folder(config), stage.inputs(config)):
-            return stages[i:]
-    return []
-
-
-def _say_why(config: Config, stage: Stage, say: Callable[[Any], None]) -> None:
-    """Says why a finished stage is redone; refuses where the config is the same and what it points to is not."""
-    if read_manifest(stage.folder(config)) is None:
+def run_stage(config: Config, stage: Stage, *, say: Say, deadline: float | None = None) -> None:
+    """Runs one stage, unless its result is there for this config. Raises as `run_all` does."""
+    check(config, [stage])
+    if stage.is_finished(config):
+        say(f"{stage.name}: done already, in {stage.folder(config)}")
         return
-    changes = differences(stage.folder(config), stage.inputs(config))
-    reasons = "\n  ".join(changes)
-    if all(change.startswith("content.") for change in changes):
-        raise UserError(
-            f"{stage.folder(config)} was made from other inputs, and the config is the same:\n  {reasons}\n"
-            "give another run.name, or delete the folder to make it anew"
-        )
-    say(f"{stage.name}: redone, and what follows from it, because of\n  {reasons}")
+    explain_redo(config, stage, say)
+    _run(config, stage, say, deadline)
 
 
-def _execute(config: Config, stage: Stage, say: Callable[[Any], None]) -> None:
+def explain_redo(config: Config, stage: Stage, say: Say) -> None:
+    """Prints why a stage that has a result is redone.
+
+    Raises:
+        UserError: the config is the same, and what it points to is not.
+    """
+    if not stage.exists(config):
+        return
+    folder = stage.folder(config)
+    inputs = stage.inputs(config)
+    refuse_changed_content(folder, inputs)
+    reasons = "\n  ".join(map(str, differences(folder, inputs)))
+    say(f"{stage.name}: redone, with the stages after it, because of\n  {reasons}")
+
+
+def _run(config: Config, stage: Stage, say: Say, deadline: float | None) -> None:
     say(f"{stage.name}: running")
     began = time.monotonic()
-    stage.run(config)
-    outcome = stage.describe(results(config, stage))
-    for line in outcome if isinstance(outcome, list) else [f"{stage.name}: {outcome}"]:
-        say(line)
+    results = stage.run(config, deadline=deadline)
+    for line in stage.describe(results):
+        say(f"{stage.name}: {line}" if isinstance(line, str) else line)
     say(f"{stage.name}: {time.monotonic() - began:.0f} s")

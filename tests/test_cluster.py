@@ -1,4 +1,4 @@
-"""Files under cluster/, and what connecting to a cluster refuses."""
+"""Connecting to Ray, and the files below cluster/."""
 
 import json
 import signal
@@ -11,22 +11,27 @@ import jsonschema
 import pytest
 import yaml
 
-from madpo_ray.cluster import check_workers_fit, connected
-from madpo_ray.config import ClusterConfig, UserError
+from madpo_ray.artifacts.tables import read_columns, rows_files
+from madpo_ray.cluster import check_workers_fit, connected, write_rows
+from madpo_ray.config import ClusterConfig
+from madpo_ray.errors import UserError
 
 TERMINATED = """
 import os, signal, threading, time
 import ray
 from madpo_ray.cluster import connected
-from madpo_ray.config import ClusterConfig, Stopped
+from madpo_ray.config import ClusterConfig
+from madpo_ray.errors import Stopped
 try:
     with connected(ClusterConfig()):
         threading.Timer(2, os.kill, (os.getpid(), signal.SIGTERM)).start()
         ray.get(ray.remote(lambda: time.sleep(60)).remote())
 except Stopped as stopped:
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     raise SystemExit(int(stopped.exit_code))
 """
 ROOT = Path(__file__).parent.parent
+SCHEMA = ROOT / "tests" / "schemas" / "kuberay-1.7.0-rayjobs-v1.schema.json"
 
 
 @pytest.fixture
@@ -36,20 +41,20 @@ def rayjob() -> Any:
 
 @pytest.fixture
 def validator() -> Any:
-    schema = json.loads((ROOT / "tests" / "schemas" / "kuberay-1.7.0-rayjobs-v1.schema.json").read_text())
-    return jsonschema.Draft7Validator(schema)
+    return jsonschema.Draft7Validator(json.loads(SCHEMA.read_text()))
 
 
 def test_rayjob_is_valid(rayjob: Any, validator: Any) -> None:
     assert list(validator.iter_errors(rayjob)) == []
 
 
-def test_the_schema_sees_a_misspelt_key(rayjob: Any, validator: Any) -> None:
+def test_schema_rejects_a_misspelt_key(rayjob: Any, validator: Any) -> None:
     rayjob["spec"]["entrypont"] = rayjob["spec"].pop("entrypoint")
     assert list(validator.iter_errors(rayjob))
 
 
-def test_what_only_the_controller_checks(rayjob: Any) -> None:
+def test_rayjob_passes_the_controllers_checks(rayjob: Any) -> None:
+    """What the schema does not say."""
     spec = rayjob["spec"]
     assert spec["shutdownAfterJobFinishes"]
     assert spec["ttlSecondsAfterFinished"] > 0
@@ -58,19 +63,18 @@ def test_what_only_the_controller_checks(rayjob: Any) -> None:
     assert (ROOT / spec["entrypoint"].split()[1]).is_file()
 
 
-def test_more_workers_than_this_machine_has() -> None:
-    with (
-        pytest.raises(UserError, match=r"cluster\.num_workers: 4000 workers of 1 CPUs can never be placed"),
-        connected(ClusterConfig(num_workers=4000)),
-    ):
+def test_refuses_more_workers_than_the_machine_has() -> None:
+    message = r"cluster\.num_workers: 4000 workers of 1 CPUs can never be placed"
+    with pytest.raises(UserError, match=message), connected(ClusterConfig(num_workers=4000)):
         pass
 
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_local")
-def test_more_workers_than_a_running_cluster_has() -> None:
+def test_refuses_more_workers_than_the_cluster_has() -> None:
     check_workers_fit(ClusterConfig(num_workers=6))
-    with pytest.raises(UserError, match=r"the cluster has 8 CPUs in all, and feeding them takes 1\.5"):
+    message = r"the cluster has 8 CPUs in all, and feeding the workers needs 1\.5"
+    with pytest.raises(UserError, match=message):
         check_workers_fit(ClusterConfig(num_workers=7))
     with pytest.raises(UserError, match="the cluster has 0 GPUs in all"):
         check_workers_fit(ClusterConfig(num_workers=1, use_gpu=True))
@@ -78,5 +82,18 @@ def test_more_workers_than_a_running_cluster_has() -> None:
 
 
 @pytest.mark.ray
-def test_sigterm_leaves_with_its_own_code() -> None:
-    assert subprocess.run([sys.executable, "-c", TERMINATED], check=False).returncode == 128 + signal.SIGTERM
+def test_sigterm_has_its_own_exit_code() -> None:
+    """And the signal's handler is restored."""
+    done = subprocess.run([sys.executable, "-c", TERMINATED], check=False)
+    assert done.returncode == 128 + signal.SIGTERM
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+def test_writes_rows_in_order(tmp_path: Path) -> None:
+    import ray.data
+
+    with connected(ClusterConfig()):
+        write_rows(ray.data.range(40, override_num_blocks=12), tmp_path / "data")
+    assert len(rows_files(tmp_path / "data")) == 12
+    assert read_columns(tmp_path / "data", ["id"])["id"].to_pylist() == list(range(40))

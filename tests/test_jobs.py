@@ -14,27 +14,60 @@ from typing import Any
 import pytest
 import yaml
 
+from madpo_ray import pipeline
+
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
-STAGES = (
-    "prepare_pairs",
-    "train_sft",
-    "train_reward",
-    "score_margins",
-    "train_policy",
-    "evaluate_policy",
-    "tune_policy",
-    "run_pipeline",
-)
+STAGE_SCRIPTS = {
+    "prepare_pairs": "pairs",
+    "train_sft": "sft",
+    "train_reward": "reward",
+    "score_margins": "margins",
+    "train_policy": "train",
+    "evaluate_policy": "evaluate",
+    "tune_policy": "tune",
+}
 
 
-@pytest.mark.parametrize("script", STAGES)
-def test_scripts_take_the_flags_of_the_command(script: str) -> None:
-    done = subprocess.run(
-        [sys.executable, ROOT / "jobs" / f"{script}.py", "--help"], capture_output=True, text=True, check=True
-    )
+def test_every_stage_has_a_script() -> None:
+    assert list(STAGE_SCRIPTS.values()) == [stage.name for stage in pipeline.STAGES]
+    for script, stage in STAGE_SCRIPTS.items():
+        assert f'job("{stage}")' in (ROOT / "jobs" / f"{script}.py").read_text()
+
+
+@pytest.mark.parametrize("script", [*STAGE_SCRIPTS, "run_pipeline"])
+def test_scripts_have_the_commands_flags(script: str) -> None:
+    command = [sys.executable, ROOT / "jobs" / f"{script}.py", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "--config" in done.stdout
+    assert "--set" in done.stdout
     assert "--dry-run" in done.stdout
+
+
+@pytest.fixture
+def config_file(raw_config: dict[str, Any], tmp_path: Path) -> str:
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(raw_config))
+    return str(file)
+
+
+def run_script(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, ROOT / "jobs" / f"{script}.py", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_pipeline_script_plans(config_file: str) -> None:
+    """The example of the Python API."""
+    done = run_script("run_pipeline", "--config", config_file, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "stages to do: pairs, sft, reward, margins, train, evaluate" in done.stdout
+
+
+def test_pipeline_script_refuses_bad_input(config_file: str) -> None:
+    done = run_script("run_pipeline", "--config", config_file, "--set", "train.bta=1")
+    assert done.returncode == 2
+    assert "did you mean 'beta'?" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def free_port() -> int:
@@ -47,21 +80,29 @@ def free_port() -> int:
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The dashboard's address of a one-node cluster with job submission."""
     dashboard = free_port()
-    ports = {"port": free_port(), "dashboard-port": dashboard, "dashboard-agent-listen-port": free_port()}
+    ports = {
+        "port": free_port(),
+        "dashboard-port": dashboard,
+        "dashboard-agent-listen-port": free_port(),
+    }
     command = [BIN / "ray", "start", "--head", "--block", "--num-cpus=6", "--disable-usage-stats"]
     command += [f"--{name}={value}" for name, value in ports.items()]
     command += ["--dashboard-host=127.0.0.1", f"--temp-dir=/tmp/ray-test-{os.getpid()}"]
     # The jobs' `python` has to be this one.
     environment = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
     with (tmp_path_factory.mktemp("head") / "log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, env=environment, start_new_session=True
+        )
+
     address = f"http://127.0.0.1:{dashboard}"
     deadline = time.monotonic() + 60
     ping = [BIN / "ray", "job", "list", "--address", address]
     while subprocess.run(ping, capture_output=True, check=False).returncode:
-        assert time.monotonic() < deadline, "the cluster did not come up"
+        assert time.monotonic() < deadline, "the cluster did not start"
         time.sleep(1)
     yield address
+
     os.killpg(process.pid, signal.SIGTERM)
     try:
         process.wait(20)
@@ -71,19 +112,13 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def submit(head: str, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [BIN / "ray", "job", "submit", "--address", head, "--working-dir", str(ROOT), "--", "python"]
-    return subprocess.run([*command, f"jobs/{script}.py", *arguments], capture_output=True, text=True, check=False)
-
-
-@pytest.fixture
-def config_file(raw_config: dict[str, Any], tmp_path: Path) -> str:
-    file = tmp_path / "config.yaml"
-    file.write_text(yaml.safe_dump(raw_config))
-    return str(file)
+    command = [BIN / "ray", "job", "submit", "--address", head, "--working-dir", str(ROOT)]
+    command += ["--", "python", f"jobs/{script}.py", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.ray
-def test_a_stage_by_ray_job_submit(head: str, config_file: str, tmp_path: Path) -> None:
+def test_submits_a_stage(head: str, config_file: str, tmp_path: Path) -> None:
     done = submit(head, "prepare_pairs", "--config", config_file)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"pairs: \d+ s", done.stdout)
@@ -97,7 +132,7 @@ def test_a_stage_by_ray_job_submit(head: str, config_file: str, tmp_path: Path) 
 @pytest.mark.ray
 @pytest.mark.deepspeed
 @pytest.mark.slow
-def test_the_whole_pipeline_by_ray_job_submit(head: str, config_file: str, tmp_path: Path) -> None:
+def test_submits_the_pipeline(head: str, config_file: str, tmp_path: Path) -> None:
     done = submit(head, "run_pipeline", "--config", config_file)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"evaluate: \d+ s", done.stdout)

@@ -7,143 +7,111 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow.compute as pc
-import pyarrow.dataset
 import pytest
-import torch
-from conftest import TEMPLATE, make_model, make_tokenizer
 
-from madpo_ray import evaluate, margins, pairs, pipeline, reward, sft, train
-from madpo_ray.batching import collate
-from madpo_ray.config import Config, UserError
-from madpo_ray.config_file import load_config, parse_config
-from madpo_ray.logprobs import PairLogps
-from madpo_ray.metrics import read_metrics
-from madpo_ray.models import load_policy
-from madpo_ray.tables import parquet_folder, read_split
+from madpo_ray import pipeline
+from madpo_ray.artifacts.manifest import Difference, differences
+from madpo_ray.config import Config, load_config, parse_config
+from madpo_ray.errors import UserError
+from madpo_ray.stages import evaluate, margins, pairs, reward, sft, train
+from madpo_ray.training.metrics import read_metrics
+from support.models import TEMPLATE, make_model, make_tokenizer
+from support.pairs import make_rows, tiny_run, write_jsonl
 
 pytestmark = [pytest.mark.ray, pytest.mark.deepspeed]
 
-
-def test_every_stage_ran_and_said_its_seconds(finished_run: tuple[Config, list[str]]) -> None:
-    for stage in pipeline.stages_of(finished_run[0]):
-        assert any(line.startswith(f"{stage.name}: ") and line.endswith(" s") for line in finished_run[1])
+Run = tuple[Config, list[str]]
+Edit = Callable[[dict[str, Any], Path], None]
 
 
-def test_margins_hold_every_pair_once(finished_run: tuple[Config, list[str]]) -> None:
+def ignore(what: object) -> None:
+    """Prints nothing."""
+
+
+def test_every_stage_reports_its_seconds(finished_run: Run) -> None:
+    config, printed = finished_run
+    for stage in pipeline.wanted_stages(config):
+        own = [line for line in printed if line.startswith(f"{stage.name}: ")]
+        assert any(line.endswith(" s") for line in own)
+
+
+def test_metrics_have_the_fields_names(finished_run: Run) -> None:
+    """TRL's, and ours next to them."""
     config, _ = finished_run
-    ids = [
-        pyarrow.dataset.dataset(str(parquet_folder(stage(config))), format="parquet")
-        .to_table(columns=["pair_id"])["pair_id"]
-        .to_pylist()
-        for stage in (pairs.folder, margins.folder)
-    ]
-    assert len(ids[0]) == len(set(ids[0])) == 90
-    assert ids[1] == ids[0]
-
-
-def test_margins_are_differences_of_rewards_in_calibrated_units(finished_run: tuple[Config, list[str]]) -> None:
-    config, _ = finished_run
-    columns = ("margin", "chosen_reward", "rejected_reward")
-    table = read_split(parquet_folder(margins.folder(config)), "train", columns)
-    assert pc.subtract(table["chosen_reward"], table["rejected_reward"]).to_pylist() == table["margin"].to_pylist()
-    results = pipeline.results(config, pipeline.STAGES["reward"])
-    assert results["accuracy"] > 0.6
-    assert results["temperature"] not in (None, 1.0)
-
-
-def test_saved_reward_model_scores_the_same_in_plain_transformers(finished_run: tuple[Config, list[str]]) -> None:
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    config, _ = finished_run
-    folder = reward.folder(config) / "model"
-    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    temperature = pipeline.results(config, pipeline.STAGES["reward"])["temperature"]
-    columns = ("prompt_ids", "chosen_ids", "chosen_reward")
-    rows = read_split(parquet_folder(margins.folder(config)), "test", columns).slice(0, 4).to_pylist()
-    texts = [row["prompt_ids"] + row["chosen_ids"] for row in rows]
-    assert tokenizer.pad_token_id == model.config.pad_token_id != tokenizer.eos_token_id
-    padded = tokenizer.pad({"input_ids": texts}, return_tensors="pt")
-    with torch.no_grad():
-        scores = model(**padded).logits[:, 0] / temperature
-    torch.testing.assert_close(scores, torch.tensor([row["chosen_reward"] for row in rows]), rtol=1e-4, atol=1e-5)
-
-
-def test_stored_reference_log_probs_are_the_models_own(finished_run: tuple[Config, list[str]]) -> None:
-    config, _ = finished_run
-    names = ("prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps")
-    rows = read_split(parquet_folder(margins.folder(config)), "train", names).slice(0, 6).to_pylist()
-    policy = load_policy(sft.start_folder(config), config.model).eval()
-    with torch.no_grad():
-        logps = PairLogps(policy)(collate(rows, shared_prefix=False))["logps"]
-    stored = [row[f"ref_{side}_logps"] for side in ("chosen", "rejected") for row in rows]
-    torch.testing.assert_close(logps.double(), torch.tensor(stored, dtype=torch.float64), rtol=0, atol=1e-4)
-
-
-def test_metrics_have_the_names_of_the_field(finished_run: tuple[Config, list[str]]) -> None:
-    config, _ = finished_run
-    lines = read_metrics(train.folder(config) / "metrics.jsonl")
+    lines = read_metrics(train.STAGE.folder(config) / "metrics.jsonl")
     logged = {name for line in lines for name in line}
-    for name in (
-        *("loss", "grad_norm", "learning_rate", "epoch", "rewards/chosen", "rewards/rejected", "rewards/margins"),
-        *("rewards/accuracies", "logps/chosen", "logps/rejected", "entropy", "num_tokens", "margin/mean"),
-        *("margin/negative_fraction", "weight/mean", "weight/min", "weight/max", "weight/effective_sample_size"),
-        *("tokens_per_second", "pairs_per_second", "peak_memory_bytes", "mfu", "eval_loss", "eval_rewards/accuracies"),
-    ):
-        assert name in logged, name
-    assert {"accuracy", "margin", "mean_reward", "min_reward", "max_reward", "eval_accuracy"} <= {
-        name for line in read_metrics(reward.folder(config) / "metrics.jsonl") for name in line
-    }
-    assert list((train.folder(config) / "tensorboard").glob("events*"))
+    expected = """
+        loss grad_norm learning_rate epoch rewards/chosen rewards/rejected rewards/margins
+        rewards/accuracies logps/chosen logps/rejected entropy num_tokens margin/mean
+        margin/negative_fraction weight/mean weight/min weight/max weight/effective_sample_size
+        tokens_per_second pairs_per_second peak_memory_bytes mfu eval_loss eval_rewards/accuracies
+    """
+    assert set(expected.split()) <= logged
+    assert list((train.STAGE.folder(config) / "tensorboard").glob("events*"))
+
+    reward_lines = read_metrics(reward.STAGE.folder(config) / "metrics.jsonl")
+    reward_logged = {name for line in reward_lines for name in line}
+    expected = "accuracy margin mean_reward min_reward max_reward eval_accuracy"
+    assert set(expected.split()) <= reward_logged
 
 
-def test_the_first_step_starts_from_the_reference(finished_run: tuple[Config, list[str]]) -> None:
-    first = read_metrics(train.folder(finished_run[0]) / "metrics.jsonl")[0]
+def test_selectable_metrics_are_measured(finished_run: Run) -> None:
+    """metric_for_best_model accepts only names that an evaluation measures."""
+    config, _ = finished_run
+    for stage, settings in ((train.STAGE, config.train), (reward.STAGE, config.reward)):
+        lines = read_metrics(stage.folder(config) / "metrics.jsonl")
+        measured = {name.removeprefix("eval_") for line in lines for name in line if "eval_" in name}
+        assert settings.metrics <= measured
+
+
+def test_first_step_starts_from_the_reference(finished_run: Run) -> None:
+    first = read_metrics(train.STAGE.folder(finished_run[0]) / "metrics.jsonl")[0]
     assert abs(first["rewards/margins"]) < 1e-6
     assert abs(first["rewards/chosen"]) < 1e-6
 
 
-def test_the_policy_loads_in_another_process(finished_run: tuple[Config, list[str]]) -> None:
+def test_policy_loads_in_another_process(finished_run: Run) -> None:
+    """In plain transformers."""
     code = (
         "import sys; from transformers import AutoModelForCausalLM, AutoTokenizer;"
-        "m = AutoModelForCausalLM.from_pretrained(sys.argv[1]); t = AutoTokenizer.from_pretrained(sys.argv[1]);"
+        "m = AutoModelForCausalLM.from_pretrained(sys.argv[1]);"
+        "t = AutoTokenizer.from_pretrained(sys.argv[1]);"
         "print(m(**t('the film', return_tensors='pt')).logits.shape[-1])"
     )
-    folder = str(train.folder(finished_run[0]) / "model")
-    done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, check=False)
+    folder = str(train.STAGE.folder(finished_run[0]) / "model")
+    command = [sys.executable, "-c", code, folder]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "400", done.stderr
 
 
-def test_evaluation_has_its_table(finished_run: tuple[Config, list[str]]) -> None:
+def test_second_call_does_nothing(finished_run: Run) -> None:
     config, _ = finished_run
-    results = json.loads((evaluate.folder(config) / "evaluation.json").read_text())
-    for name in ("reference", "policy", "implicit", "reward_model"):
-        low, high = results[name]["accuracy_interval"]
-        assert 0 <= low <= results[name]["accuracy"] <= high <= 1
-        assert -1 <= results[name]["rank_correlation"] <= 1
-    assert results["kl_samples"] == 4
-    assert len(results["samples"]["before"]) == len(results["samples"]["after"]) == 2
+
+    def files() -> dict[Path, int]:
+        paths = config.run.folder.rglob("*")
+        return {path: path.stat().st_mtime_ns for path in paths if path.is_file()}
+
+    before = files()
+    printed: list[str] = []
+    pipeline.run_all(config, say=lambda what: printed.append(str(what)))
+    folder = config.run.folder
+    assert printed == [f"nothing to do: every stage in {folder} is done for this config"]
+    assert files() == before
 
 
-def test_a_second_call_does_nothing_but_say_so(finished_run: tuple[Config, list[str]]) -> None:
+def with_train(config: Config, **changes: Any) -> Config:
+    return config.model_copy(update={"train": config.train.model_copy(update=changes)})
+
+
+def test_explains_a_redo(finished_run: Run) -> None:
     config, _ = finished_run
-    before = {path: path.stat().st_mtime_ns for path in config.run.folder.rglob("*") if path.is_file()}
-    said: list[str] = []
-    pipeline.run_all(config, say=lambda what: said.append(str(what)))
-    assert said == [f"nothing to do: every stage in {config.run.folder} is done for this config"]
-    assert {path: path.stat().st_mtime_ns for path in config.run.folder.rglob("*") if path.is_file()} == before
-
-
-def test_a_changed_config_names_the_first_stage_and_why(finished_run: tuple[Config, list[str]]) -> None:
-    config, _ = finished_run
-    changed = config.model_copy(update={"train": config.train.model_copy(update={"beta": 0.3})})
+    changed = with_train(config, beta=0.3)
     assert [stage.name for stage in pipeline.pending(changed)] == ["train", "evaluate"]
-    said: list[str] = []
-    pipeline._say_why(changed, pipeline.pending(changed)[0], said.append)
-    assert said == ["train: redone, and what follows from it, because of\n  settings.train.beta: 0.1 -> 0.3"]
-    reported = config.model_copy(update={"train": config.train.model_copy(update={"logging_steps": 7})})
-    assert pipeline.pending(reported) == []
+    printed: list[Any] = []
+    pipeline.explain_redo(changed, train.STAGE, printed.append)
+    assert printed == [
+        "train: redone, with the stages after it, because of\n  settings.train.beta: 0.1 -> 0.3"
+    ]
 
 
 def template(raw: dict[str, Any], tmp_path: Path) -> None:
@@ -157,7 +125,7 @@ def weights(raw: dict[str, Any], tmp_path: Path) -> None:
     raw["model"]["model_name_or_path"] = str(tmp_path / "other")
 
 
-def at(section: str, key: str, value: Any) -> Callable[[dict[str, Any], Path], None]:
+def at(section: str, key: str, value: Any) -> Edit:
     return lambda raw, tmp_path: raw[section].update({key: value})
 
 
@@ -169,61 +137,101 @@ def at(section: str, key: str, value: Any) -> Callable[[dict[str, Any], Path], N
         (at("data", "max_length", 32), "pairs"),
         (at("run", "seed", 1), "pairs"),
         (at("model", "dtype", "bfloat16"), "reward"),
+        (at("model", "attn_implementation", "eager"), "reward"),
         (at("reward", "learning_rate", 1e-4), "reward"),
         (at("margins", "calibrate", False), "margins"),
         (at("train", "tau", 3.0), "train"),
+        (at("train", "per_device_train_batch_size", 4), "train"),
         (at("evaluate", "num_samples", 8), "evaluate"),
         (at("train", "eval_steps", 2), None),
+        (at("train", "logging_steps", 7), None),
         (at("reward", "per_device_eval_batch_size", 3), None),
+        (at("scoring", "batch_size", 3), None),
         (at("cluster", "num_workers", 1), None),
     ],
 )
-def test_what_changes_the_numbers_is_redone_from_its_stage(
-    edit: Callable[[dict[str, Any], Path], None],
-    first: str | None,
-    finished_run: tuple[Config, list[str]],
-    tmp_path: Path,
+def test_redoes_from_the_stage_that_changes(
+    edit: Edit, first: str | None, finished_run: Run, tmp_path: Path
 ) -> None:
-    raw = finished_run[0].model_dump(mode="json")
+    """What changes a stage's numbers, and nothing else, redoes it and those after it."""
+    config, _ = finished_run
+    raw = config.model_dump(mode="json")
     edit(raw, tmp_path)
     todo = [stage.name for stage in pipeline.pending(parse_config(raw))]
-    names = [stage.name for stage in pipeline.stages_of(finished_run[0])]
+    names = [stage.name for stage in pipeline.wanted_stages(config)]
     assert todo == (names[names.index(first) :] if first else [])
 
 
-def test_a_section_sft_moves_what_starts_from_the_model(finished_run: tuple[Config, list[str]]) -> None:
+def test_sft_moves_the_initial_policy(finished_run: Run) -> None:
     raw = finished_run[0].model_dump(mode="json")
     raw["sft"] = {}
     config = parse_config(raw)
-    assert [stage.name for stage in pipeline.pending(config)] == ["sft", "reward", "margins", "train", "evaluate"]
-    # The reward model does not start from there: its artifact still fits.
-    assert reward.inputs(config) == reward.inputs(finished_run[0])
-    assert margins.inputs(config) != margins.inputs(finished_run[0])
+    todo = [stage.name for stage in pipeline.pending(config)]
+    assert todo == ["sft", "reward", "margins", "train", "evaluate"]
+    # The reward model does not start from there: its result still fits.
+    assert reward.STAGE.is_finished(config)
+    assert not margins.STAGE.is_finished(config)
     with pytest.raises(UserError, match="run `madpo-ray sft` first"):
-        sft.start_folder(config)
+        sft.initial_policy(config)
 
 
-def test_a_stage_refuses_inputs_made_otherwise(finished_run: tuple[Config, list[str]]) -> None:
+def test_refuses_inputs_of_another_config(finished_run: Run) -> None:
     config, _ = finished_run
-    changed = config.model_copy(update={"reward": config.reward.model_copy(update={"num_train_epochs": 1})})
+    changed = config.model_copy(
+        update={"reward": config.reward.model_copy(update={"num_train_epochs": 1})}
+    )
     with pytest.raises(UserError, match="made from other inputs"):
-        pipeline.run_stage(changed, pipeline.STAGES["margins"], say=lambda what: None)
+        pipeline.run_stage(changed, margins.STAGE, say=ignore)
 
 
-def test_changed_files_under_the_same_config_are_refused(
-    finished_run: tuple[Config, list[str]], pairs_file: Path
-) -> None:
+def test_refuses_files_that_changed(finished_run: Run, pairs_file: Path) -> None:
     config, _ = finished_run
     content = pairs_file.read_text()
     try:
         pairs_file.write_text(content + content.splitlines()[0] + "\n")
-        with pytest.raises(UserError, match=r"give another run\.name"):
-            pipeline.run_all(config, say=lambda what: None)
+        with pytest.raises(UserError, match=r"set another run\.name"):
+            pipeline.run_all(config, say=ignore)
     finally:
         pairs_file.write_text(content)
     assert pipeline.pending(config) == []
 
 
-def test_the_resolved_config_lies_beside_the_results(finished_run: tuple[Config, list[str]]) -> None:
+def test_refuses_a_run_of_another_version(
+    finished_run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the version as the only reason, and before anything is redone."""
+    config, _ = finished_run
+    monkeypatch.setattr("madpo_ray.__version__", "999")
+    found = differences(pairs.STAGE.folder(config), pairs.STAGE.inputs(config))
+    assert found == [Difference("package", "madpo_ray", "0.2.0", "999")]
+    with pytest.raises(UserError, match=r"package\.madpo_ray: 0\.2\.0 -> 999"):
+        pipeline.run_all(config, say=ignore)
+
+
+def test_saves_the_resolved_config(finished_run: Run) -> None:
     config, _ = finished_run
     assert load_config(config.run.folder / "config.yaml") == config
+
+
+def test_dpo_needs_no_reward_model(
+    model_folder: Path, tmp_path: Path, ray_local: None
+) -> None:
+    """Trains none, scores only the reference, and reports no margins."""
+    file = write_jsonl(tmp_path / "pairs.jsonl", make_rows(60))
+    raw = tiny_run(model_folder, file, tmp_path)
+    del raw["sft"], raw["reward"]
+    raw["train"] |= {"loss_type": "sigmoid", "max_steps": 2}
+    config = parse_config(raw)
+    printed: list[str] = []
+    pipeline.run_all(config, say=lambda what: printed.append(str(what)))
+
+    assert not reward.STAGE.folder(config).exists()
+    assert any("no reward model, so no margins" in line for line in printed)
+    assert [path.name for path in (config.run.folder / "scores").iterdir() if path.is_dir()] == [
+        "reference"
+    ]
+    lines = read_metrics(train.STAGE.folder(config) / "metrics.jsonl")
+    assert not any(name.startswith(("margin/", "weight/")) for line in lines for name in line)
+    results = json.loads((evaluate.STAGE.folder(config) / "evaluation.json").read_text())
+    assert "reward_model" not in results
+    assert results["kl_samples"] == 4

@@ -1,0 +1,91 @@
+"""The rows of an artifact: Parquet files in a folder, whose names keep their order."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset
+import pyarrow.parquet as pq
+
+from madpo_ray import columns
+
+
+def rows_folder(artifact: Path) -> Path:
+    """Where a stage's folder keeps its rows."""
+    return artifact / "data"
+
+
+def rows_files(rows: Path) -> list[Path]:
+    """The Parquet files of a folder of rows, in the order of the rows."""
+    return sorted(rows.glob("*.parquet"))
+
+
+def read_columns(rows: Path, names: Sequence[str]) -> pa.Table:
+    """Columns of all rows, in order."""
+    return _dataset(rows).to_table(list(names))
+
+
+def read_split(rows: Path, split: str, names: Sequence[str]) -> pa.Table:
+    """Columns of one split's rows, in order."""
+    return _dataset(rows).to_table(list(names), filter=pc.field(columns.SPLIT) == split)
+
+
+def read_split_contiguous(rows: Path, split: str, names: Sequence[str]) -> pa.Table:
+    """`read_split` with each column in one piece.
+
+    Taking a few rows out of a column in many pieces copies the complete column, each time.
+    """
+    table = read_split(rows, split, names)
+    # 64-bit offsets: a large data set has more than 2^31 tokens.
+    fields = [
+        field.with_type(pa.large_list(field.type.value_type))
+        if pa.types.is_list(field.type)
+        else field
+        for field in table.schema
+    ]
+    return table.cast(pa.schema(fields)).combine_chunks()
+
+
+def count_rows(rows: Path) -> int:
+    """Rows of all files, from their footers."""
+    return int(_dataset(rows).count_rows())
+
+
+def column_names(rows: Path) -> list[str]:
+    """The columns of the rows."""
+    return list(_dataset(rows).schema.names)
+
+
+def write_with_columns(rows: Path, added: pa.Table, output: Path) -> None:
+    """Copies the files of `rows` to `output`, with the columns of `added`, row by row.
+
+    One file is in memory at a time.
+
+    Raises:
+        RuntimeError: `added` has other pair_ids, or another number of rows.
+    """
+    output.mkdir(parents=True)
+    start = 0
+    for file in rows_files(rows):
+        table = pq.read_table(file)
+        part = added.slice(start, table.num_rows)
+        if part[columns.PAIR_ID].to_pylist() != table[columns.PAIR_ID].to_pylist():
+            raise RuntimeError(f"the scores do not belong to the pairs of {file}")
+        for name in part.drop_columns([columns.PAIR_ID]).column_names:
+            table = table.append_column(name, part[name])
+        pq.write_table(table, output / file.name)
+        start += table.num_rows
+    if start != added.num_rows:
+        raise RuntimeError(f"{added.num_rows} pairs were scored, and {rows} has {start}")
+
+
+def write_table(table: pa.Table, rows: Path) -> None:
+    """Writes a table as the only file of a fresh folder of rows."""
+    rows.mkdir(parents=True)
+    pq.write_table(table, rows / "part-000000.parquet")
+
+
+def _dataset(rows: Path) -> pyarrow.dataset.Dataset:
+    files = [str(path) for path in rows_files(rows)]
+    return pyarrow.dataset.dataset(files, format="parquet")

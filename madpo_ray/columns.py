@@ -1,0 +1,53 @@
+"""The name of every column that an artifact may hold, and of the splits."""
+
+PAIR_ID = "pair_id"
+GROUP = "group"
+SPLIT = "split"
+
+PROMPT = "prompt"
+CHOSEN = "chosen"
+REJECTED = "rejected"
+TEXT_COLUMNS = (PROMPT, CHOSEN, REJECTED)
+
+PROMPT_IDS = "prompt_ids"
+CHOSEN_IDS = "chosen_ids"
+REJECTED_IDS = "rejected_ids"
+RESPONSE_IDS = (CHOSEN_IDS, REJECTED_IDS)
+TOKEN_COLUMNS = (PROMPT_IDS, *RESPONSE_IDS)
+
+REWARDS = ("chosen_reward", "rejected_reward")
+MARGIN = "margin"
+REF_LOGPS = ("ref_chosen_logps", "ref_rejected_logps")
+POLICY_LOGPS = ("policy_chosen_logps", "policy_rejected_logps")
+
+# Only while pairs are read: where a row comes from, and why it was rejected.
+FILE = "file"
+FILE_NUMBER = "file_number"
+ROW = "row"
+REASON = "reason"
+CONTENT_HASH = "content_hash"
+
+# Columns of the user's that are carried along must not have one of these names.
+RESERVED = frozenset(
+    {
+        PAIR_ID,
+        GROUP,
+        SPLIT,
+        *TEXT_COLUMNS,
+        *TOKEN_COLUMNS,
+        *REWARDS,
+        MARGIN,
+        *REF_LOGPS,
+        *POLICY_LOGPS,
+        FILE,
+        FILE_NUMBER,
+        ROW,
+        REASON,
+        CONTENT_HASH,
+    }
+)
+
+TRAIN = "train"
+VALIDATION = "validation"
+TEST = "test"
+SPLITS = (TRAIN, VALIDATION, TEST)

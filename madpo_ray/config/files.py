@@ -1,0 +1,210 @@
+"""A config from a YAML file and `--set` overrides; errors name the key and the fix."""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin
+
+import yaml
+from pydantic import ValidationError
+
+from madpo_ray.config.base import Section
+from madpo_ray.config.root import Config
+from madpo_ray.errors import UserError, did_you_mean
+
+AnySection = TypeVar("AnySection", bound=Section)
+
+
+def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
+    """The config of a YAML file with `section.key=value` overrides. Its paths are absolute.
+
+    Raises:
+        UserError: the file is missing or not a YAML mapping, a key is unknown (the closest one is
+            named) or appears twice, or a value is out of bounds.
+    """
+    try:
+        raw = _read_yaml(Path(path).read_text(encoding="utf-8")) or {}
+    except FileNotFoundError:
+        raise UserError(f"config file {path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config file {path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"config file {path} is not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"config file {path} must hold sections, like `model:` and `data:`")
+
+    for override in overrides:
+        _apply_override(raw, override)
+    return parse_config(raw)
+
+
+def parse_config(raw: Mapping[str, Any]) -> Config:
+    """The checked config of nested mappings. Raises UserError as `load_config` does."""
+    return _with_absolute_paths(_validated(Config, raw))
+
+
+def with_changes(section: AnySection, name: str, changes: Mapping[str, Any]) -> AnySection:
+    """A section with some keys replaced, checked like any other. `name` is for error messages.
+
+    Raises:
+        UserError: a key is unknown or a value is out of bounds.
+    """
+    return _validated(type(section), {**section.model_dump(), **changes}, name)
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Writes the resolved config as a file that `--config` accepts, completely or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(dump_config(config), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as YAML."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's floats (PyYAML reads 1e-5 as a string), and no key twice in one mapping."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        first_line: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge" or not isinstance(
+                key_node, yaml.ScalarNode
+            ):
+                continue
+            key = self.construct_object(key_node)
+            line = key_node.start_mark.line + 1
+            if key in first_line:
+                raise yaml.YAMLError(
+                    f"key {key!r} appears twice, in lines {first_line[key]} and {line}: keep one"
+                )
+            first_line[key] = line
+        return super().construct_mapping(node, deep=deep)
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Keys that `<<` merges in may be overridden by the mapping's own: not a key twice."""
+        own = [pair for pair in node.value if pair[0].tag != "tag:yaml.org,2002:merge"]
+        super().flatten_mapping(node)
+        merged = {key.value: (key, value) for key, value in node.value[: -len(own) or None]}
+        for key, _ in own:
+            merged.pop(key.value, None)
+        node.value = [*merged.values(), *own]
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"
+    ),
+    list("-+0123456789."),
+)
+
+
+def _read_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    parts = key.split(".")
+    if not equals or len(parts) < 2:
+        raise UserError(f"--set {override}: write it as section.key=value")
+
+    target = raw
+    for part in parts[:-1]:
+        target = target.setdefault(part, {})
+        if not isinstance(target, dict):
+            raise UserError(f"--set {override}: {part} is not a section")
+    try:
+        target[parts[-1]] = _read_yaml(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override}: the value is not valid YAML: {error}") from None
+
+
+def _validated(
+    section: type[AnySection], raw: Mapping[str, Any], name: str | None = None
+) -> AnySection:
+    try:
+        return section.model_validate(raw)
+    except ValidationError as error:
+        prefix = (name,) if name else ()
+        raise UserError("\n".join(_explain(item, prefix) for item in error.errors())) from None
+
+
+def _explain(error: Any, prefix: tuple[str, ...]) -> str:
+    location = (*prefix, *error["loc"])
+    key = ".".join(str(part) for part in location)
+    if error["type"] == "extra_forbidden":
+        return f"unknown key {key}{did_you_mean(str(location[-1]), _keys_at(location[:-1]))}"
+    if error["type"] == "missing":
+        return f"{key} is required"
+    message = error["msg"].removeprefix("Value error, ")
+    given = "" if isinstance(error["input"], dict) else f" (given: {error['input']!r})"
+    return f"{key}: {message}{given}" if error["loc"] else message
+
+
+def _keys_at(location: Sequence[str | int]) -> list[str]:
+    """The keys of the section at a location."""
+    section: Any = Config
+    for part in location:
+        field = section.model_fields.get(part)
+        if field is not None:
+            section = _section_of(field.annotation)
+    return list(section.model_fields)
+
+
+def _section_of(annotation: Any) -> Any:
+    """The section in `Section`, `Section | None` or `dict[str, Section] | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    candidates = get_args(annotation)
+    if get_origin(annotation) is dict:
+        candidates = candidates[1:]
+    found = (_section_of(candidate) for candidate in candidates)
+    return next((section for section in found if section is not None), None)
+
+
+def _with_absolute_paths(config: Config) -> Config:
+    """Ray changes the working directory of its workers, so every path is made absolute once."""
+    if "://" in config.run.storage_path:
+        raise UserError(
+            f"run.storage_path: {config.run.storage_path} is a URI; "
+            "give a folder that every node mounts"
+        )
+    storage_path = _absolute("run.storage_path", config.run.storage_path)
+    files = tuple(_absolute("data.files", file) for file in config.data.files)
+
+    model = config.model
+    name = model.model_name_or_path
+    if Path(name).exists() or _is_path(name):
+        name = _absolute("model.model_name_or_path", name)
+    template = model.chat_template_path
+    if template is not None:
+        template = _absolute("model.chat_template_path", template)
+
+    return config.model_copy(
+        update={
+            "model": model.model_copy(
+                update={"model_name_or_path": name, "chat_template_path": template}
+            ),
+            "data": config.data.model_copy(update={"files": files}),
+            "run": config.run.model_copy(update={"storage_path": storage_path}),
+        }
+    )
+
+
+def _absolute(key: str, path: str) -> str:
+    """The absolute path, with `~` and environment variables expanded."""
+    expanded = os.path.expandvars(os.path.expanduser(path))
+    if unset := re.search(r"\$(\w+|\{\w+\})", expanded):
+        raise UserError(f"{key}: {path}: environment variable {unset.group()} is not set")
+    return os.path.abspath(expanded)
+
+
+def _is_path(name: str) -> bool:
+    if name.startswith((".", "/", "~", "$")) or name.endswith(".gguf"):
+        return True
+    return name.count("/") > 1

@@ -1,0 +1,126 @@
+"""Sections run, cluster, model and data: where a run lives, what it runs on, what it reads."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from madpo_ray import columns
+from madpo_ray.config.base import Section, Strings
+
+
+class RunConfig(Section):
+    name: str = Field(
+        "madpo", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run's folder"
+    )
+    storage_path: str = Field(
+        "runs", description="folder that every node mounts; results go to storage_path/name"
+    )
+    seed: int = Field(
+        0, ge=0, description="seed of splits, order, initialisation, dropout and sampling"
+    )
+    max_wall_time: float | None = Field(
+        None,
+        gt=0,
+        description="seconds after which a training saves and exits with code 75; "
+        "the same command resumes",
+    )
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.storage_path) / self.name
+
+
+class ClusterConfig(Section):
+    address: str | None = Field(
+        None, description="Ray address; null: RAY_ADDRESS if set, else a local Ray is started"
+    )
+    num_workers: int = Field(1, ge=1, description="training workers, and scoring actors")
+    use_gpu: bool = Field(False, description="one GPU per worker")
+    cpus_per_worker: float = Field(1.0, gt=0, description="logical CPUs per worker; its threads")
+    autoscaling: bool = Field(
+        False, description="the cluster can add nodes, so do not check that the workers fit now"
+    )
+    max_failures: int = Field(
+        3, ge=-1, description="restarts of the workers after an error; -1: no limit"
+    )
+
+    @property
+    def num_threads(self) -> int:
+        """CPU threads of one worker or actor."""
+        return max(1, int(self.cpus_per_worker))
+
+
+class ModelConfig(Section):
+    model_name_or_path: str = Field(
+        description="hub name, folder in transformers' format, or a .gguf file"
+    )
+    model_revision: str = Field("main", description="branch, tag or commit of a hub name")
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
+    trust_remote_code: bool = Field(False, description="run Python code that the model brings")
+    chat_template_path: str | None = Field(
+        None, description="Jinja file that replaces the tokenizer's chat template"
+    )
+    load_in_4bit: bool = Field(
+        False,
+        description="policy in NF4 (QLoRA), for GPUs; needs train.use_peft and bitsandbytes",
+    )
+    shared_prefix: Literal["auto", "off"] = Field(
+        "auto",
+        description="auto: one row [prompt | chosen | rejected] per pair if the model's attention "
+        "allows it; off: two rows per pair",
+    )
+
+    def numerics(self) -> dict[str, Any]:
+        """How the model computes, as far as it affects results; for fingerprints."""
+        return self.model_dump(
+            mode="json", include={"dtype", "attn_implementation", "load_in_4bit"}
+        )
+
+    def names(self) -> dict[str, Any]:
+        """What the config says about model and tokenizer; their content is hashed separately."""
+        return self.model_dump(
+            mode="json", include={"model_name_or_path", "model_revision", "chat_template_path"}
+        )
+
+
+class DataConfig(Section):
+    files: Strings = Field(
+        min_length=1, description="Parquet or JSON Lines files with preference pairs, as TRL's"
+    )
+    split_column: str | None = Field(
+        None, description="column with train, validation or test; null: split by hash of the group"
+    )
+    group_column: str | None = Field(
+        None, description="pairs with one value stay in one split; null: the prompt is the group"
+    )
+    validation_fraction: float = Field(
+        0.05, ge=0, lt=1, description="share of the groups, if split_column is null"
+    )
+    test_fraction: float = Field(
+        0.05, ge=0, lt=1, description="share of the groups, if split_column is null"
+    )
+    max_length: int = Field(
+        1024, ge=2, description="tokens of prompt + response; responses are cut at the end"
+    )
+    keep_columns: Strings = Field(
+        (), description="numeric columns to carry along to the margins artifact"
+    )
+
+    @field_validator("keep_columns")
+    @classmethod
+    def _check_names(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if taken := sorted(columns.RESERVED & set(value)):
+            raise ValueError(f"{', '.join(taken)}: reserved column name; rename yours in the data")
+        if len(set(value)) < len(value):
+            raise ValueError("a column is listed twice")
+        return value
+
+    @model_validator(mode="after")
+    def _check_fractions(self) -> "DataConfig":
+        if self.validation_fraction + self.test_fraction >= 1:
+            raise ValueError(
+                "validation_fraction + test_fraction must be below 1, or no pair is left to train"
+            )
+        return self

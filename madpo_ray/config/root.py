@@ -1,0 +1,77 @@
+"""The config: all sections, and the checks across them."""
+
+from pydantic import Field, model_validator
+
+from madpo_ray.config.base import Section
+from madpo_ray.config.evaluation import EvaluateConfig, MarginsConfig, ScoringConfig, TuneConfig
+from madpo_ray.config.inputs import ClusterConfig, DataConfig, ModelConfig, RunConfig
+from madpo_ray.config.training import SEARCH_SPACES, PolicyConfig, Range, RewardConfig, SFTConfig
+
+
+class Config(Section):
+    model: ModelConfig
+    data: DataConfig
+    run: RunConfig = RunConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    sft: SFTConfig | None = Field(
+        None, description="null: the model itself is the initial policy and the reference"
+    )
+    reward: RewardConfig = RewardConfig()
+    scoring: ScoringConfig = ScoringConfig()
+    margins: MarginsConfig = MarginsConfig()
+    train: PolicyConfig = PolicyConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    tune: TuneConfig = TuneConfig()
+
+    @property
+    def search_space(self) -> dict[str, Range]:
+        """What a search varies: tune.search_space, or what train.loss_type reads."""
+        return self.tune.search_space or SEARCH_SPACES[self.train.loss_type]
+
+    @property
+    def score_columns(self) -> tuple[str, ...]:
+        """The kept columns with the true scores of chosen and rejected, or ()."""
+        names = (self.evaluate.chosen_score_column, self.evaluate.rejected_score_column)
+        return tuple(name for name in names if name is not None)
+
+    @model_validator(mode="after")
+    def _check_four_bits(self) -> "Config":
+        if not self.model.load_in_4bit:
+            return self
+        trains_adapter = (
+            self.train.use_peft and self.train.zero_stage < 3 and not self.train.merge_adapter
+        )
+        if not (self.cluster.use_gpu and trains_adapter and self.sft is None):
+            raise ValueError(
+                "model.load_in_4bit needs cluster.use_gpu, train.use_peft, a train.zero_stage "
+                "below 3, and neither a section sft nor train.merge_adapter: 4-bit weights are "
+                "neither trained nor merged into"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_attention_kernel(self) -> "Config":
+        kernel = self.model.attn_implementation
+        if kernel in ("flash_attention_2", "flex_attention") and not self.cluster.use_gpu:
+            raise ValueError(
+                f"model.attn_implementation: {kernel} trains on GPUs only: set cluster.use_gpu, "
+                "or use sdpa"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_kept_columns(self) -> "Config":
+        if len(self.score_columns) == 1:
+            raise ValueError(
+                "evaluate.chosen_score_column and evaluate.rejected_score_column go together: "
+                "give both"
+            )
+        wanted = [("evaluate", column) for column in self.score_columns]
+        if self.train.weight_column is not None:
+            wanted.append(("train", self.train.weight_column))
+        for section, column in wanted:
+            if column not in self.data.keep_columns:
+                raise ValueError(
+                    f"{section} asks for column {column!r}: add it to data.keep_columns"
+                )
+        return self

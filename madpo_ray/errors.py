@@ -1,0 +1,40 @@
+"""Errors for users, exit codes, and spelling suggestions."""
+
+import difflib
+import enum
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """The user's input or config is wrong. The message says how to fix it.
+
+    The command prints the message without a traceback and exits with code 2.
+    """
+
+
+class ExitCode(enum.IntEnum):
+    """What a command returns."""
+
+    DONE = 0
+    FAILED = 1
+    USER_ERROR = 2
+    OUT_OF_TIME = 75  # EX_TEMPFAIL of sysexits.h: saved; the same command resumes
+    TERMINATED = 143  # 128 + SIGTERM: saved; the same command resumes
+
+
+class Stopped(Exception):  # noqa: N818 (not an error: it was asked to stop)
+    """A training stopped before its end. `message` is for the terminal."""
+
+    def __init__(self, message: str, exit_code: ExitCode) -> None:
+        super().__init__(message, exit_code)
+        self.message = message
+        self.exit_code = exit_code
+
+
+def did_you_mean(key: str, known: Iterable[str]) -> str:
+    """Ending of an error message: `; did you mean 'x'?`, or all known keys if none is close."""
+    candidates = sorted(known)
+    matches = difflib.get_close_matches(key, candidates, n=1, cutoff=0.5)
+    if matches:
+        return f"; did you mean {matches[0]!r}?"
+    return f"; known are {', '.join(candidates)}"

@@ -1,0 +1,68 @@
+"""What a training did, in numbers: preference accuracy, rank correlation, KL from samples.
+
+Legend: P pairs, S samples.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from scipy.stats import spearmanr
+
+from madpo_ray.columns import MARGIN, POLICY_LOGPS, REF_LOGPS
+from madpo_ray.scoring.calibration import interval
+
+
+def preference_metrics(scored: pa.Table, score_columns: Sequence[str] = ()) -> dict[str, Any]:
+    """Accuracies with 95 % intervals, per way to rank the two responses of a pair.
+
+    `reference` and `policy` rank by the log-prob of the complete response, `implicit` by the
+    policy's log-ratio to the reference, `reward_model` by its margin, if there is one.
+
+    Args:
+        scored: pairs with reference and policy log-probs, and perhaps margins.
+        score_columns: true scores of chosen and rejected; if given, Spearman's rank correlation
+            with the true margin is measured, too.
+    """
+    reference = _difference(scored, REF_LOGPS)
+    policy = _difference(scored, POLICY_LOGPS)
+    rankings = {"reference": reference, "policy": policy, "implicit": policy - reference}
+    if MARGIN in scored.column_names:
+        rankings["reward_model"] = scored[MARGIN].to_numpy()
+    true_margin = _difference(scored, score_columns) if score_columns else None
+
+    metrics: dict[str, Any] = {"test_pairs": scored.num_rows}
+    for name, differences in rankings.items():
+        num_right = int((differences > 0).sum())
+        metrics[name] = {
+            "accuracy": num_right / len(differences),
+            "accuracy_interval": interval(num_right, len(differences)),
+        }
+        if true_margin is not None:
+            correlation = spearmanr(differences, true_margin).statistic
+            metrics[name]["rank_correlation"] = float(correlation)
+    return metrics
+
+
+def divergence(samples: pa.Table, policy: str, reference: str) -> dict[str, Any]:
+    """KL(policy || reference) in nats per response, with its standard error.
+
+    The mean log-ratio of the policy's own samples (S,), which estimates it without bias.
+
+    Args:
+        policy, reference: columns with the samples' log-probs.
+    """
+    gaps = samples[policy].to_numpy() - samples[reference].to_numpy()
+    return {
+        "kl": float(gaps.mean()),
+        "kl_standard_error": float(gaps.std(ddof=1) / np.sqrt(len(gaps))),
+        "kl_samples": len(gaps),
+    }
+
+
+def _difference(table: pa.Table, names: Sequence[str]) -> np.ndarray:
+    """Chosen minus rejected, (P,)."""
+    chosen, rejected = names
+    difference: np.ndarray = table[chosen].to_numpy() - table[rejected].to_numpy()
+    return difference

@@ -1,0 +1,110 @@
+"""Which models can read a pair as one row, and the masks that they need for it."""
+
+import functools
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from madpo_ray.config import ModelConfig
+from madpo_ray.data.batching import MicroBatch
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+# Tested equal to two unpadded forwards under a 4-D mask with restarted positions. Pairs of other
+# models are two rows.
+SHARED_PREFIX_MODEL_TYPES = frozenset(
+    {
+        "llama",
+        "qwen2",
+        "qwen3",
+        "gpt2",
+        "gpt_neox",
+        "mistral",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+    }
+)
+_MASKED_KERNELS = ("sdpa", "eager", "flex_attention")
+
+
+def load_architecture(folder: Path, *, trust_remote_code: bool = False) -> "PretrainedConfig":
+    """transformers' config of a model's folder."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
+def uses_shared_prefix(settings: ModelConfig, architecture: "PretrainedConfig") -> bool:
+    """Whether a pair is read as one row [prompt | chosen | rejected].
+
+    That gives a model's numbers if its attention is full or windowed, its positions are known, and
+    its masks are ours to make.
+    """
+    layer_types = set(getattr(architecture, "layer_types", None) or ["full_attention"])
+    return (
+        settings.shared_prefix == "auto"
+        and architecture.model_type in SHARED_PREFIX_MODEL_TYPES
+        and settings.attn_implementation in _MASKED_KERNELS
+        and layer_types <= {"full_attention", "sliding_attention"}
+    )
+
+
+@functools.cache
+def warn_if_separate_rows(settings: ModelConfig, model_type: str) -> None:
+    """Warns, once per process, that a model's pairs are read as two rows."""
+    logger.warning(
+        "%s with %s attention cannot read shared-prefix rows; each pair is read as two rows: "
+        "slower, same numbers",
+        model_type,
+        settings.attn_implementation,
+    )
+
+
+def attention_masks(model: "PreTrainedModel", batch: MicroBatch) -> Any:
+    """The mask that the model's layers use: for shared rows a 4-D one, or one per kind of layer.
+
+    transformers uses a 4-D mask as it is, so a sliding window has to be in it, counted on the
+    restarted positions.
+    """
+    mask = batch.attention_mask
+    if mask.dim() == 2:
+        return mask
+    full = _mask_for(model, mask)
+    window = getattr(model.config, "sliding_window", None)
+    if window is None:
+        return full
+
+    distance = batch.position_ids[:, :, None] - batch.position_ids[:, None, :]  # (B, L, L)
+    sliding = _mask_for(model, mask & (distance < window)[:, None])
+    if getattr(model.config, "layer_types", None):
+        return {"full_attention": full, "sliding_attention": sliding}
+    return sliding
+
+
+def _mask_for(model: "PreTrainedModel", mask: Tensor) -> Any:
+    """A boolean mask (B, 1, L, L) in the form that the model's attention kernel reads."""
+    match model.config._attn_implementation:
+        case "eager":  # adds the mask to the scores
+            dtype = next(model.parameters()).dtype
+            zeros = torch.zeros_like(mask, dtype=dtype)
+            return zeros.masked_fill(~mask, torch.finfo(dtype).min)
+        case "flex_attention":  # reads which blocks of the scores to skip or to mask
+            from torch.nn.attention.flex_attention import create_block_mask
+
+            size, _, length, _ = mask.shape
+            return create_block_mask(
+                lambda row, _, query, key: mask[row, 0, query, key],
+                size,
+                None,
+                length,
+                length,
+                device=mask.device,
+            )
+    return mask

@@ -1,0 +1,200 @@
+"""Load a model as policy or reward model, add LoRA, and check what can be trained."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from madpo_ray.config import ModelConfig, TrainingConfig
+from madpo_ray.errors import UserError, did_you_mean
+from madpo_ray.models.attention import load_architecture
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# peft and transformers' model classes take seconds to import: they are imported inside functions.
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+TaskType = Literal["CAUSAL_LM", "SEQ_CLS"]  # peft's names
+_AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+}
+
+
+def load_tokenizer(folder: Path, model: ModelConfig) -> "PreTrainedTokenizerBase":
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+
+
+def load_policy(folder: Path, model: ModelConfig) -> nn.Module:
+    """A causal language model in the config's dtype.
+
+    `folder` may hold a LoRA adapter, which names its base's path.
+    """
+    if (folder / "adapter_config.json").exists():
+        from peft import PeftConfig, PeftModel
+
+        adapter = PeftConfig.from_pretrained(str(folder))
+        base = load_policy(Path(str(adapter.base_model_name_or_path)), model)
+        adapted: nn.Module = PeftModel.from_pretrained(base, str(folder))
+        return adapted
+
+    options: dict[str, Any] = {"dtype": DTYPES[model.dtype]}
+    if model.load_in_4bit:
+        options |= _four_bits(model)
+    return _load("CAUSAL_LM", folder, model, **options)
+
+
+def load_policy_float32(folder: Path, model: ModelConfig) -> nn.Module:
+    """A policy to merge LoRA into: bfloat16 would round its small changes away."""
+    return load_policy(folder, model.model_copy(update={"dtype": "float32"}))
+
+
+def load_reward_model(folder: Path, model: ModelConfig) -> nn.Module:
+    """A sequence classifier with one label. A folder without its head gets a new one of zeros."""
+    saved = load_architecture(folder, trust_remote_code=model.trust_remote_code)
+    has_head = any("SequenceClassification" in name for name in saved.architectures or [])
+
+    # A trained one keeps its own dtype: merged from LoRA it is float32.
+    dtype = "auto" if has_head else DTYPES[model.dtype]
+    loaded = _load("SEQ_CLS", folder, model, dtype=dtype, num_labels=1)
+    if not has_head:
+        # All rewards start at 0: the first loss is ln 2, and there is no random direction to
+        # unlearn. Under ZeRO-3 the weight is this rank's shard.
+        weight: Any = loaded.score.weight  # type: ignore[union-attr]
+        nn.init.zeros_(getattr(weight, "ds_tensor", weight))
+    return loaded
+
+
+def _load(task_type: TaskType, folder: Path, model: ModelConfig, **options: Any) -> nn.Module:
+    import transformers
+
+    auto_class = getattr(transformers, _AUTO_CLASSES[task_type])
+    loaded: nn.Module = auto_class.from_pretrained(
+        folder,
+        attn_implementation=model.attn_implementation,
+        trust_remote_code=model.trust_remote_code,
+        use_safetensors=True,
+        **options,
+    )
+    return loaded
+
+
+def _four_bits(model: ModelConfig) -> dict[str, Any]:
+    """QLoRA's settings (Dettmers et al. 2023), on this process's GPU."""
+    from transformers import BitsAndBytesConfig
+
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=DTYPES[model.dtype],
+    )
+    gpu = int(os.environ.get("LOCAL_RANK", 0))
+    return {"quantization_config": quantization, "device_map": {"": gpu}}
+
+
+def transformer_of(model: nn.Module) -> Any:
+    """The transformers model, without a LoRA wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+
+def prepare_for_training(
+    model: nn.Module, settings: TrainingConfig, *, task_type: TaskType
+) -> nn.Module:
+    """Adds LoRA, sets dropout and turns on activation checkpointing, as the settings say."""
+    if settings.gradient_checkpointing:
+        model.activation_checkpointing_enable(  # type: ignore[operator]
+            activation_checkpointing_kwargs={"use_reentrant": False}
+        )
+        if settings.use_peft:
+            model.enable_input_require_grads()  # type: ignore[operator]
+    if settings.use_peft:
+        model = _with_lora(model, settings, task_type)
+    if settings.disable_dropout:
+        _zero_dropout(model)
+    return model
+
+
+def _with_lora(model: nn.Module, settings: TrainingConfig, task_type: TaskType) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    targets = settings.lora_target_modules
+    lora = LoraConfig(
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules="all-linear" if targets == ("all-linear",) else list(targets),
+        layers_to_transform=list(settings.lora_layers_to_transform) or None,
+        modules_to_save=["score"] if task_type == "SEQ_CLS" else None,
+        task_type=task_type,
+    )
+    adapted: nn.Module = get_peft_model(model, lora)
+    return adapted
+
+
+def _zero_dropout(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        # Attention dropout is a number that layers read at each forward, not a module.
+        for name in ("attention_dropout", "attn_dropout", "dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def check_trainable(
+    folder: Path, model: ModelConfig, settings: TrainingConfig, *, task_type: TaskType
+) -> None:
+    """Checks a model's architecture, without its weights.
+
+    Raises:
+        UserError: transformers has no such model with this head and attention, or LoRA's settings
+            name what the model does not have.
+    """
+    import transformers
+
+    architecture = load_architecture(folder, trust_remote_code=model.trust_remote_code)
+    kernel: str | None = model.attn_implementation
+    if kernel == "flash_attention_2":
+        kernel = None  # checked on the workers; the driver may have no GPU
+    try:
+        with torch.device("meta"):
+            skeleton = getattr(transformers, _AUTO_CLASSES[task_type]).from_config(
+                architecture,
+                trust_remote_code=model.trust_remote_code,
+                attn_implementation=kernel,
+            )
+    except ValueError as error:
+        raise UserError(
+            f"model: no {_AUTO_CLASSES[task_type]} of {architecture.model_type} with "
+            f"{model.attn_implementation}: {error}"
+        ) from None
+    if task_type == "SEQ_CLS" and not hasattr(skeleton, "score"):
+        raise UserError(
+            f"model.model_name_or_path: the {type(skeleton).__name__} has no linear head named "
+            "score"
+        )
+    if settings.use_peft:
+        _check_lora(skeleton, settings)
+
+
+def _check_lora(skeleton: Any, settings: TrainingConfig) -> None:
+    names = {name.rsplit(".", 1)[-1] for name, _ in skeleton.named_modules() if name}
+    for target in settings.lora_target_modules:
+        if target != "all-linear" and target.rsplit(".", 1)[-1] not in names:
+            raise UserError(
+                f"lora_target_modules: {skeleton.config.model_type} has no module "
+                f"{target!r}{did_you_mean(target, names)}"
+            )
+    num_layers = int(skeleton.config.get_text_config().num_hidden_layers)
+    beyond = [i for i in settings.lora_layers_to_transform if not 0 <= i < num_layers]
+    if beyond:
+        raise UserError(
+            f"lora_layers_to_transform: the model has layers 0 to {num_layers - 1}, not {beyond}"
+        )

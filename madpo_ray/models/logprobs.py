@@ -1,0 +1,146 @@
+"""Log-probs and rewards of responses, from one forward over a micro-batch.
+
+Training, reference and reward model all use these modules.
+
+Legend: B pairs, R responses per pair, L row length, H hidden size, V vocabulary, N response tokens.
+Logits exist for response tokens only, a chunk of them at a time; the backward pass computes a chunk
+again instead of keeping it.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from madpo_ray.data.batching import MicroBatch
+from madpo_ray.models.attention import attention_masks
+from madpo_ray.models.loading import transformer_of
+
+# Response tokens whose logits exist at the same time: 256 of a 150,000-word vocabulary are 150 MB
+# in float32.
+TOKENS_PER_CHUNK = 256
+
+
+class ResponseLogps(nn.Module):
+    """A causal language model as a function of a micro-batch.
+
+    Under ZeRO-3 every rank has to call the head equally often. In training `max_response_tokens`
+    bounds N over all micro-batches of a run and so fixes the number of chunks.
+    """
+
+    def __init__(self, model: nn.Module, max_response_tokens: int | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self._max_response_tokens = max_response_tokens
+
+    def forward(self, batch: MicroBatch) -> dict[str, Tensor]:
+        """`logps` (R * B,): each response's log-prob summed over its tokens, in nats.
+
+        `entropy` (R * B,): the mean over its tokens, in nats.
+        """
+        transformer = transformer_of(self.model)
+        hidden = _hidden_states(transformer, batch)[batch.predictor_index]  # (N, H)
+
+        num_tokens = self._max_response_tokens or len(hidden)
+        num_chunks = math.ceil(num_tokens / TOKENS_PER_CHUNK)
+        chunks = zip(
+            hidden.tensor_split(num_chunks),
+            batch.target_ids.tensor_split(num_chunks),
+            strict=True,
+        )
+        pieces = [_recomputed(_chunk_logps, transformer, h, targets) for h, targets in chunks]
+
+        logps = torch.cat([piece[0] for piece in pieces])  # (N,)
+        entropy = torch.cat([piece[1] for piece in pieces])  # (N,)
+        return {
+            "logps": _sum_per_response(logps, batch),
+            "entropy": _sum_per_response(entropy, batch) / batch.response_lengths,
+        }
+
+
+class ResponseRewards(nn.Module):
+    """A sequence classifier with one label as a function of a micro-batch."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: MicroBatch) -> dict[str, Tensor]:
+        """`rewards` (R * B,), each read at its response's last token."""
+        transformer = transformer_of(self.model)
+        hidden = _hidden_states(transformer, batch)[batch.last_index]  # (R * B, H)
+        return {"rewards": transformer.score(hidden)[:, 0].float()}
+
+
+def target_logps(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-softmax of logits (n, V) at the targets (n,), and the entropy, both (n,), in nats.
+
+    One exponential of the logits serves log-prob, entropy and gradient: with a large vocabulary
+    memory traffic costs more than arithmetic. The entropy carries no gradient.
+    """
+    logps, entropy = _TargetLogps.apply(logits, targets)  # type: ignore[no-untyped-call]
+    return logps, entropy
+
+
+class _TargetLogps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        largest = logits.amax(-1, keepdim=True)
+        exponentials = (logits - largest).exp_()
+        total = exponentials.sum(-1)
+        log_z = largest[:, 0] + total.log()
+        entropy = log_z - torch.linalg.vecdot(exponentials, logits) / total
+        ctx.save_for_backward(exponentials, total, targets)
+        ctx.mark_non_differentiable(entropy)
+        return logits.gather(-1, targets[:, None])[:, 0] - log_z, entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None]:
+        exponentials, total, targets = ctx.saved_tensors
+        gradient = exponentials.mul_((-grad / total)[:, None])
+        return gradient.scatter_add_(-1, targets[:, None], grad[:, None]), None
+
+
+def _hidden_states(transformer: Any, batch: MicroBatch) -> Tensor:
+    """The last hidden states, flattened to (rows * L, H)."""
+    backbone = getattr(transformer, transformer.base_model_prefix)
+    output = backbone(
+        input_ids=batch.input_ids,
+        attention_mask=attention_masks(transformer, batch),
+        position_ids=batch.position_ids,
+        use_cache=False,
+    )
+    hidden: Tensor = output.last_hidden_state
+    return hidden.flatten(0, 1)
+
+
+def _recomputed(function: Any, *arguments: Any) -> Any:
+    """Calls the function; the backward pass calls it again instead of keeping its tensors."""
+    if not torch.is_grad_enabled():
+        return function(*arguments)
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+
+
+def _chunk_logps(transformer: Any, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies, both (n,), of a chunk's targets from its hidden states (n, H)."""
+    logits = transformer.get_output_embeddings()(hidden)  # (n, V)
+    return target_logps(_scaled(transformer.config, logits).float(), targets)
+
+
+def _scaled(architecture: Any, logits: Tensor) -> Tensor:
+    """What some architectures do after the head: Granite divides, Cohere multiplies, Gemma caps."""
+    if divisor := getattr(architecture, "logits_scaling", None):
+        logits = logits / divisor
+    if factor := getattr(architecture, "logit_scale", None):
+        logits = logits * factor
+    if cap := getattr(architecture, "final_logit_softcapping", None):
+        logits = cap * torch.tanh(logits / cap)
+    return logits
+
+
+def _sum_per_response(values: Tensor, batch: MicroBatch) -> Tensor:
+    """Values of tokens (N,) summed over each response, (R * B,)."""
+    zeros = values.new_zeros(len(batch.response_lengths))
+    return zeros.index_add(0, batch.response_of_target, values)

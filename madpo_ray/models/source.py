@@ -1,0 +1,160 @@
+"""Find a model: hub name, folder or GGUF file; fetch, convert and fingerprint it."""
+
+import functools
+import importlib.util
+import logging
+from pathlib import Path
+from typing import Any
+
+from madpo_ray.artifacts.manifest import Inputs, building, hash_file, hash_files, is_finished
+from madpo_ray.config import ModelConfig, RunConfig
+from madpo_ray.errors import UserError
+
+# torch and transformers take seconds to import, and a dry run does not need them: they are imported
+# inside functions.
+
+logger = logging.getLogger(__name__)
+
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
+TOKENIZER_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
+
+
+def check_model(model: ModelConfig) -> None:
+    """Raises UserError if the model, or a file or package that it needs, is missing.
+
+    Loads nothing.
+    """
+    path = Path(model.model_name_or_path)
+    template = model.chat_template_path
+    if template is not None and not Path(template).is_file():
+        raise UserError(f"model.chat_template_path: {template} does not exist")
+
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UserError(f"model.model_name_or_path: {path} does not exist")
+        _check_package("gguf", f"{path.name} needs the package gguf: pip install gguf")
+    elif path.is_absolute():
+        _check_folder(path)
+
+    if model.load_in_4bit:
+        message = "model.load_in_4bit needs the package bitsandbytes: pip install bitsandbytes"
+        _check_package("bitsandbytes", message)
+    if model.attn_implementation == "flash_attention_2":
+        message = (
+            "model.attn_implementation: flash_attention_2 needs the package flash-attn; "
+            "sdpa needs none"
+        )
+        _check_package("flash_attn", message)
+
+
+def _check_folder(path: Path) -> None:
+    if not (path / "config.json").is_file():
+        raise UserError(f"model.model_name_or_path: {path} is not a folder with a config.json")
+    if not any(path.glob("*.safetensors")):
+        raise UserError(
+            f"model.model_name_or_path: {path} has no safetensors weights, and no others are read"
+        )
+
+
+def _check_package(name: str, message: str) -> None:
+    if importlib.util.find_spec(name) is None:
+        raise UserError(message)
+
+
+@functools.cache
+def fetch_model(model: ModelConfig) -> Path:
+    """The local folder, or .gguf file, of a model.
+
+    A hub name is downloaded (safetensors only) into the hub's cache, once per process, so that all
+    stages of a run use the same revision.
+    """
+    check_model(model)
+    path = Path(model.model_name_or_path)
+    if path.is_absolute():
+        return path
+
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
+
+    patterns = [*WEIGHT_FILES, *TOKENIZER_FILES]
+    if model.trust_remote_code:
+        patterns.append("*.py")
+    try:
+        folder = snapshot_download(
+            model.model_name_or_path, revision=model.model_revision, allow_patterns=patterns
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"model.model_name_or_path: {model.model_name_or_path} is neither a local path nor "
+            f"reachable on the hub ({type(error).__name__}); check the name, the network, and "
+            "HF_TOKEN for gated models"
+        ) from None
+    return Path(folder)
+
+
+def model_inputs(model: ModelConfig) -> Inputs:
+    """What identifies the base model: the content of its files and of the chat template."""
+    source = fetch_model(model)
+    hashes = {source.name: hash_file(source)} if source.is_file() else hash_files(source)
+    template = model.chat_template_path
+    template_hash = hash_file(Path(template)) if template else None
+    return Inputs("model", content={"files": hashes, "chat_template": template_hash})
+
+
+def base_model(model: ModelConfig, run: RunConfig) -> Path:
+    """The folder that every worker loads the base model from.
+
+    A GGUF file is converted once, and a chat template put in place once, in the run's folder.
+    """
+    source = fetch_model(model)
+    if source.is_dir() and model.chat_template_path is None:
+        return source
+    folder = run.folder / "model"
+    inputs = model_inputs(model)
+    if not is_finished(folder, inputs):
+        with building(folder, inputs) as (partial, _):
+            _convert(source, model, partial)
+    return folder
+
+
+def _convert(source: Path, model: ModelConfig, folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    is_gguf = source.is_file()
+    parent = source.parent if is_gguf else source
+    options: dict[str, Any] = {"trust_remote_code": model.trust_remote_code}
+    if is_gguf:
+        options["gguf_file"] = source.name
+
+    tokenizer = AutoTokenizer.from_pretrained(parent, **options)
+    if model.chat_template_path is not None:
+        tokenizer.chat_template = Path(model.chat_template_path).read_text()
+
+    if is_gguf:
+        logger.info("converting %s to float weights", source.name)
+        _convert_gguf(parent, options, folder)
+    else:
+        _link_weights(source, folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _convert_gguf(parent: Path, options: dict[str, Any], folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    weights: Any = AutoModelForCausalLM.from_pretrained(parent, dtype=torch.float32, **options)
+    # transformers refuses to save a model that is marked as quantized; these are plain floats now.
+    del weights.config.quantization_config
+    weights.hf_quantizer = None
+    weights.save_pretrained(folder)
+
+
+def _link_weights(source: Path, folder: Path) -> None:
+    """Links to everything but the tokenizer, which is saved anew and must not follow a link."""
+    for pattern in (*WEIGHT_FILES, "config.json", "generation_config.json", "*.py"):
+        for file in source.glob(pattern):
+            (folder / file.name).symlink_to(file)

@@ -1,0 +1,150 @@
+"""What a run would do, without a model or a cluster: rows, steps, workers."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from madpo_ray import columns
+from madpo_ray.artifacts.manifest import read_manifest
+from madpo_ray.config import Config, TrainingConfig
+from madpo_ray.data.sources import open_source
+from madpo_ray.pipeline import check, pending
+from madpo_ray.stages import pairs, reward, sft, train, tune
+from madpo_ray.stages.stage import Stage
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """One training of a run."""
+
+    stage: str
+    steps: int
+    idle: str  # what part of a step keeps no worker busy, in words
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a command would do."""
+
+    rows: dict[str, int]  # by file
+    pairs: dict[str, int] | None  # by split; None until stage pairs is done
+    trainings: list[TrainingPlan] = field(default_factory=list)
+    workers: str = ""
+    trials: str = ""
+    stages: list[str] = field(default_factory=list)  # to do
+
+    def lines(self) -> Iterator[str]:
+        """The plan for a terminal."""
+        yield f"rows: {self.rows}"
+        if self.pairs is None:
+            yield "pairs: known after stage pairs; the steps are estimates from the rows"
+        else:
+            yield f"pairs: {self.pairs}"
+        for training in self.trainings:
+            yield f"steps of {training.stage}: {training.steps}"
+            if training.idle:
+                yield f"idle in {training.stage}: {training.idle}"
+        yield f"workers: {self.workers}"
+        if self.trials:
+            yield f"trials: {self.trials}"
+        yield f"stages to do: {', '.join(self.stages) or 'none'}"
+
+
+def plan(config: Config, stages: Sequence[Stage]) -> Plan:
+    """What running these stages would do.
+
+    Raises UserError as the stages themselves would.
+    """
+    check(config, stages)
+    rows = {file: open_source(file).count() for file in config.data.files}
+    counts = _pairs_by_split(config)
+    num_pairs = counts[columns.TRAIN] if counts else _estimate_pairs(config, sum(rows.values()))
+    return Plan(
+        rows=rows,
+        pairs=counts,
+        trainings=list(_trainings(config, stages, num_pairs)),
+        workers=_workers(config),
+        trials=_trials(config) if tune.STAGE in stages else "",
+        stages=_to_do(config, stages),
+    )
+
+
+def _is_local(config: Config) -> bool:
+    """Whether the model is here; a hub name is not looked up for a plan."""
+    return config.model.model_name_or_path.startswith("/")
+
+
+def _pairs_by_split(config: Config) -> dict[str, int] | None:
+    if not _is_local(config) or not pairs.STAGE.is_finished(config):
+        return None
+    manifest = read_manifest(pairs.STAGE.folder(config))
+    assert manifest is not None
+    counts: dict[str, int] = manifest["results"]["pairs"]
+    return counts
+
+
+def _estimate_pairs(config: Config, num_rows: int) -> int:
+    if config.data.split_column:
+        return num_rows
+    held_out = config.data.validation_fraction + config.data.test_fraction
+    return math.floor(num_rows * (1 - held_out))
+
+
+def _trainings(config: Config, stages: Sequence[Stage], num_pairs: int) -> Iterator[TrainingPlan]:
+    sections: dict[str, TrainingConfig | None] = {
+        sft.STAGE.name: config.sft,
+        reward.STAGE.name: config.reward,
+        train.STAGE.name: config.train,
+        tune.STAGE.name: config.train,
+    }
+    for stage in stages:
+        settings = sections.get(stage.name)
+        if settings is not None:
+            yield TrainingPlan(
+                stage.name,
+                _steps(settings, num_pairs),
+                _idle(settings, config.cluster.num_workers),
+            )
+
+
+def _steps(settings: TrainingConfig, num_pairs: int) -> int:
+    if settings.max_steps > 0:
+        return settings.max_steps
+    return settings.num_train_epochs * math.ceil(num_pairs / settings.global_batch_size)
+
+
+def _idle(settings: TrainingConfig, num_workers: int) -> str:
+    if settings.max_tokens_per_device is not None:  # the cut follows the lengths
+        return ""
+    micro_batches = math.ceil(settings.global_batch_size / settings.per_device_train_batch_size)
+    turns = math.ceil(micro_batches / num_workers) * num_workers
+    if micro_batches == turns:
+        return ""
+    fitting = num_workers * settings.per_device_train_batch_size
+    return (
+        f"{turns - micro_batches} of {turns} micro-batches of a step are empty; "
+        f"a multiple of {fitting} pairs fills all"
+    )
+
+
+def _workers(config: Config) -> str:
+    cluster = config.cluster
+    workers = f"{cluster.num_workers}, each {cluster.cpus_per_worker:g} CPUs"
+    return workers + (" and a GPU" if cluster.use_gpu else "")
+
+
+def _trials(config: Config) -> str:
+    keys = ", ".join(config.search_space)
+    settings = config.tune
+    return f"{settings.num_samples} over {keys}, {settings.max_concurrent_trials} at a time"
+
+
+def _to_do(config: Config, stages: Sequence[Stage]) -> list[str]:
+    if not _is_local(config):
+        return [stage.name for stage in stages]
+    unfinished = pending(config)
+    return [
+        stage.name
+        for stage in stages
+        if stage in unfinished or not (stage.is_wanted(config) or stage.is_finished(config))
+    ]

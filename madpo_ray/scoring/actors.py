@@ -1,0 +1,101 @@
+"""One pass of Ray Data over tokenised rows: every actor loads the scorers once."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import ray.data
+import torch
+
+from madpo_ray.artifacts.tables import count_rows
+from madpo_ray.cluster import actor_pool
+from madpo_ray.columns import PAIR_ID, TOKEN_COLUMNS
+from madpo_ray.config import ClusterConfig
+
+if TYPE_CHECKING:
+    from madpo_ray.scoring.scorers import Scorer
+
+# Blocks per actor, at least: one slow block at the end then costs a quarter of an actor's work.
+BLOCKS_PER_ACTOR = 4
+
+
+class ScoringActor:
+    """Maps batches of rows to their pair_id and the scorers' columns, all float64."""
+
+    def __init__(self, scorers: Sequence["Scorer"], num_threads: int) -> None:
+        torch.set_num_threads(num_threads)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._scorers = scorers
+        for scorer in scorers:
+            scorer.load(device)
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        scored = {PAIR_ID: rows[PAIR_ID]}
+        for scorer in self._scorers:
+            for name, values in zip(scorer.columns, scorer(rows), strict=True):
+                _check_finite(name, values, rows)
+                scored[name] = pa.array(values, type=pa.float64())
+        return pa.table(scored)
+
+
+def _check_finite(name: str, values: np.ndarray, rows: pa.Table) -> None:
+    bad = np.flatnonzero(~np.isfinite(values))
+    if len(bad):
+        ids = rows[PAIR_ID].take(bad[:5]).to_pylist()
+        raise RuntimeError(f"{name} is not finite for {len(bad)} pairs, such as {ids}")
+
+
+def score_rows(
+    rows: Path, scorers: Sequence["Scorer"], cluster: ClusterConfig, *, batch_size: int
+) -> pa.Table:
+    """pair_id and the scorers' columns of an artifact's rows, in their order.
+
+    Args:
+        rows: folder of Parquet files with tokens.
+        cluster: gives the pool of actors, one per worker.
+        batch_size: rows per call of an actor, at most.
+
+    Raises:
+        RuntimeError: a score is not finite (names the pairs), or rows were lost.
+    """
+    num_rows = count_rows(rows)
+    dataset = ray.data.read_parquet(str(rows), columns=[PAIR_ID, *TOKEN_COLUMNS])
+    scored = _score(dataset, scorers, cluster, num_rows=num_rows, batch_size=batch_size)
+    if scored.num_rows != num_rows:
+        raise RuntimeError(f"{num_rows} pairs went into scoring and {scored.num_rows} came out")
+    return scored
+
+
+def score_table(
+    table: pa.Table, scorers: Sequence["Scorer"], cluster: ClusterConfig, *, batch_size: int
+) -> pa.Table:
+    """A table of tokenised rows with the scorers' columns added. Raises as `score_rows` does."""
+    dataset = ray.data.from_arrow(table)
+    scored = _score(dataset, scorers, cluster, num_rows=table.num_rows, batch_size=batch_size)
+    for name in scored.column_names:
+        if name != PAIR_ID:
+            table = table.append_column(name, scored[name])
+    return table
+
+
+def _score(
+    dataset: ray.data.Dataset,
+    scorers: Sequence["Scorer"],
+    cluster: ClusterConfig,
+    *,
+    num_rows: int,
+    batch_size: int,
+) -> pa.Table:
+    num_blocks = cluster.num_workers * BLOCKS_PER_ACTOR
+    rows_per_block = max(1, min(batch_size, math.ceil(num_rows / num_blocks)))
+    scored = dataset.repartition(target_num_rows_per_block=rows_per_block).map_batches(
+        ScoringActor,
+        fn_constructor_kwargs={"scorers": scorers, "num_threads": cluster.num_threads},
+        batch_size=rows_per_block,
+        batch_format="pyarrow",
+        **actor_pool(cluster),
+    )
+    return pa.concat_tables(scored.iter_batches(batch_format="pyarrow", batch_size=None))

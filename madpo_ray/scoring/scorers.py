@@ -1,0 +1,114 @@
+"""What gives numbers to pairs or responses. A scorer knows no Ray; actors load it once each.
+
+Legend: R responses per row (2: chosen and rejected, or 1), P rows of a table.
+"""
+
+import abc
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import nn
+
+from madpo_ray.columns import PROMPT_IDS, RESPONSE_IDS
+from madpo_ray.config import ModelConfig
+from madpo_ray.data.batching import collate
+from madpo_ray.models.attention import uses_shared_prefix
+from madpo_ray.models.loading import load_policy, load_reward_model, transformer_of
+from madpo_ray.models.logprobs import ResponseLogps, ResponseRewards
+
+
+class Scorer(Protocol):
+    """One number per response of a row, chosen first.
+
+    Made in the driver and pickled to each actor, where it is loaded once.
+    """
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that it adds, one per response, (R,)."""
+
+    def load(self, device: torch.device) -> None:
+        """Loads what it needs; called once before the first rows."""
+
+    def __call__(self, rows: pa.Table) -> np.ndarray:
+        """Scores (R, P) of a table of P rows, float64."""
+
+
+class ModelScorer(abc.ABC):
+    """A scorer that reads token ids with a transformers model.
+
+    Rows are sorted by length and read `batch_size` at a time.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        model: ModelConfig,
+        *,
+        columns: tuple[str, ...],
+        batch_size: int,
+        responses: tuple[str, ...] = RESPONSE_IDS,
+    ) -> None:
+        self.columns = columns
+        self._folder = folder
+        self._model_config = model
+        self._batch_size = batch_size
+        self._responses = responses
+
+    def load(self, device: torch.device) -> None:
+        self._device = device
+        self._module = self._load_module().to(device).eval()
+        architecture = transformer_of(self._module.model).config  # type: ignore[arg-type]
+        self._shared_prefix = uses_shared_prefix(self._model_config, architecture)
+
+    @torch.no_grad()
+    def __call__(self, rows: pa.Table) -> np.ndarray:
+        tokens = [PROMPT_IDS, *self._responses]
+        pairs = rows.select(tokens).to_pylist()
+
+        # Longest first, so that a batch that does not fit in memory shows at once.
+        lengths = [sum(len(pair[name]) for name in tokens) for pair in pairs]
+        order = sorted(range(len(pairs)), key=lambda i: -lengths[i])
+
+        scores = np.full((len(self._responses), len(pairs)), np.nan)
+        for start in range(0, len(order), self._batch_size):
+            members = order[start : start + self._batch_size]
+            scores[:, members] = self._score([pairs[i] for i in members])
+        return scores
+
+    def _score(self, pairs: Sequence[dict[str, Any]]) -> np.ndarray:
+        batch = collate(pairs, shared_prefix=self._shared_prefix, responses=self._responses)
+        values = self._values(self._module(batch.to(self._device)))
+        return values.double().cpu().view(len(self._responses), -1).numpy()
+
+    @abc.abstractmethod
+    def _load_module(self) -> nn.Module:
+        """A module that maps a micro-batch to outputs."""
+
+    @abc.abstractmethod
+    def _values(self, outputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The outputs that are the scores, (R * B,)."""
+
+
+class PolicyLogps(ModelScorer):
+    """Log-probs of responses under a policy, summed over response tokens, in nats."""
+
+    def _load_module(self) -> nn.Module:
+        return ResponseLogps(load_policy(self._folder, self._model_config))
+
+    def _values(self, outputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        return outputs["logps"]
+
+
+class TrainedReward(ModelScorer):
+    """Rewards of a reward model that stage `reward` trained, in the model's own units."""
+
+    def _load_module(self) -> nn.Module:
+        return ResponseRewards(load_reward_model(self._folder, self._model_config))
+
+    def _values(self, outputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        return outputs["rewards"]

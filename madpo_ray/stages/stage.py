@@ -1,0 +1,133 @@
+"""A stage: one command, what it is made from, and how."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from madpo_ray.artifacts.manifest import Inputs, building, is_finished, read_manifest, require
+from madpo_ray.artifacts.tables import rows_folder
+from madpo_ray.cluster import connected
+from madpo_ray.config import Config
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+# What a stage prints at its end: lines of text, and tables.
+Report = Sequence["str | Table"]
+
+
+@dataclass(frozen=True)
+class Build:
+    """What a stage gets to work with while it runs."""
+
+    config: Config
+    folder: Path  # a fresh one, for the result
+    fingerprint: str  # of the stage's inputs
+    deadline: float | None = None  # time.time() at which a training saves and exits
+
+    @property
+    def rows(self) -> Path:
+        """Where the stage puts its rows."""
+        return rows_folder(self.folder)
+
+
+def _nothing(config: Config) -> None:
+    """No check."""
+
+
+def _no_content(config: Config) -> dict[str, Any]:
+    return {}
+
+
+def _no_upstream(config: Config) -> tuple["Stage", ...]:
+    return ()
+
+
+def _always(config: Config) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command: what it is made from, and how.
+
+    Attributes:
+        name: of the command and of the folder.
+        help: one line for `--help`.
+        settings: what of the config decides its numbers.
+        make: builds the result into a folder; what it returns goes to the manifest.
+        describe: the terminal's view of what `make` returned.
+        upstream: the stages whose results it reads.
+        content: hashes of what the config points to.
+        is_wanted: whether `madpo-ray run` includes it.
+        check: raises UserError for what can be wrong before any stage has run.
+        check_upstream: raises UserError for what can be wrong with the results that it reads.
+        uses_dashboard: whether a local Ray needs its dashboard.
+    """
+
+    name: str
+    help: str
+    settings: Callable[[Config], dict[str, Any]]
+    make: Callable[[Build], dict[str, Any]]
+    describe: Callable[[Mapping[str, Any]], Report]
+    upstream: Callable[[Config], tuple["Stage", ...]] = _no_upstream
+    content: Callable[[Config], dict[str, Any]] = _no_content
+    is_wanted: Callable[[Config], bool] = _always
+    check: Callable[[Config], None] = _nothing
+    check_upstream: Callable[[Config], None] = _nothing
+    uses_dashboard: bool = False
+
+    def inputs(self, config: Config) -> Inputs:
+        """What the result is made from."""
+        return Inputs(
+            self.name,
+            settings=self.settings(config),
+            upstream={
+                stage.name: stage.inputs(config).fingerprint for stage in self.upstream(config)
+            },
+            content=self.content(config),
+        )
+
+    def folder(self, config: Config) -> Path:
+        """Where the result is."""
+        return config.run.folder / self.name
+
+    def rows(self, config: Config) -> Path:
+        """Where the result's rows are."""
+        return rows_folder(self.folder(config))
+
+    def exists(self, config: Config) -> bool:
+        """Whether there is a result, of this config or another."""
+        return read_manifest(self.folder(config)) is not None
+
+    def is_finished(self, config: Config) -> bool:
+        """Whether the result is there and was made from this config."""
+        return is_finished(self.folder(config), self.inputs(config))
+
+    def require(self, config: Config) -> dict[str, Any]:
+        """The results in the manifest, for a stage that builds on them.
+
+        Raises:
+            UserError: the result is missing or was made from other inputs.
+        """
+        results: dict[str, Any] = require(self.folder(config), self.inputs(config))["results"]
+        return results
+
+    def run(self, config: Config, *, deadline: float | None = None) -> Mapping[str, Any]:
+        """Makes the result and moves it into place. Returns what `make` returned.
+
+        Raises:
+            UserError: an upstream result is missing or was made from other inputs.
+        """
+        for stage in self.upstream(config):
+            stage.require(config)
+        self.check_upstream(config)
+        inputs = self.inputs(config)
+        with (
+            building(self.folder(config), inputs) as (folder, results),
+            connected(config.cluster, dashboard=self.uses_dashboard),
+        ):
+            build = Build(config, folder, inputs.fingerprint, deadline)
+            results.update(self.make(build))
+        return results

@@ -1,0 +1,67 @@
+"""Sums, maxima and gathers over all ranks. Without a process group there is one rank."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_first_rank() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def sum_over_ranks(value: float, device: torch.device) -> float:
+    total = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return float(total)
+
+
+def max_over_ranks(values: Sequence[float], device: torch.device) -> list[float]:
+    largest = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return [float(value) for value in largest]
+
+
+def gather_tensors(tensor: Tensor) -> list[Tensor]:
+    """Every rank's tensor, of one shape, on every rank, in their order."""
+    if world_size() == 1:
+        return [tensor]
+    ranks = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(ranks, tensor)
+    return ranks
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's value, on every rank, in their order."""
+    if world_size() == 1:
+        return [value]
+    ranks: list[Any] = [None] * world_size()
+    dist.all_gather_object(ranks, value)
+    return ranks
+
+
+def gather_valid(values: Tensor, valid: Tensor) -> tuple[Tensor, slice]:
+    """The valid values of all ranks, (n,), in the order of ranks, and where this rank's own are.
+
+    Args:
+        values: (B,), on any device.
+        valid: (B,) bool.
+    """
+    own = values[valid].cpu()
+    ranks = gather_objects(own)
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    start = sum(len(part) for part in ranks[:rank])
+    return torch.cat(ranks), slice(start, start + len(own))
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

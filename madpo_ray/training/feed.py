@@ -1,0 +1,42 @@
+"""A run's micro-batches as a Ray dataset, in order, from any step on."""
+
+import numpy as np
+import pyarrow as pa
+import ray.data
+
+from madpo_ray.data.order import Order, OrderSpec
+
+
+class _OrderedRows:
+    """A Ray Data actor that turns the number of a micro-batch into its row."""
+
+    def __init__(self, spec: OrderSpec, start: int) -> None:
+        self._order = Order(spec)
+        self._start = start
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        numbers = batch["id"].to_pylist()
+        return pa.concat_tables([self._order.row(self._start + number) for number in numbers])
+
+
+def micro_batch_dataset(
+    spec: OrderSpec, first_rows: np.ndarray, start_step: int
+) -> ray.data.Dataset:
+    """The micro-batches of `Order(spec)` from a step on, one row per block.
+
+    Split over the workers in turn, they give rank r of W the rows r, r + W, r + 2W, ...
+
+    Args:
+        first_rows: `Order(spec).first_rows`, so that the order is not made again for it.
+    """
+    stop = int(first_rows[-1])
+    # A finished run reads nothing, but Ray needs a row.
+    start = min(int(first_rows[start_step]), stop - 1)
+    return ray.data.range(stop - start, override_num_blocks=stop - start).map_batches(
+        _OrderedRows,
+        fn_constructor_kwargs={"spec": spec, "start": start},
+        batch_size=1,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=1, max_tasks_in_flight_per_actor=4),
+        num_cpus=0.5,
+    )

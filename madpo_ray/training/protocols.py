@@ -1,0 +1,115 @@
+"""What the training loop talks to: objective, engine, reporter. No loss, no Ray, no DeepSpeed.
+
+Legend: B pairs of a micro-batch.
+"""
+
+import abc
+import enum
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from madpo_ray.data.batching import MicroBatch
+from madpo_ray.training.metrics import Metric
+from madpo_ray.training.schedule import Progress
+
+
+class Terms(NamedTuple):
+    """What an objective makes of a micro-batch."""
+
+    loss: Tensor  # (B,)
+    metrics: dict[str, Metric]  # name -> values (B,) and how to reduce them
+
+
+class Objective(abc.ABC):
+    """A loss with its metrics. One that carries nothing from step to step needs only `__call__`."""
+
+    @abc.abstractmethod
+    def __call__(
+        self, outputs: Mapping[str, Tensor], batch: MicroBatch, *, training: bool
+    ) -> Terms:
+        """Loss and metrics of each pair. In evaluation running statistics stay as they are."""
+
+    def end_step(self) -> None:  # noqa: B027 (most objectives have nothing to do)
+        """Called once after each optimizer step."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next step depends on."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        assert not state, "the checkpoint belongs to another objective"
+
+
+class Engine(Protocol):
+    """Forward, backward and optimizer of this rank's part of the model."""
+
+    module: nn.Module
+    device: torch.device
+
+    def train(self) -> None: ...
+
+    def eval(self) -> None: ...
+
+    def __call__(self, batch: MicroBatch) -> dict[str, Tensor]: ...
+
+    def backward(self, loss: Tensor, *, is_last: bool) -> None:
+        """Adds the gradient of `loss`, summed over ranks and micro-batches of the step."""
+
+    def step(self) -> float:
+        """One optimizer step; the gradient norm before clipping, over all ranks.
+
+        If the norm is not finite, the optimizer has not moved.
+        """
+
+    def learning_rate(self) -> float:
+        """Of the next step."""
+
+
+class Reporter(Protocol):
+    """Where a run's numbers and checkpoints go."""
+
+    def log(self, progress: Progress, metrics: dict[str, float]) -> None: ...
+
+    def publish(self, progress: Progress, metrics: dict[str, float], *, save: bool) -> None: ...
+
+    def last_checkpoint(self) -> str:
+        """Where the newest checkpoint is, in words."""
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient is not finite. Names the step, its pairs and the last good checkpoint."""
+
+
+class Notice(enum.IntEnum):
+    """A request to save or stop, checked between steps.
+
+    The most severe one on any rank applies to all.
+    """
+
+    NONE = 0
+    SAVE = 1  # a node is about to leave: save and continue
+    OUT_OF_TIME = 2  # save and exit
+    TERMINATED = 3  # save and exit
+
+
+class Site(Protocol):
+    """Where a rank runs: its place among the ranks, its rows, its checkpoints."""
+
+    rank: int
+    world_size: int
+
+    def rows(self, start_step: int) -> Any:
+        """This rank's rows of the order, from a step on; earlier ones may come first."""
+
+    def report(self, numbers: dict[str, float], checkpoint: Path | None) -> None:
+        """Passes numbers, and perhaps this rank's part of a checkpoint, to whoever started the run.
+
+        A barrier.
+        """
+
+    def node_is_leaving(self) -> bool:
+        """Whether a node of the run is about to be taken away. A barrier."""

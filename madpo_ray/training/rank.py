@@ -1,0 +1,196 @@
+"""What every rank of a training does: load, restore, fit, export. Knows no Ray; a Site does."""
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from madpo_ray.data.batching import MicroBatch, collate
+from madpo_ray.data.order import Order, decode_row
+from madpo_ray.models.flops import ModelFlops, peak_flops
+from madpo_ray.models.loading import DTYPES
+from madpo_ray.models.saving import merge_adapter, save_model, saved_tensors
+from madpo_ray.training.checkpoints import agreed_checkpoint, load_checkpoint, needs_conversion
+from madpo_ray.training.collectives import sum_over_ranks
+from madpo_ray.training.engine import DeepSpeedEngine, sharded_construction
+from madpo_ray.training.job import TrainingJob
+from madpo_ray.training.loop import TrainingRun, fit, measure_validation
+from madpo_ray.training.metrics import MetricsLog
+from madpo_ray.training.protocols import Notice, Site
+from madpo_ray.training.reporting import Noticeboard, RunReporter
+from madpo_ray.training.schedule import Progress, Schedule
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a training ended."""
+
+    step: int  # whose weights are the result
+    notice: Notice = Notice.NONE  # to exit, if it got one before its end
+    failure: str = ""  # why it cannot continue
+
+    def evaluation(self, metrics: list[dict[str, Any]]) -> dict[str, Any]:
+        """The line of that step's evaluation."""
+        return next(line for line in metrics if line["step"] == self.step and "eval_loss" in line)
+
+
+def run_rank(job: TrainingJob, site: Site) -> Outcome:
+    """Trains from the newest checkpoint, or from the start, to the end, and exports the model."""
+    torch.set_num_threads(job.num_threads)
+    rank = _Rank(job, site)
+    checkpoint = agreed_checkpoint(job.checkpoints)
+    engine = rank.start_engine(checkpoint)
+    progress, notice = rank.train(engine, checkpoint)
+    if notice > Notice.NONE:
+        return Outcome(progress.step, notice)
+
+    result_step = progress.best_step or progress.step
+    if job.export:
+        if result_step != progress.step:
+            # DeepSpeed does not load into an engine that has trained, and two might not fit.
+            engine.close()
+            engine = rank.engine_at(result_step)
+        _export(job, engine)
+    return Outcome(result_step)
+
+
+class _Rank:
+    """A job at a site, with the order of its pairs."""
+
+    def __init__(self, job: TrainingJob, site: Site) -> None:
+        self._job = job
+        self._site = site
+        self._order = Order(job.order(site.world_size))
+        self._validation_order = Order(job.validation_order(site.world_size))
+        self._collate = functools.partial(
+            collate,
+            shared_prefix=job.uses_shared_prefix(),
+            column_names=job.task.columns,
+            responses=job.task.responses,
+        )
+
+    def start_engine(self, checkpoint: Path | None) -> DeepSpeedEngine:
+        """An engine around the task's module, ready to load the checkpoint.
+
+        All ranks have the same weights, and each its own dropout.
+        """
+        job = self._job
+        max_response_tokens = max(
+            self._order.max_response_tokens, self._validation_order.max_response_tokens
+        )
+        torch.manual_seed(job.seed)
+        with sharded_construction(job.settings, dtype=job.model.dtype):
+            module = job.task.load(job, max_response_tokens)
+        torch.manual_seed(job.seed + dist.get_rank())
+        return DeepSpeedEngine(
+            module,
+            job.settings,
+            dtype=job.model.dtype,
+            total_steps=self._order.total_steps,
+            resized=needs_conversion(checkpoint, job.settings),
+        )
+
+    def engine_at(self, step: int) -> DeepSpeedEngine:
+        """An engine with the weights of an earlier step.
+
+        Raises:
+            RuntimeError: there is no complete checkpoint of that step any more.
+        """
+        checkpoint = agreed_checkpoint(self._job.checkpoints, step=step)
+        if checkpoint is None:
+            raise RuntimeError(
+                f"the best step was {step}, and {self._job.checkpoints} has no complete "
+                "checkpoint of it; metric_for_best_model: null exports the last step's weights"
+            )
+        engine = self.start_engine(checkpoint)
+        load_checkpoint(engine, checkpoint)
+        return engine
+
+    def train(self, engine: DeepSpeedEngine, checkpoint: Path | None) -> tuple[Progress, Notice]:
+        """Restores the checkpoint, if there is one, and trains from there.
+
+        Returns how far it came, and the notice that ended it early.
+        """
+        job = self._job
+        # Before the checkpoint restores the random state, which measuring draws from.
+        own_flops = peak_flops(DTYPES[job.model.dtype], engine.device)
+        machine_flops = sum_over_ranks(own_flops, engine.device)
+
+        # Restore.
+        objective = job.task.objective(job)
+        progress = Progress()
+        if checkpoint is not None:
+            state = load_checkpoint(engine, checkpoint)
+            progress = Progress(**state["progress"])
+            objective.load_state_dict(state["objective"])
+        total_steps = self._order.total_steps
+        if progress.step == total_steps or progress.ran_out_of_patience(job.settings):
+            return progress, Notice.NONE
+
+        # Train.
+        log = MetricsLog(job.metrics, progress.step) if self._site.rank == 0 else None
+        run = TrainingRun(
+            engine=engine,
+            objective=objective,
+            settings=job.settings,
+            schedule=Schedule(job.settings, total_steps, self._order.steps_per_epoch),
+            progress=progress,
+            reporter=RunReporter(job, self._site, engine, objective, log),
+            notice=Noticeboard(job, self._site, engine.device),
+            measure_validation=lambda: measure_validation(
+                engine, objective, self._validation_batches()
+            ),
+            flops=ModelFlops(engine.module.model),  # type: ignore[arg-type]
+            machine_flops=machine_flops,
+        )
+        notice = fit(run, self._train_batches(progress.step))
+        if log is not None:
+            log.close()
+        return progress, notice
+
+    def _train_batches(self, start_step: int) -> Iterator[MicroBatch]:
+        for row in self._site.rows(start_step):
+            pairs, place = decode_row(row)
+            if place.step >= start_step:
+                yield self._collate(pairs, place=place)
+
+    def _validation_batches(self) -> Iterator[MicroBatch]:
+        """This rank's share, filled up so that every rank has equally many micro-batches."""
+        order = self._validation_order
+        for number in range(self._site.rank, order.num_rows, self._site.world_size):
+            pairs, place = decode_row(order.row(number))
+            yield self._collate(pairs, place=place)
+
+
+def _export(job: TrainingJob, engine: DeepSpeedEngine) -> None:
+    """Writes the trained model as a folder that transformers, or peft, loads; all ranks call it."""
+    model: Any = engine.module.model
+    folder = job.output / "model"
+    is_writer = dist.get_rank() == 0
+    tensors = engine.trained_tensors(model)
+    if job.settings.use_peft:
+        adapter = dict(tensors)  # all ranks gather
+        if is_writer:
+            _export_adapter(job, model, adapter, folder)
+    else:
+        save_model(model, tensors, folder, is_writer=is_writer)
+    if is_writer:
+        job.task.tokenizer(job).save_pretrained(folder)
+    dist.barrier()
+
+
+def _export_adapter(
+    job: TrainingJob, model: Any, adapter: dict[str, torch.Tensor], folder: Path
+) -> None:
+    if not adapter:
+        raise RuntimeError("LoRA trained nothing: no adapter weights to export")
+    base = job.task.merge_base(job)
+    if base is None:
+        model.save_pretrained(str(folder), state_dict=adapter)
+    else:
+        merged = merge_adapter(model, adapter, base)
+        save_model(merged, saved_tensors(merged), folder)

@@ -1,0 +1,54 @@
+"""Ranks on one machine without Ray, for benchmarks and tests."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import torch.distributed as dist
+
+from madpo_ray.data.order import Order
+from madpo_ray.training.job import TrainingJob
+
+
+def join_ranks(rank: int, world_size: int, store: Path) -> None:
+    """Makes this process a rank of a gloo group on this machine.
+
+    Args:
+        store: a file that all ranks name, and no earlier group has used.
+    """
+    places = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": world_size,
+        "LOCAL_WORLD_SIZE": world_size,
+    }
+    os.environ.update({name: str(place) for name, place in places.items()})
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+
+
+class LocalSite:
+    """A rank that `join_ranks` made.
+
+    Checkpoints go to the job's folder as they do on Ray; the ranks share a file system.
+    """
+
+    def __init__(self, job: TrainingJob) -> None:
+        self._job = job
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+
+    def rows(self, start_step: int) -> Iterator[pa.Table]:
+        order = Order(self._job.order(self.world_size))
+        first = order.first_row(start_step) + self.rank
+        return map(order.row, range(first, order.num_rows, self.world_size))
+
+    def report(self, numbers: dict[str, float], checkpoint: Path | None) -> None:
+        if checkpoint is not None:
+            target = self._job.checkpoints / f"checkpoint_{int(numbers['step']):08d}"
+            shutil.copytree(checkpoint, target, dirs_exist_ok=True)
+        dist.barrier()
+
+    def node_is_leaving(self) -> bool:
+        return False

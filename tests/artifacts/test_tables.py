@@ -1,0 +1,69 @@
+"""Rows as Parquet files, in order."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from madpo_ray.artifacts.tables import (
+    column_names,
+    count_rows,
+    read_columns,
+    read_split,
+    read_split_contiguous,
+    write_table,
+    write_with_columns,
+)
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    """Seven rows in three files."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for number, (start, stop) in enumerate([(0, 3), (3, 4), (4, 7)]):
+        table = pa.table(
+            {
+                "pair_id": [f"pair-{i}" for i in range(start, stop)],
+                "split": ["test" if i % 2 else "train" for i in range(start, stop)],
+                "ids": pa.array([[i] * i for i in range(start, stop)], pa.list_(pa.int32())),
+            }
+        )
+        pq.write_table(table, folder / f"part-{number:06}.parquet")
+    return folder
+
+
+def test_reads_a_split_in_order(rows: Path) -> None:
+    assert read_split(rows, "test", ["ids"])["ids"].to_pylist() == [[1], [3] * 3, [5] * 5]
+    assert count_rows(rows) == 7
+    assert column_names(rows) == ["pair_id", "split", "ids"]
+
+
+def test_contiguous_columns_are_one_piece(rows: Path) -> None:
+    table = read_split_contiguous(rows, "train", ["pair_id", "ids"])
+    assert table["ids"].num_chunks == 1
+    assert table["ids"].type == pa.large_list(pa.int32())
+    assert table["ids"].to_pylist() == [[], [2] * 2, [4] * 4, [6] * 6]
+
+
+def test_adds_columns_row_by_row(rows: Path, tmp_path: Path) -> None:
+    ids = [f"pair-{i}" for i in range(7)]
+    added = pa.table({"pair_id": ids, "margin": [i / 2 for i in range(7)]})
+    write_with_columns(rows, added, tmp_path / "out")
+    result = read_columns(tmp_path / "out", ["pair_id", "ids", "margin"])
+    assert result["pair_id"].to_pylist() == ids
+    assert result["margin"].to_pylist() == [i / 2 for i in range(7)]
+    assert len(list((tmp_path / "out").iterdir())) == 3
+
+
+@pytest.mark.parametrize("ids", [[6, 5, 4, 3, 2, 1, 0], list(range(8)), list(range(6))])
+def test_refuses_columns_of_other_rows(ids: list[int], rows: Path, tmp_path: Path) -> None:
+    added = pa.table({"pair_id": [f"pair-{i}" for i in ids], "margin": [0.0] * len(ids)})
+    with pytest.raises(RuntimeError):
+        write_with_columns(rows, added, tmp_path / "out")
+
+
+def test_writes_a_table(tmp_path: Path) -> None:
+    write_table(pa.table({"a": [1, 2]}), tmp_path / "data")
+    assert read_columns(tmp_path / "data", ["a"])["a"].to_pylist() == [1, 2]

@@ -1,0 +1,132 @@
+"""Reading a config: YAML, --set, paths, and errors that name the key and the fix."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from madpo_ray.config import (
+    Config,
+    PolicyConfig,
+    load_config,
+    parse_config,
+    save_config,
+    with_changes,
+)
+from madpo_ray.errors import UserError
+
+ROOT = Path(__file__).parent.parent.parent
+SHIPPED = sorted((ROOT / "jobs" / "configs").glob("*.yaml"))
+MINIMAL = "model: {model_name_or_path: org/name}\ndata: {files: [a.jsonl]}\n"
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    return file
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda path: path.name)
+def test_shipped_configs_are_valid(file: Path) -> None:
+    assert isinstance(load_config(file), Config)
+
+
+def test_overrides_and_floats(tmp_path: Path) -> None:
+    """1e-5 is a float, as in YAML 1.2."""
+    file = written(tmp_path, MINIMAL + "train: {learning_rate: 1e-5}\n")
+    overrides = ["train.beta=5e-2", "data.files=[b.jsonl, c.jsonl]", "run.name=x"]
+    config = load_config(file, overrides)
+    assert config.train.learning_rate == 1e-5
+    assert config.train.beta == 0.05
+    assert [Path(name).name for name in config.data.files] == ["b.jsonl", "c.jsonl"]
+    assert config.model.model_name_or_path == "org/name"
+
+
+@pytest.mark.parametrize("override", ["beta=1", "train.beta", "train.beta.x=1", "train.beta=["])
+def test_refuses_bad_overrides(tmp_path: Path, override: str) -> None:
+    file = written(tmp_path, MINIMAL + "train: {beta: 0.1}\n")
+    with pytest.raises(UserError, match="--set"):
+        load_config(file, [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "not valid YAML"),
+        ("- a", "must hold sections"),
+        ("train: {beta: 0.1}\nmodel: {}\ntrain: {tau: 1.0}\n", "'train' appears twice, in lines 1"),
+        ("train:\n  beta: 0.1\n  tau: 1.0\n  beta: 0.2\n", "'beta' appears twice, in lines 2 and 4"),
+    ],
+)
+def test_refuses_bad_yaml(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_config(written(tmp_path, text))
+
+
+def test_refuses_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_merged_keys_may_be_overridden(tmp_path: Path) -> None:
+    """Also in an anchor that is merged again."""
+    text = MINIMAL + (
+        "sft: &a {learning_rate: 1e-3, lora_r: 4}\n"
+        "reward: &b\n  <<: *a\n  lora_r: 8\n"
+        "train:\n  <<: [*b, *a]\n  beta: 0.5\n"
+    )
+    config = load_config(written(tmp_path, text))
+    assert config.sft is not None
+    assert (config.sft.lora_r, config.reward.lora_r, config.train.lora_r) == (4, 8, 8)
+    assert config.train.learning_rate == 1e-3
+
+
+def test_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DATA", "/data")
+    config = parse_config(
+        {
+            "model": {"model_name_or_path": "./m", "chat_template_path": "~/t.jinja"},
+            "data": {"files": ["a.jsonl", "$DATA/b.jsonl", "${DATA}/c.jsonl"]},
+        }
+    )
+    assert config.model.model_name_or_path == str(tmp_path / "m")
+    assert config.model.chat_template_path == str(Path.home() / "t.jinja")
+    assert config.data.files == (str(tmp_path / "a.jsonl"), "/data/b.jsonl", "/data/c.jsonl")
+    assert config.run.folder == tmp_path / "runs" / "madpo"
+
+
+@pytest.mark.parametrize("path", ["$NOT_SET/x", "${NOT_SET}/x"])
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [
+        ("data", "files"),
+        ("run", "storage_path"),
+        ("model", "model_name_or_path"),
+        ("model", "chat_template_path"),
+    ],
+)
+def test_refuses_unset_variables(
+    section: str, key: str, path: str, raw_config: dict[str, Any]
+) -> None:
+    raw_config[section][key] = path
+    with pytest.raises(UserError, match=rf"{section}\.{key}: .*NOT_SET.* is not set"):
+        parse_config(raw_config)
+
+
+def test_a_single_string_is_a_list_of_one(tmp_path: Path) -> None:
+    config = load_config(written(tmp_path, MINIMAL), ["data.files=b.jsonl"])
+    assert [Path(name).name for name in config.data.files] == ["b.jsonl"]
+
+
+def test_saved_config_loads_again(config: Config, tmp_path: Path) -> None:
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+
+
+def test_changes_are_checked() -> None:
+    assert with_changes(PolicyConfig(), "train", {"beta": 0.3}).beta == 0.3
+    with pytest.raises(UserError, match=r"train\.c_min: must be strictly between"):
+        with_changes(PolicyConfig(), "train", {"c_min": 1.0})
+    with pytest.raises(UserError, match=r"unknown key train\.bta; did you mean 'beta'"):
+        with_changes(PolicyConfig(), "train", {"bta": 1.0})

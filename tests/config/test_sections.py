@@ -1,0 +1,133 @@
+"""The sections: strict, frozen, with bounds, and checks across them."""
+
+from typing import Any, get_args
+
+import pytest
+
+from madpo_ray.config import SEARCH_SPACES, Config, LossType, PolicyConfig, parse_config
+from madpo_ray.errors import UserError
+from support.pairs import Edit
+
+
+def set_in(section: str, key: str, value: Any) -> Edit:
+    return lambda raw: raw.setdefault(section, {}).update({key: value})
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (set_in("train", "learning_rat", 1.0), "train.learning_rat; did you mean 'learning_rate'?"),
+        (set_in("trian", "beta", 1.0), "unknown key trian; did you mean 'train'?"),
+        (set_in("sft", "lora_rr", 1), "unknown key sft.lora_rr; did you mean 'lora_r'?"),
+        (set_in("tune", "search_space", {"bta": {"min": 0.1, "max": 1.0}}), "mean 'beta'?"),
+        (set_in("tune", "search_space", {"beta": {"mini": 0.1, "max": 1.0}}), "mean 'min'?"),
+        (set_in("tune", "search_space", {"beta": {"min": 1.0, "max": 1.0}}), "needs min < max"),
+        (set_in("tune", "search_space", {"beta": {"min": 2.0, "max": 1.0}}), "needs min < max"),
+        (
+            set_in("tune", "search_space", {"beta": {"min": 0.0, "max": 1.0, "log": True}}),
+            "needs min > 0",
+        ),
+        (set_in("tune", "search_space", {"lora_r": {"min": 4.0, "max": 8.0}}), "not a real number"),
+        (set_in("train", "c_min", 1.0), "MADPO is DPO"),
+        (set_in("train", "c_min", 0.0), "strictly between 0 and 1"),
+        (set_in("train", "c_max", 1.0), "MADPO is DPO"),
+        (set_in("train", "tau", 0.0), "must be above 0"),
+        (set_in("train", "beta", "0.1"), "train.beta: Input should be a valid number"),
+        (set_in("train", "loss_type", "madop"), "'madpo'"),
+        (set_in("train", "tau", float("inf")), "finite"),
+        (set_in("train", "label_smoothing", 0.1), "belongs to loss_type sigmoid"),
+        (set_in("train", "label_smoothing", 0.5), "less than 0.5"),
+        (set_in("evaluate", "chosen_score_column", None), "go together"),
+        (set_in("data", "files", []), "at least 1 item"),
+        (set_in("data", "validation_fraction", 0.8), "must be below 1"),
+        (set_in("data", "keep_columns", ["margin"]), "rename yours"),
+        (set_in("data", "keep_columns", ["a", "a"]), "listed twice"),
+        (set_in("run", "storage_path", "s3://bucket/runs"), "is a URI"),
+        (set_in("run", "name", "../x"), "String should match"),
+        (set_in("reward", "lora_layers_to_transform", [1]), "by name"),
+        (set_in("model", "attn_implementation", "flex_attention"), "trains on GPUs only"),
+        (set_in("train", "weight_column", "w"), "add it to data.keep_columns"),
+    ],
+)
+def test_bad_values_name_key_and_fix(raw_config: dict[str, Any], edit: Edit, message: str) -> None:
+    edit(raw_config)
+    with pytest.raises(UserError) as error:
+        parse_config(raw_config)
+    assert message in str(error.value)
+
+
+def test_defaults() -> None:
+    """Those of the MADPO authors' best setting, and TRL's."""
+    settings = PolicyConfig()
+    assert (settings.c_min, settings.c_max, settings.lmbda, settings.tau) == (0.25, 4.0, 1.0, 7.0)
+    assert (settings.beta, settings.loss_type, settings.label_smoothing) == (0.1, "madpo", 0.0)
+    assert (settings.adam_beta1, settings.adam_beta2) == (0.9, 0.95)
+    assert (settings.weight_decay, settings.max_grad_norm) == (0.01, 1.0)
+    assert (settings.warmup_steps, settings.lr_scheduler_type) == (0.03, "cosine")
+    assert (settings.learning_rate, settings.global_batch_size) == (1e-5, 32)
+
+
+def test_is_frozen(config: Config) -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        config.train.beta = 1.0  # type: ignore[misc]
+
+
+def test_best_metric(raw_config: dict[str, Any]) -> None:
+    raw_config["train"] |= {
+        "early_stopping_patience": 2,
+        "metric_for_best_model": "rewards/accuracies",
+    }
+    with pytest.raises(UserError, match="early_stopping_patience needs metric_for_best_model"):
+        parse_config(raw_config)
+    raw_config["train"]["eval_steps"] = 5
+    assert parse_config(raw_config).train.best_metric == ("eval_rewards/accuracies", True)
+    raw_config["train"]["metric_for_best_model"] = "eval_loss"
+    assert parse_config(raw_config).train.best_metric == ("eval_loss", False)
+    raw_config["train"]["metric_for_best_model"] = "accuracy"
+    with pytest.raises(UserError, match="no 'accuracy' is measured; did you mean 'rewards/acc"):
+        parse_config(raw_config)
+
+
+def test_operational_keys_are_not_fingerprinted() -> None:
+    """Until evaluations choose the result."""
+    base = PolicyConfig()
+    for key, value in {"logging_steps": 3, "save_steps": 7, "eval_steps": 3}.items():
+        assert base.model_copy(update={key: value}).fingerprinted() == base.fingerprinted()
+    assert base.model_copy(update={"beta": 0.3}).fingerprinted() != base.fingerprinted()
+
+    best = base.model_copy(update={"metric_for_best_model": "eval_loss"})
+    often = best.model_copy(update={"eval_steps": 3})
+    assert often.fingerprinted() != best.fingerprinted()
+
+
+@pytest.mark.parametrize(
+    ("stage", "key", "needed"), [(1, "offload_optimizer", 2), (2, "offload_param", 3)]
+)
+def test_offloading_needs_shards(
+    stage: int, key: str, needed: int, raw_config: dict[str, Any]
+) -> None:
+    raw_config["train"] |= {"zero_stage": stage, key: True}
+    with pytest.raises(UserError, match=f"{key} needs zero_stage"):
+        parse_config(raw_config)
+    raw_config["train"]["zero_stage"] = needed
+    assert getattr(parse_config(raw_config).train, key)
+
+
+def test_four_bits_need_an_adapter_on_gpus(raw_config: dict[str, Any]) -> None:
+    raw_config["model"]["load_in_4bit"] = True
+    with pytest.raises(UserError, match=r"load_in_4bit needs cluster\.use_gpu, train\.use_peft"):
+        parse_config(raw_config)
+    del raw_config["sft"]
+    raw_config["train"]["use_peft"] = raw_config["cluster"]["use_gpu"] = True
+    assert parse_config(raw_config).model.numerics()["load_in_4bit"]
+
+
+@pytest.mark.parametrize("loss_type", get_args(LossType))
+def test_search_space_follows_the_loss(loss_type: LossType, raw_config: dict[str, Any]) -> None:
+    """No key that the loss does not read."""
+    raw_config["train"]["loss_type"] = loss_type
+    space = parse_config(raw_config).search_space
+    assert space == SEARCH_SPACES[loss_type]
+    assert ("c_min" in space) is (loss_type == "madpo")
+    raw_config["tune"] = {"search_space": {"beta": {"min": 0.1, "max": 0.2}}}
+    assert list(parse_config(raw_config).search_space) == ["beta"]

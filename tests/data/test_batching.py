@@ -1,0 +1,79 @@
+"""The rows that a model reads, and the indices of responses in them."""
+
+from typing import Any
+
+import pytest
+
+from madpo_ray.data.batching import collate
+from madpo_ray.data.order import StepPlace
+
+
+def pair(prompt: list[int], chosen: list[int], rejected: list[int], **more: Any) -> dict[str, Any]:
+    return {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected, **more}
+
+
+def test_shared_row_by_hand() -> None:
+    """The first token of both responses is predicted by the prompt's last: none is dropped."""
+    pairs = [pair([5, 6], [7, 8], [9], pair_id="a", margin=0.5)]
+    batch = collate(pairs, shared_prefix=True, column_names=["margin"])
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 2]]
+    assert batch.predictor_index.tolist() == [1, 2, 1]
+    assert batch.target_ids.tolist() == [7, 8, 9]
+    assert batch.response_of_target.tolist() == [0, 0, 1]
+    assert batch.last_index.tolist() == [3, 4]
+    assert batch.attention_mask[0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 0],
+        [1, 1, 0, 0, 1],
+    ]
+    assert batch.columns["margin"].tolist() == [0.5]
+    assert batch.num_attended == int(batch.attention_mask.sum())
+    assert batch.num_real_tokens == 5
+    assert batch.pair_ids == ("a",)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_targets_are_response_tokens(shared: bool) -> None:
+    pairs = [pair([1, 2, 3], [4, 5], [6, 7, 8]), pair([1], [2], [3])]
+    batch = collate(pairs, shared_prefix=shared)
+    flat_ids = batch.input_ids.flatten()
+    for number, expected in enumerate([[4, 5], [2], [6, 7, 8], [3]]):
+        own = batch.response_of_target == number
+        assert batch.target_ids[own].tolist() == expected
+        assert flat_ids[batch.last_index[number]] == expected[-1]
+        assert flat_ids[batch.predictor_index[own][1:]].tolist() == expected[:-1]
+    assert batch.response_lengths.tolist() == [2, 1, 3, 1]
+    assert batch.num_real_tokens == (13 if shared else 17)
+
+
+def test_filler_counts_for_nothing() -> None:
+    batch = collate([], shared_prefix=True, column_names=["margin"])
+    assert batch.valid.tolist() == [0]
+    assert batch.input_ids.shape == (1, 3)
+    assert (batch.num_real_tokens, batch.num_attended, batch.pair_ids) == (0, 0, ())
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("empty", ["prompt_ids", "chosen_ids", "rejected_ids"])
+def test_empty_parts_are_refused(shared: bool, empty: str) -> None:
+    with pytest.raises(ValueError, match=empty):
+        collate([{**pair([1], [3], [2]), empty: []}], shared_prefix=shared)
+
+
+def test_single_response() -> None:
+    """It shares its prompt with nothing."""
+    pairs = [pair([5, 6], [7, 8], [9]), pair([5], [4], [9])]
+    batch = collate(pairs, shared_prefix=True, responses=["chosen_ids"])
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8], [5, 4, 0, 0]]
+    assert batch.target_ids.tolist() == [7, 8, 4]
+    assert batch.response_lengths.tolist() == [2, 1]
+    assert batch.num_real_tokens == 6
+
+
+def test_keeps_its_place() -> None:
+    place = StepPlace(step=3, pairs_in_step=8, response_tokens_in_step=40, is_last=False)
+    batch = collate([pair([1], [2], [3])], shared_prefix=True, place=place)
+    assert batch.place == place

@@ -1,0 +1,155 @@
+"""The order of pairs, and how a step is cut into micro-batches."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from madpo_ray.artifacts.tables import read_split
+from madpo_ray.data.order import Order, Step, decode_row, order_epoch
+from madpo_ray.errors import UserError
+from support.ranks import MakeJob
+
+
+def flat(steps: list[Step]) -> list[int]:
+    return [int(row) for step in steps for members in step for row in members]
+
+
+@given(st.integers(1, 200), st.integers(1, 40), st.integers(1, 16), st.integers(0, 5))
+def test_every_pair_is_in_an_epoch_once(
+    count: int, global_size: int, micro_size: int, epoch: int
+) -> None:
+    lengths = np.random.default_rng(0).integers(3, 50, count)
+    steps = order_epoch(
+        lengths,
+        seed=1,
+        epoch=epoch,
+        global_batch_size=global_size,
+        micro_batch_size=micro_size,
+    )
+    assert sorted(flat(steps)) == list(range(count))
+    assert all(sum(map(len, step)) == global_size for step in steps[:-1])
+    assert all(len(members) <= micro_size for step in steps for members in step)
+
+
+def test_depends_on_seed_and_epoch_only() -> None:
+    lengths = np.arange(3, 103)
+
+    def steps(seed: int, epoch: int, micro: int) -> list[set[int]]:
+        ordered = order_epoch(
+            lengths, seed=seed, epoch=epoch, global_batch_size=16, micro_batch_size=micro
+        )
+        return [{int(row) for members in step for row in members} for step in ordered]
+
+    assert steps(0, 0, 4) == steps(0, 0, 4) == steps(0, 0, 7)
+    assert steps(0, 0, 4) != steps(0, 1, 4)
+    assert steps(0, 0, 4) != steps(1, 0, 4)
+    assert steps(0, 1, 4) != steps(1, 0, 4)  # not a function of seed + epoch
+
+
+def test_without_an_epoch_rows_keep_their_order() -> None:
+    lengths = np.full(10, 5)
+    steps = order_epoch(lengths, seed=0, epoch=None, global_batch_size=4, micro_batch_size=2)
+    assert flat(steps) == list(range(10))
+
+
+def test_steps_of_a_window_have_similar_lengths() -> None:
+    """Sorted by length within windows: little padding."""
+    lengths = np.random.default_rng(0).integers(1, 1000, 16 * 8)
+    steps = order_epoch(lengths, seed=0, epoch=0, global_batch_size=8, micro_batch_size=8)
+    spans = [int(np.ptp(lengths[members])) for (members,) in steps]
+    assert max(spans) < 250
+    means = [float(lengths[members].mean()) for (members,) in steps]
+    assert means != sorted(means, reverse=True)
+
+
+@given(st.integers(1, 200), st.integers(1, 40), st.integers(50, 400))
+def test_budget_bounds_padded_tokens(count: int, global_size: int, budget: int) -> None:
+    """The same steps as without a budget: only their cut differs."""
+    lengths = np.random.default_rng(0).integers(3, 50, count)
+    sizes = {"global_batch_size": global_size, "micro_batch_size": 1}
+    steps = order_epoch(lengths, seed=1, epoch=0, **sizes, max_tokens=budget)
+    assert sorted(flat(steps)) == list(range(count))
+    for step in steps:
+        assert all(len(members) * lengths[members].max() <= budget for members in step)
+    uncut = order_epoch(lengths, seed=1, epoch=0, **sizes)
+    joined = [np.concatenate(step).tolist() for step in steps]
+    assert joined == [np.concatenate(step).tolist() for step in uncut]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 4])
+@pytest.mark.parametrize("cut", [{}, {"max_tokens_per_device": 80}])
+def test_workers_get_equally_many_rows(
+    workers: int, cut: dict[str, int], policy_job: MakeJob
+) -> None:
+    """In every step, filled up with empty micro-batches."""
+    job = policy_job("rows", num_train_epochs=2, max_steps=-1, **cut)
+    order = Order(job.order(workers))
+    rows = [decode_row(order.row(number)) for number in range(order.num_rows)]
+    for step in range(order.total_steps):
+        in_step = [(pairs, place) for pairs, place in rows if place.step == step]
+        assert len(in_step) % workers == 0
+        is_last = [place.is_last for _, place in in_step]
+        assert is_last == [False] * (len(in_step) - workers) + [True] * workers
+        num_pairs = sum(len(pairs) for pairs, _ in in_step)
+        assert {place.pairs_in_step for _, place in in_step} == {num_pairs}
+        assert rows[order.first_row(step)][1].step == step
+    assert order.first_row(order.total_steps) == order.num_rows
+
+    def response_tokens(pair: dict[str, list[int]]) -> int:
+        return len(pair["chosen_ids"]) + len(pair["rejected_ids"])
+
+    largest = max(sum(map(response_tokens, pairs)) for pairs, _ in rows)
+    assert order.max_response_tokens == largest
+
+
+def test_epochs_read_each_pair_once(policy_job: MakeJob) -> None:
+    job = policy_job("read", num_train_epochs=2, max_steps=-1)
+    order = Order(job.order(num_workers=3))
+    rows = [decode_row(order.row(number)) for number in range(order.num_rows)]
+    epochs: list[list[str]] = [[], []]
+    for pairs, place in rows:
+        epochs[place.step // order.steps_per_epoch] += [pair["pair_id"] for pair in pairs]
+    everyone = read_split(job.rows, "train", ("pair_id",))["pair_id"].to_pylist()
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(everyone)
+    assert epochs[0] != epochs[1]
+
+
+def test_rows_hold_the_pairs_own_values(policy_job: MakeJob) -> None:
+    job = policy_job("values")
+    order = Order(job.order(1))
+    names = ("pair_id", "prompt_ids", "chosen_ids", "rejected_ids", "margin")
+    table = read_split(job.rows, "train", names)
+    by_id = {row["pair_id"]: row for row in table.to_pylist()}
+    for number in range(order.num_rows):
+        pairs, _ = decode_row(order.row(number))
+        for pair in pairs:
+            expected = by_id[pair["pair_id"]]
+            assert {name: pair[name] for name in names} == expected
+
+
+def test_pair_over_the_budget_is_refused(policy_job: MakeJob) -> None:
+    job = policy_job("long", max_tokens_per_device=20)
+    message = r"max_tokens_per_device: 20 is less than the longest pair's \d+ tokens"
+    with pytest.raises(UserError, match=message):
+        Order(job.order(1))
+
+
+def test_empty_split_is_refused(policy_job: MakeJob) -> None:
+    spec = dataclasses.replace(policy_job("empty").order(1), split="test")
+    with pytest.raises(UserError, match="no pair of .* is in split 'test'"):
+        Order(spec)
+
+
+def test_separate_rows_count_the_prompt_twice(policy_job: MakeJob) -> None:
+    """The order is that of the pairs' own lengths, whatever the rows."""
+    spec = policy_job("separate").order(1)
+    shared = Order(spec)
+    separate = Order(dataclasses.replace(spec, shared_prefix=False))
+    tokens = read_split(spec.rows, "train", ("prompt_ids", "chosen_ids", "rejected_ids"))
+    sizes = [[len(ids) for ids in row.values()] for row in tokens.to_pylist()]
+    assert shared.tokens_read.tolist() == [p + c + r for p, c, r in sizes]
+    assert separate.tokens_read.tolist() == [2 * (p + max(c, r)) for p, c, r in sizes]
+    assert [separate.row(i) for i in range(4)] == [shared.row(i) for i in range(4)]

@@ -1,0 +1,143 @@
+"""What README and the map say about the structure is true."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "madpo_ray"
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
+
+HEAVY = ("torch", "ray", "deepspeed", "transformers")
+# Modules without a test file of their own, and where they are tested.
+TESTED_ELSEWHERE = {
+    "columns": "names only",
+    "config/base": "config/test_sections.py",
+    "config/inputs": "config/test_sections.py",
+    "config/training": "config/test_sections.py",
+    "config/evaluation": "config/test_sections.py",
+    "config/root": "config/test_sections.py",
+    "scoring/actors": "stages/test_margins.py, on a real Ray",
+    "evaluation/sampling": "stages/test_evaluate.py, on a real Ray",
+    "stages/sft": "training/test_tasks.py and stages/test_stage.py",
+    "stages/reward": "stages/test_margins.py",
+    "training/bar": "needs a terminal",
+    "training/engine": "training/test_invariance.py and the other tests on real ranks",
+    "training/feed": "training/test_trainer.py, on a real Ray",
+    "training/job": "training/test_tasks.py",
+    "training/loop": "training/test_nonfinite.py and the other tests on real ranks",
+    "training/protocols": "interfaces only",
+    "training/rank": "training/test_resume.py and the other tests on real ranks",
+    "training/sites": "every test on real ranks",
+}
+
+
+def name_of(module: Path) -> str:
+    return str(module.relative_to(PACKAGE).with_suffix(""))
+
+
+def imported_by(module: str) -> list[str]:
+    """The heavy packages that importing a module loads, in a fresh interpreter."""
+    code = f"import sys, {module}; print([m for m in {HEAVY} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    found: list[str] = ast.literal_eval(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "madpo_ray.config",
+        "madpo_ray.errors",
+        "madpo_ray.columns",
+        "madpo_ray.signals",
+        "madpo_ray.pipeline",
+        "madpo_ray.cli",
+    ],
+)
+def test_is_light_to_import(module: str) -> None:
+    """So that `--help` and a wrong config take less than a second."""
+    assert imported_by(module) == []
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "madpo_ray.data.order",
+        "madpo_ray.data.batching",
+        "madpo_ray.data.reader",
+        "madpo_ray.models.source",
+        "madpo_ray.models.loading",
+        "madpo_ray.models.logprobs",
+        "madpo_ray.models.saving",
+        "madpo_ray.models.flops",
+        "madpo_ray.losses",
+        "madpo_ray.scoring.scorers",
+        "madpo_ray.training.loop",
+        "madpo_ray.training.rank",
+        "madpo_ray.training.engine",
+        "madpo_ray.training.objectives",
+    ],
+)
+def test_imports_no_ray(module: str) -> None:
+    assert "ray" not in imported_by(module)
+
+
+def test_order_imports_no_torch() -> None:
+    """The Ray Data actor that builds micro-batches starts faster without it."""
+    assert "torch" not in imported_by("madpo_ray.data.order")
+
+
+def test_loop_names_no_loss() -> None:
+    """The loop sees an Objective; losses and their metrics belong to the table."""
+    for name in ("loop", "protocols", "schedule", "metrics"):
+        source = (PACKAGE / "training" / f"{name}.py").read_text()
+        imported = re.findall(r"^(?:from|import) madpo_ray\.(\S+)", source, re.MULTILINE)
+        assert "losses" not in imported
+        assert "training.objectives" not in imported
+        assert "weight/" not in source
+
+
+@pytest.mark.parametrize("folder", [PACKAGE, *(p for p in PACKAGE.iterdir() if p.is_dir())])
+def test_folders_are_small(folder: Path) -> None:
+    modules = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
+    assert len(modules) <= 16
+
+
+@pytest.mark.parametrize("module", MODULES, ids=name_of)
+def test_modules_and_functions_are_short(module: Path) -> None:
+    source = module.read_text()
+    assert source.count("\n") <= 300
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            assert node.end_lineno - node.lineno + 1 <= 60, node.name
+
+
+@pytest.mark.parametrize("module", MODULES, ids=name_of)
+def test_module_has_a_test(module: Path) -> None:
+    folder = ROOT / "tests" / module.relative_to(PACKAGE).parent
+    has_test = (folder / f"test_{module.name}").exists()
+    assert has_test != (name_of(module) in TESTED_ELSEWHERE)
+
+
+def test_list_of_exceptions_is_current() -> None:
+    assert TESTED_ELSEWHERE.keys() <= {name_of(module) for module in MODULES}
+
+
+def test_map_names_every_module() -> None:
+    """The map in madpo_ray/README.md."""
+    text = (PACKAGE / "README.md").read_text()
+    block = text.split("```")[1]
+    named = set()
+    folder = ""
+    for line in block.splitlines():
+        if match := re.match(r"^(\w+)/", line):
+            folder = match.group(1) + "/"
+        elif match := re.match(r"^(  )?(\w+)\.py ", line):
+            named.add((folder if match.group(1) else "") + match.group(2))
+    assert named == {name_of(module) for module in MODULES}
