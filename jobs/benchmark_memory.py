@@ -1,8 +1,9 @@
-"""Peak memory of each rank while a policy is loaded, trained and exported, under ZeRO-2 and ZeRO-3.
+"""Peak memory of each rank while a policy is loaded, trained and exported, under ZeRO 2 and 3.
 
-Counts what a phase adds to a process's own memory (RssAnon): weights read from a file are mapped, and the system can
-drop such pages. What is freed is given back at once (MALLOC_MMAP_THRESHOLD_), so that a peak is what is held. Ranks run
-over gloo on this machine; a random Llama of 219 M parameters, 0.82 GiB in float32.
+Counts what a phase adds to a process's own memory (RssAnon): weights read from a file are mapped,
+and the system can drop such pages. What is freed is given back at once (MALLOC_MMAP_THRESHOLD_), so
+that a peak is what is held. Ranks run over gloo on this machine; a random Llama of 219 M
+parameters, 0.82 GiB in float32.
 """
 
 import argparse
@@ -17,20 +18,28 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmark_training import make_model, make_pairs, make_source, our_job
+from benchmark_training import make_model, make_pairs, make_rows, our_job
 
-SIZE = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 12}
+SIZE = {
+    "hidden_size": 768,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 12,
+}
 STEPS = 2
-# The largest tensor, the embedding, and half as much again: DeepSpeed's defaults would gather this whole model, and put
-# all its gradients into one bucket.
+# 1.5 times the largest tensor, the embedding. DeepSpeed's defaults would gather this complete
+# model, and put all its gradients into one bucket.
 BUCKETS = {"stage3_max_live_parameters": 37_000_000, "reduce_bucket_size": 37_000_000}
-# Of one file of the export, which rank 0 holds while it writes; otherwise some gigabytes.
+# Of one file of the export, which rank 0 holds while it writes; the default is 5 GB.
 EXPORT_BYTES = 2**27
 
 
 def own_bytes() -> int:
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
-    return int(line.split()[1]) * 1024
+    """This process's RssAnon."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/self/status has no RssAnon")
 
 
 class Watch:
@@ -54,32 +63,44 @@ class Watch:
 def rank_main(arguments: argparse.Namespace) -> None:
     import torch.distributed as dist
 
-    from madpo_ray import models
-    from madpo_ray.train import PolicyTask
-    from madpo_ray.worker import Local, join_ranks, train_rank
+    from madpo_ray.models import saving
+    from madpo_ray.training.job import PolicyTask
+    from madpo_ray.training.rank import run_rank
+    from madpo_ray.training.sites import LocalSite, join_ranks
 
     rank, size, work = arguments.rank, arguments.ranks, Path(arguments.work)
     join_ranks(rank, size, work / f"store-{arguments.stage}")
-    name = f"stage-{arguments.stage}"
-    job = our_job(work, "summary", STEPS, 1, size, name=name, export=True, zero_stage=arguments.stage, **BUCKETS)
-    models.SHARD_BYTES = EXPORT_BYTES
-    import deepspeed  # noqa: F401 (its own memory, and transformers', is no part of a model's)
+    job = our_job(
+        work,
+        "summary",
+        STEPS,
+        1,
+        size,
+        name=f"stage-{arguments.stage}",
+        export=True,
+        zero_stage=arguments.stage,
+        **BUCKETS,
+    )
+    saving.SHARD_BYTES = EXPORT_BYTES
+    # Their own memory is not part of a model's.
+    import deepspeed  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     watch = Watch()
 
-    class Task(PolicyTask):
+    class WatchedTask(PolicyTask):
         def load(self, *given: Any) -> Any:
             module = super().load(*given)
             watch.begin("train")
             return module
 
-    class Site(Local):
+    class WatchedSite(LocalSite):
         def report(self, *given: Any) -> None:
             super().report(*given)
             watch.begin("export")
 
-    train_rank(dataclasses.replace(job, task=Task()), Site(job))
+    task = WatchedTask(columns=job.task.columns)
+    run_rank(dataclasses.replace(job, task=task), WatchedSite(job))
     gathered: list[Any] = [None] * size
     dist.all_gather_object(gathered, watch.peaks)
     if rank == 0:
@@ -87,21 +108,29 @@ def rank_main(arguments: argparse.Namespace) -> None:
 
 
 def measure(work: Path, stage: int, ranks: int) -> list[dict[str, int]]:
-    command = [sys.executable, __file__, "--work", str(work), "--stage", str(stage), "--ranks", str(ranks)]
+    """The peaks of each rank, by phase, in bytes."""
+    command = [sys.executable, __file__, "--work", str(work), "--stage", str(stage)]
+    command += ["--ranks", str(ranks)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
     started = [
-        subprocess.Popen([*command, "--rank", str(rank)], stdout=subprocess.PIPE, text=True, env=environment)
+        subprocess.Popen(
+            [*command, "--rank", str(rank)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
         for rank in range(ranks)
     ]
-    said = [process.communicate()[0] for process in started]
+    outputs = [process.communicate()[0] for process in started]
     if any(process.returncode for process in started):
         raise SystemExit(f"a rank failed under ZeRO-{stage}")
-    peaks: list[dict[str, int]] = json.loads(said[0].strip().splitlines()[-1])
+    peaks: list[dict[str, int]] = json.loads(outputs[0].strip().splitlines()[-1])
     return peaks
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
@@ -111,14 +140,18 @@ def main() -> None:
     if arguments.rank is not None:
         rank_main(arguments)
         return
-    print("| ZeRO | rank | GiB more while loading | training and saving | exporting |\n|---|---|---|---|---|")
+
+    print("| ZeRO | rank | GiB added by loading | training and saving | exporting |")
+    print("|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         make_model(work / "model", arguments.seed, **SIZE)
-        make_source(work / "summary", make_pairs("summary", 8 * STEPS, arguments.seed), work / "model")
+        pairs = make_pairs("summary", 8 * STEPS, arguments.seed)
+        make_rows(work / "summary", pairs, work / "model")
         for stage in (2, 3):
             for rank, peaks in enumerate(measure(work, stage, arguments.ranks)):
-                shown = " | ".join(f"{peaks.get(phase, 0) / 2**30:.2f}" for phase in ("load", "train", "export"))
+                sizes = [peaks.get(phase, 0) / 2**30 for phase in ("load", "train", "export")]
+                shown = " | ".join(f"{size:.2f}" for size in sizes)
                 print(f"| {stage} | {rank} | {shown} |", flush=True)
 
 

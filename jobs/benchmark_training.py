@@ -1,8 +1,9 @@
 """Training speed and memory side by side with TRL's DPOTrainer, in one call on one machine.
 
-Each measurement is a process of its own, ours and TRL's in turn, so that peaks of memory are whole processes' and
-noise falls on both. Same random Llama, pairs, threads, dtype and pairs a step; gradient checkpointing off; TRL with
-`precompute_ref_log_probs` and its own defaults otherwise. Needs `pip install 'madpo-ray[benchmark]'`.
+Each measurement is a process of its own, ours and TRL's in turn, so that a peak of memory is that
+of one side and noise affects both. Same random Llama, pairs, threads, dtype and pairs per step;
+gradient checkpointing off; TRL with `precompute_ref_log_probs` and its own defaults otherwise.
+Needs `pip install -c cluster/constraints.txt -e '.[benchmark]'`.
 """
 
 import argparse
@@ -23,29 +24,43 @@ from typing import Any
 SHAPES = {"summary": ((300, 400), (20, 60)), "chat": ((100, 150), (80, 150))}
 VOCABULARY = 32_000
 PAIRS_PER_STEP = 8
-# Steps of a measurement that do not count: on Ray, other processes are still starting beside the first ones.
+# Steps of a measurement that do not count: on Ray, other processes are still starting then.
 WARM_UP = 2
+
+Numbers = dict[str, Any]
 
 
 def make_model(folder: Path, seed: int, **size: int) -> None:
-    """A random Llama, of 39 M parameters unless sized otherwise, with a tokenizer of one word a token."""
+    """A random Llama, of 39 M parameters by default, with a tokenizer of one token per word."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(seed)
+    sizes = {
+        "hidden_size": 384,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 6,
+        **size,
+    }
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         max_position_embeddings=2048,
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=2,
-        **{"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 6, **size},
+        **sizes,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "<pad>": 2, **{f"w{i}": i for i in range(3, VOCABULARY)}}))
+
+    vocabulary = {"<s>": 0, "</s>": 1, "<pad>": 2}
+    vocabulary |= {f"w{i}": i for i in range(3, VOCABULARY)}
+    words = Tokenizer(models.WordLevel(vocabulary))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
     tokenizer.save_pretrained(folder)
 
 
@@ -58,34 +73,40 @@ def make_pairs(shape: str, count: int, seed: int) -> list[dict[str, str]]:
         return " ".join(f"w{rng.randrange(3, VOCABULARY)}" for _ in range(rng.randint(*bounds)))
 
     return [
-        {"prompt": text(prompts), "chosen": " " + text(responses), "rejected": " " + text(responses)}
+        {
+            "prompt": text(prompts),
+            "chosen": " " + text(responses),
+            "rejected": " " + text(responses),
+        }
         for _ in range(count)
     ]
 
 
-def make_source(folder: Path, pairs: list[dict[str, str]], model: Path) -> None:
-    """The pairs as an artifact's rows. Margins and reference log-probs only have to be numbers: speed is measured."""
+def make_rows(folder: Path, pairs: list[dict[str, str]], model: Path) -> None:
+    """The pairs as an artifact's rows.
+
+    Margins and reference log-probs only have to be numbers: speed is measured.
+    """
     import pyarrow as pa
-    import pyarrow.parquet as pq
     from transformers import AutoTokenizer
 
-    from madpo_ray.formats import tokenize_pair
+    from madpo_ray.artifacts.tables import write_table
+    from madpo_ray.data.tokens import tokenize_pair
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    rows = [
-        {
+    rows = []
+    for i, pair in enumerate(pairs):
+        row = {
             "pair_id": str(i),
-            "split": split,
             **tokenize_pair(pair, tokenizer, 2048),
             "margin": (i % 7) - 2.0,
             "ref_chosen_logps": -500.0,
             "ref_rejected_logps": -500.0,
         }
-        for i, pair in enumerate(pairs)
-        for split in (["train", "validation"] if i < PAIRS_PER_STEP else ["train"])
-    ]
-    folder.mkdir(parents=True)
-    pq.write_table(pa.Table.from_pylist(rows), folder / "part-000000.parquet")
+        rows.append({**row, "split": "train"})
+        if i < PAIRS_PER_STEP:
+            rows.append({**row, "split": "validation"})
+    write_table(pa.Table.from_pylist(rows), folder)
 
 
 def our_job(
@@ -99,59 +120,60 @@ def our_job(
     export: bool = False,
     **settings: Any,
 ) -> Any:
-    """A training as both sides measure it; `settings` are more keys of section train."""
-    from madpo_ray.config_file import parse_config
-    from madpo_ray.train import PolicyTask
-    from madpo_ray.worker import TrainingJob
+    """A training as both sides measure it; `settings` are further keys of section train."""
+    from madpo_ray.columns import MARGIN, REF_LOGPS
+    from madpo_ray.config import ModelConfig, PolicyConfig
+    from madpo_ray.training.job import PolicyTask, TrainingJob
 
-    config = parse_config(
-        {
-            "model": {"model_name_or_path": str(work / "model")},
-            "data": {"files": [str(work / "none.jsonl")], "max_length": 2048},
-            "run": {"storage_path": str(work), "name": f"{shape}-{name}"},
-            "cluster": {"num_workers": workers, "cpus_per_worker": threads},
-            "train": {
-                "learning_rate": 1e-6,
-                "global_batch_size": PAIRS_PER_STEP,
-                "per_device_train_batch_size": PAIRS_PER_STEP // workers,
-                "max_steps": steps,
-                "logging_steps": 1,
-                **settings,
-            },
-        }
+    training = PolicyConfig(
+        learning_rate=1e-6,
+        global_batch_size=PAIRS_PER_STEP,
+        per_device_train_batch_size=PAIRS_PER_STEP // workers,
+        max_steps=steps,
+        logging_steps=1,
+        **settings,
     )
     return TrainingJob(
-        task=PolicyTask(),
-        config=config,
-        base=work / "model",
-        source=work / shape,
+        stage=shape,
+        fingerprint="benchmark",
+        trial=name,
+        task=PolicyTask(columns=(MARGIN, *REF_LOGPS)),
+        settings=training,
+        model=ModelConfig(model_name_or_path=str(work / "model")),
+        seed=0,
+        num_threads=threads,
+        base_folder=work / "model",
+        rows=work / shape,
         output=work / f"{shape}-{name}-{os.getpid()}",
-        experiment=name,
+        storage=work / "ray",
         export=export,
     )
 
 
 def step_seconds(job: Any) -> list[float]:
-    """Seconds of each step behind those that warm up."""
-    from madpo_ray.metrics import read_metrics
+    """Seconds of each step after the warm-up."""
+    from madpo_ray.training.metrics import read_metrics
 
-    lines = [line for line in read_metrics(job.metrics / "metrics.jsonl") if "pairs_per_second" in line]
-    return [PAIRS_PER_STEP / line["pairs_per_second"] for line in lines[WARM_UP:]]
+    lines = read_metrics(job.metrics / "metrics.jsonl")
+    rates = [line["pairs_per_second"] for line in lines if "pairs_per_second" in line]
+    return [PAIRS_PER_STEP / rate for rate in rates[WARM_UP:]]
 
 
-def measure_ours(work: Path, shape: str, steps: int, threads: int) -> dict[str, Any]:
-    """The loop and the engine of a training in this process, without Ray."""
-    from madpo_ray.metrics import read_metrics
-    from madpo_ray.worker import Local, join_ranks, train_rank
+def measure_ours(work: Path, shape: str, steps: int, threads: int) -> Numbers:
+    """Loop and engine of a training in this process, without Ray."""
+    from madpo_ray.training.metrics import read_metrics
+    from madpo_ray.training.rank import run_rank
+    from madpo_ray.training.sites import LocalSite, join_ranks
 
     join_ranks(0, 1, work / f"store-{os.getpid()}")
     job = our_job(work, shape, steps, threads, name=f"bare-{os.getpid()}")
-    train_rank(job, Local(job))
-    utilisation = [line["mfu"] for line in read_metrics(job.metrics / "metrics.jsonl") if "mfu" in line]
+    run_rank(job, LocalSite(job))
+    lines = read_metrics(job.metrics / "metrics.jsonl")
+    utilisation = [line["mfu"] for line in lines if "mfu" in line]
     return {"seconds": step_seconds(job), "mfu": statistics.median(utilisation[WARM_UP:])}
 
 
-def measure_trl(work: Path, shape: str, steps: int, threads: int) -> dict[str, Any]:
+def measure_trl(work: Path, shape: str, steps: int, threads: int) -> Numbers:
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -194,15 +216,17 @@ def measure_trl(work: Path, shape: str, steps: int, threads: int) -> dict[str, A
     return {"seconds": seconds[WARM_UP:]}
 
 
-def measure_on_ray(work: Path, shape: str, steps: int, threads: int, workers: int) -> dict[str, Any]:
-    """The whole TorchTrainer, fed by Ray Data."""
+def measure_on_ray(work: Path, shape: str, steps: int, threads: int, workers: int) -> Numbers:
+    """The complete TorchTrainer, fed by Ray Data."""
     import ray
 
-    from madpo_ray.launch import train_on_ray
+    from madpo_ray.config import ClusterConfig
+    from madpo_ray.training.trainer import train_on_ray
 
     ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="error")
-    job = our_job(work, shape, steps, threads, workers, name=f"ray{workers}-{os.getpid()}")
-    train_on_ray(job)
+    name = f"ray{workers}-{os.getpid()}"
+    job = our_job(work, shape, steps, threads, workers, name=name)
+    train_on_ray(job, ClusterConfig(num_workers=workers, cpus_per_worker=threads))
     ray.shutdown()
     return {"seconds": step_seconds(job)}
 
@@ -216,83 +240,105 @@ def child(arguments: argparse.Namespace) -> None:
         numbers = measure_trl(work, shape, steps, arguments.threads)
     else:
         workers = int(arguments.measure.removeprefix("ray"))
-        numbers = measure_on_ray(work, shape, steps, arguments.threads // workers, workers)
+        threads = arguments.threads // workers
+        numbers = measure_on_ray(work, shape, steps, threads, workers)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print("\n" + json.dumps({**numbers, "peak_bytes": peak}))
 
 
-def measure(work: Path, what: str, shape: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--measure", what, "--shape", shape, "--work", str(work)]
-    command += ["--steps", str(arguments.steps), "--threads", str(arguments.threads)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads), "HF_HUB_OFFLINE": "1"}
+def measure(work: Path, side: str, shape: str, arguments: argparse.Namespace) -> Numbers:
+    """One measurement in a process of its own."""
+    command = [sys.executable, __file__, "--measure", side, "--shape", shape]
+    command += ["--work", str(work), "--steps", str(arguments.steps)]
+    command += ["--threads", str(arguments.threads)]
+    threads = str(arguments.threads)
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode != 0:
-        raise SystemExit(f"measuring {what} on {shape} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
-    numbers: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    print(f"{shape} {what}: {statistics.median(numbers['seconds']):.2f} s a step", flush=True)
+        output = f"{done.stdout[-2000:]}{done.stderr[-4000:]}"
+        raise SystemExit(f"measuring {side} on {shape} failed:\n{output}")
+    numbers: Numbers = json.loads(done.stdout.strip().splitlines()[-1])
+    print(f"{shape} {side}: {statistics.median(numbers['seconds']):.2f} s per step", flush=True)
     return numbers
 
 
-def in_turn(work: Path, sides: tuple[str, ...], shape: str, arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Each side's seconds, pooled over rounds that take turns, and its largest peak."""
-    pooled: dict[str, dict[str, Any]] = {side: {"seconds": [], "peak_bytes": 0, "mfu": []} for side in sides}
+def measure_in_turn(
+    work: Path, sides: tuple[str, ...], shape: str, arguments: argparse.Namespace
+) -> dict[str, Numbers]:
+    """Each side's seconds over rounds that take turns, and its largest peak."""
+    pooled: dict[str, Numbers] = {
+        side: {"seconds": [], "peak_bytes": 0, "mfu": []} for side in sides
+    }
     for _ in range(arguments.rounds):
         for side in sides:
             numbers = measure(work, side, shape, arguments)
-            pooled[side]["seconds"] += numbers["seconds"]
-            pooled[side]["peak_bytes"] = max(pooled[side]["peak_bytes"], numbers["peak_bytes"])
-            pooled[side]["mfu"] += [numbers["mfu"]] if "mfu" in numbers else []
+            total = pooled[side]
+            total["seconds"] += numbers["seconds"]
+            total["peak_bytes"] = max(total["peak_bytes"], numbers["peak_bytes"])
+            if "mfu" in numbers:
+                total["mfu"].append(numbers["mfu"])
     return pooled
 
 
-def rows_of(shape: str, pooled: dict[str, dict[str, Any]]) -> Iterator[str]:
-    """A line of the table for each side; on Ray the model is in other processes, whose memory is not shown."""
+def table_rows(shape: str, pooled: dict[str, Numbers]) -> Iterator[str]:
+    """One row per side. On Ray the model is in other processes, whose memory is not shown."""
     for side, numbers in pooled.items():
         seconds = sorted(numbers["seconds"])
-        median, spread = statistics.median(seconds), f"{seconds[0]:.2f} to {seconds[-1]:.2f}"
-        yield (
-            f"| {shape} | {side} | {PAIRS_PER_STEP / median:.2f} | {median:.2f} ({spread}) "
-            f"| {'-' if side.startswith('ray') else format(numbers['peak_bytes'] / 2**30, '.2f')} |"
-        )
+        median = statistics.median(seconds)
+        spread = f"{seconds[0]:.2f} to {seconds[-1]:.2f}"
+        peak = "-" if side.startswith("ray") else f"{numbers['peak_bytes'] / 2**30:.2f}"
+        rate = PAIRS_PER_STEP / median
+        yield f"| {shape} | {side} | {rate:.2f} | {median:.2f} ({spread}) | {peak} |"
+
+
+def parse_arguments() -> argparse.Namespace:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    steps = "optimizer steps per measurement; the first two do not count"
+    parser.add_argument("--steps", type=int, default=6, help=steps)
+    parser.add_argument("--rounds", type=int, default=2, help="measurements of each side")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    for internal in ("--measure", "--shape", "--work"):
+        parser.add_argument(internal, help=argparse.SUPPRESS)
+    return parser.parse_args()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--steps", type=int, default=6, help="optimizer steps of a measurement; the first two do not count"
-    )
-    parser.add_argument("--rounds", type=int, default=2, help="turns of each side")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--measure", help=argparse.SUPPRESS)
-    parser.add_argument("--shape", help=argparse.SUPPRESS)
-    parser.add_argument("--work", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = parse_arguments()
     if arguments.measure:
         child(arguments)
         return
 
     result: dict[str, float] = {}
-    table = ["| shape | side | pairs/s | seconds a step (range) | peak GiB |", "|---|---|---|---|---|"]
+    table = [
+        "| shape | side | pairs/s | seconds per step (range) | peak GiB |",
+        "|---|---|---|---|---|",
+    ]
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         make_model(work / "model", arguments.seed)
         for shape in SHAPES:
             pairs = make_pairs(shape, PAIRS_PER_STEP * arguments.steps, arguments.seed)
             (work / f"{shape}.json").write_text(json.dumps(pairs))
-            make_source(work / shape, pairs, work / "model")
-            pooled = in_turn(work, ("ours", "trl"), shape, arguments)
-            table += rows_of(shape, pooled)
+            make_rows(work / shape, pairs, work / "model")
+            pooled = measure_in_turn(work, ("ours", "trl"), shape, arguments)
+            table += table_rows(shape, pooled)
+
             ours, trl = pooled["ours"], pooled["trl"]
-            result[f"{shape}_ratio"] = statistics.median(trl["seconds"]) / statistics.median(ours["seconds"])
+            ratio = statistics.median(trl["seconds"]) / statistics.median(ours["seconds"])
+            result[f"{shape}_ratio"] = ratio
             result[f"{shape}_memory_ratio"] = ours["peak_bytes"] / trl["peak_bytes"]
             result["mfu"] = min(result.get("mfu", 1.0), statistics.median(ours["mfu"]))
-        pooled = in_turn(work, ("ours", "ray1", "ray2"), "chat", arguments)
-        table += rows_of("chat, again", pooled)
-        medians = {side: statistics.median(numbers["seconds"]) for side, numbers in pooled.items()}
+
+        pooled = measure_in_turn(work, ("ours", "ray1", "ray2"), "chat", arguments)
+        table += table_rows("chat, again", pooled)
+        medians = {side: statistics.median(each["seconds"]) for side, each in pooled.items()}
         result["trainer_overhead"] = medians["ray1"] / medians["ours"] - 1
+
     print("\n".join(table))
-    print(f"two workers of one thread take {medians['ray2'] / medians['ray1']:.2f} of one worker's step with two")
+    share = medians["ray2"] / medians["ray1"]
+    print(f"two workers of one thread take {share:.2f} of one worker's step with two threads")
     print(json.dumps({key: round(value, 3) for key, value in result.items()}))
 
 

@@ -1,9 +1,9 @@
-"""Builds the demo's preference pairs from human ratings, and names the demo's model file.
+"""Builds the demo's preference pairs from human ratings, and copies the demo's model file.
 
-The ratings are the movie-review part of the VADER sentiment data (Hutto and Gilbert, ICWSM 2014): 10,605 sentences,
-each with 15 to 29 ratings from -4 to +4. A pair is two sentences as answers to one prompt, and its label comes from
-one rater drawn for each sentence, so it carries the noise of real annotators; both mean ratings stay as columns, so
-the true margin is known.
+The ratings are the movie-review part of the VADER sentiment data (Hutto and Gilbert, ICWSM 2014):
+10,605 sentences, each with 15 to 29 ratings from -4 to +4. A pair is two sentences as answers to
+one prompt. Its label comes from one rater drawn for each sentence, so it carries the noise of real
+annotators; both mean ratings are kept as columns, so the true margin is known.
 """
 
 import argparse
@@ -57,7 +57,9 @@ def _lines(raw: bytes) -> list[str]:
     return [line for line in raw.decode("utf-8", errors="replace").splitlines() if line.strip()]
 
 
-def draw_pair(first: Sentence, second: Sentence, rng: random.Random, draws: int = 20) -> dict[str, Any] | None:
+def draw_pair(
+    first: Sentence, second: Sentence, rng: random.Random, draws: int = 20
+) -> dict[str, Any] | None:
     """One labelled pair, or None where `draws` pairs of raters gave equal ratings every time."""
     for _ in range(draws):
         ratings = rng.choice(first.ratings), rng.choice(second.ratings)
@@ -73,8 +75,10 @@ def draw_pair(first: Sentence, second: Sentence, rng: random.Random, draws: int 
     return None
 
 
-def build_pairs(sentences: list[Sentence], sizes: dict[str, int], seed: int) -> list[dict[str, Any]]:
-    """Pairs for each split. Every sentence is used at most once, so no sentence stands in two splits."""
+def build_pairs(
+    sentences: list[Sentence], sizes: dict[str, int], seed: int
+) -> list[dict[str, Any]]:
+    """Pairs for each split. Every sentence is used at most once, so none is in two splits."""
     rng = random.Random(seed)
     shuffled = iter(rng.sample(sentences, len(sentences)))
     rows: list[dict[str, Any]] = []
@@ -83,20 +87,28 @@ def build_pairs(sentences: list[Sentence], sizes: dict[str, int], seed: int) -> 
         while drawn < size:
             first, second = next(shuffled, None), next(shuffled, None)
             if first is None or second is None:
-                raise SystemExit(f"only {len(rows)} pairs can be made of {len(sentences)} sentences: ask for fewer")
+                raise SystemExit(
+                    f"{len(sentences)} sentences make only {len(rows)} pairs: ask for fewer"
+                )
             pair = draw_pair(first, second, rng)
             if pair is not None:
-                # The prompt is one for all, so the sentences themselves are the group that splits must not part.
-                group = hashlib.sha256(json.dumps(sorted([first.text, second.text])).encode()).hexdigest()[:16]
+                # All pairs have one prompt, so the sentences are the group that stays in one split.
+                group = hashlib.sha256(
+                    json.dumps(sorted([first.text, second.text])).encode()
+                ).hexdigest()[:16]
                 rows.append({**pair, "split": split, "group": group})
                 drawn += 1
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sdist", type=Path, required=True, help="vaderSentiment-3.3.2.tar.gz")
-    parser.add_argument("--out", type=Path, required=True, help="folder for pairs.parquet and the model file")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for pairs.parquet and the model file"
+    )
     parser.add_argument("--train", type=int, default=400, help="pairs for training")
     parser.add_argument("--validation", type=int, default=100, help="pairs for validation")
     parser.add_argument("--test", type=int, default=200, help="pairs for the test")

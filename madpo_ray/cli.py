@@ -71,8 +71,7 @@ def _add_command(
             if dry_run:
                 print_plan(loaded, stages(loaded))
                 return
-            limit_s = loaded.run.max_wall_time
-            action(loaded, None if limit_s is None else began + limit_s)
+            action(loaded, loaded.run.deadline(began))
 
 
 @contextlib.contextmanager

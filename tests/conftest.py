@@ -17,14 +17,15 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-import torch
 
 from madpo_ray.artifacts.tables import write_table
 from madpo_ray.columns import MARGIN, REF_LOGPS
 from madpo_ray.config import Config, ModelConfig, PolicyConfig, parse_config
+from madpo_ray.training.job import PolicyTask, TrainingJob
 from support.models import make_model, make_tokenizer
 from support.pairs import make_rows, tiny_run, write_jsonl
-from support.ranks import MakeJob, Ranks, TrainOn
+from support.ranks import THIRTY_STEPS, MakeJob, Ranks, TrainOn, logged
+from support.reference import with_reference
 
 
 @pytest.fixture(scope="session")
@@ -117,21 +118,8 @@ def scored_pairs(
     return folder
 
 
-def with_reference(table: pa.Table, folder: Path, model: ModelConfig) -> pa.Table:
-    """The table with a model's log-probs as the reference's."""
-    from madpo_ray.scoring.scorers import PolicyLogps
-
-    scorer = PolicyLogps(folder, model, columns=REF_LOGPS, batch_size=8)
-    scorer.load(torch.device("cpu"))
-    for name, values in zip(REF_LOGPS, scorer(table), strict=True):
-        table = table.append_column(name, pa.array(values))
-    return table
-
-
-@pytest.fixture
-def policy_job(model_folder: Path, scored_pairs: Path, tmp_path: Path) -> MakeJob:
-    """Makes a policy's training on `scored_pairs`; jobs of one name share checkpoints."""
-    from madpo_ray.training.job import PolicyTask, TrainingJob
+def make_policy_job(model_folder: Path, rows: Path, folder: Path) -> MakeJob:
+    """Makes trainings of a policy on `rows`; jobs of one name share checkpoints."""
 
     def make(name: str, model: dict[str, Any] | None = None, **changes: Any) -> TrainingJob:
         settings = {
@@ -155,15 +143,34 @@ def policy_job(model_folder: Path, scored_pairs: Path, tmp_path: Path) -> MakeJo
             seed=0,
             num_threads=1,
             base_folder=model_folder,
-            rows=scored_pairs,
-            output=tmp_path / name,
-            storage=tmp_path / "ray",
+            rows=rows,
+            output=folder / name,
+            storage=folder / "ray",
         )
 
     return make
 
 
 @pytest.fixture
+def policy_job(model_folder: Path, scored_pairs: Path, tmp_path: Path) -> MakeJob:
+    return make_policy_job(model_folder, scored_pairs, tmp_path)
+
+
+@pytest.fixture
 def train_on(tmp_path: Path) -> TrainOn:
     """Trains a job on a number of ranks; gives their outcome."""
     return lambda job, world_size: Ranks(job, world_size, tmp_path).outcome()
+
+
+@pytest.fixture(scope="session")
+def undisturbed(
+    model_folder: Path, scored_pairs: Path, tmp_path_factory: pytest.TempPathFactory
+) -> TrainingJob:
+    """Thirty steps on one rank that nothing happened to, eight pairs at a time."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    make = make_policy_job(model_folder, scored_pairs, folder)
+    job = make("undisturbed", **THIRTY_STEPS, per_device_train_batch_size=8)
+    Ranks(job, 1, folder).outcome()
+    losses = logged(job)
+    assert len(losses) == len(set(losses.tolist())) == 30
+    return job

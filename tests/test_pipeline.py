@@ -60,7 +60,9 @@ def test_selectable_metrics_are_measured(finished_run: Run) -> None:
     config, _ = finished_run
     for stage, settings in ((train.STAGE, config.train), (reward.STAGE, config.reward)):
         lines = read_metrics(stage.folder(config) / "metrics.jsonl")
-        measured = {name.removeprefix("eval_") for line in lines for name in line if "eval_" in name}
+        measured = {
+            name.removeprefix("eval_") for line in lines for name in line if "eval_" in name
+        }
         assert settings.metrics <= measured
 
 
@@ -213,9 +215,7 @@ def test_saves_the_resolved_config(finished_run: Run) -> None:
     assert load_config(config.run.folder / "config.yaml") == config
 
 
-def test_dpo_needs_no_reward_model(
-    model_folder: Path, tmp_path: Path, ray_local: None
-) -> None:
+def test_dpo_needs_no_reward_model(model_folder: Path, tmp_path: Path, ray_local: None) -> None:
     """Trains none, scores only the reference, and reports no margins."""
     file = write_jsonl(tmp_path / "pairs.jsonl", make_rows(60))
     raw = tiny_run(model_folder, file, tmp_path)

@@ -37,9 +37,7 @@ def test_make_targets_exist(command: str) -> None:
 
 
 @pytest.mark.parametrize("command", MADPO)
-def test_commands_run(
-    command: str, model_folder: Path, pairs_file: Path, tmp_path: Path
-) -> None:
+def test_commands_run(command: str, model_folder: Path, pairs_file: Path, tmp_path: Path) -> None:
     """As a dry run, with README's own config on the tests' model and pairs."""
     (example,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
     replacements = {

@@ -30,6 +30,10 @@ class RunConfig(Section):
     def folder(self) -> Path:
         return Path(self.storage_path) / self.name
 
+    def deadline(self, began: float) -> float | None:
+        """When a command that began at `began` (time.time()) has to save and exit."""
+        return None if self.max_wall_time is None else began + self.max_wall_time
+
 
 class ClusterConfig(Section):
     address: str | None = Field(

@@ -55,7 +55,10 @@ def test_refuses_bad_overrides(tmp_path: Path, override: str) -> None:
         ("a: [", "not valid YAML"),
         ("- a", "must hold sections"),
         ("train: {beta: 0.1}\nmodel: {}\ntrain: {tau: 1.0}\n", "'train' appears twice, in lines 1"),
-        ("train:\n  beta: 0.1\n  tau: 1.0\n  beta: 0.2\n", "'beta' appears twice, in lines 2 and 4"),
+        (
+            "train:\n  beta: 0.1\n  tau: 1.0\n  beta: 0.2\n",
+            "'beta' appears twice, in lines 2 and 4",
+        ),
     ],
 )
 def test_refuses_bad_yaml(tmp_path: Path, text: str, message: str) -> None:

@@ -46,7 +46,7 @@ def test_targets_are_response_tokens(shared: bool) -> None:
         assert flat_ids[batch.last_index[number]] == expected[-1]
         assert flat_ids[batch.predictor_index[own][1:]].tolist() == expected[:-1]
     assert batch.response_lengths.tolist() == [2, 1, 3, 1]
-    assert batch.num_real_tokens == (13 if shared else 17)
+    assert batch.num_real_tokens == (11 if shared else 15)
 
 
 def test_filler_counts_for_nothing() -> None:

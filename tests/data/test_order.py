@@ -139,7 +139,7 @@ def test_pair_over_the_budget_is_refused(policy_job: MakeJob) -> None:
 
 def test_empty_split_is_refused(policy_job: MakeJob) -> None:
     spec = dataclasses.replace(policy_job("empty").order(1), split="test")
-    with pytest.raises(UserError, match="no pair of .* is in split 'test'"):
+    with pytest.raises(UserError, match=r"no pair of .* is in split 'test'"):
         Order(spec)
 
 

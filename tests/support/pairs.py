@@ -6,9 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-WORDS = (
-    "the a film actor scene plot is was good bad great dull fine poor warm cold bright flat".split()
-)
+WORDS = [
+    *("the", "a", "film", "actor", "scene", "plot", "is", "was"),
+    *("good", "bad", "great", "dull", "fine", "poor", "warm", "cold", "bright", "flat"),
+]
 
 Edit = Callable[[dict[str, Any]], None]
 

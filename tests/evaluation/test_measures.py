@@ -1,0 +1,64 @@
+"""Accuracies, correlations and KL on hand-made cases whose sign is known."""
+
+import math
+
+import pyarrow as pa
+import pytest
+
+from madpo_ray.evaluation.measures import divergence, preference_metrics
+
+TABLE = pa.table(
+    {
+        "ref_chosen_logps": [-1.0, -3.0, -2.0, -2.0],
+        "ref_rejected_logps": [-2.0, -1.0, -2.0, -4.0],  # differences 1, -2, 0, 2
+        "policy_chosen_logps": [-1.0, -1.0, -2.0, -5.0],
+        "policy_rejected_logps": [-3.0, -2.0, -3.0, -4.0],  # differences 2, 1, 1, -1
+        "margin": [3.0, 2.0, 1.0, -1.0],
+        "chosen_score": [3.0, 2.0, 1.0, 0.0],
+        "rejected_score": [0.0, 0.0, 0.0, 1.0],  # differences 3, 2, 1, -1
+    }
+)
+
+
+def test_accuracies_by_hand() -> None:
+    """implicit: differences 1, 3, 1, -3."""
+    metrics = preference_metrics(TABLE)
+    accuracies = {
+        name: ranking["accuracy"] for name, ranking in metrics.items() if name != "test_pairs"
+    }
+    assert accuracies == {
+        "reference": 0.5,
+        "policy": 0.75,
+        "implicit": 0.75,
+        "reward_model": 0.75,
+    }
+    low, high = metrics["reference"]["accuracy_interval"]
+    assert (low, high) == pytest.approx((0.150, 0.850), abs=1e-3)
+    assert metrics["test_pairs"] == 4
+
+
+def test_correlations_by_hand() -> None:
+    """With true margins 3, 2, 1, -1: ranks 4, 3, 2, 1."""
+    metrics = preference_metrics(TABLE, ("chosen_score", "rejected_score"))
+    # Ranks of the reference: 3, 1, 2, 4; sum d^2 = 1 + 4 + 0 + 9 = 14; 1 - 6 * 14 / 60.
+    assert metrics["reference"]["rank_correlation"] == pytest.approx(-0.4)
+    assert metrics["reward_model"]["rank_correlation"] == pytest.approx(1.0)
+
+
+def test_without_margins_there_is_no_reward_model() -> None:
+    assert "reward_model" not in preference_metrics(TABLE.drop_columns(["margin"]))
+
+
+def test_divergence_by_hand() -> None:
+    """The policy likes its own samples more than the reference does: positive."""
+    samples = pa.table({"policy_logps": [-1.0, -2.0, -4.0], "ref_logps": [-2.0, -4.0, -4.0]})
+    found = divergence(samples, "policy_logps", "ref_logps")
+    assert found["kl"] == pytest.approx(1.0)  # gaps 1, 2, 0
+    assert found["kl_standard_error"] == pytest.approx(1.0 / math.sqrt(3))
+    assert found["kl_samples"] == 3
+
+
+def test_policy_equal_to_reference_has_no_divergence() -> None:
+    samples = pa.table({"policy_logps": [-1.0, -2.0], "ref_logps": [-1.0, -2.0]})
+    found = divergence(samples, "policy_logps", "ref_logps")
+    assert (found["kl"], found["kl_standard_error"]) == (0.0, 0.0)

@@ -1,0 +1,50 @@
+"""Tables for a terminal, whatever a model wrote."""
+
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from madpo_ray.evaluation.terminal import evaluation_tables, printable
+
+
+def results(sample: str) -> dict[str, Any]:
+    ranking = {"accuracy": 0.5, "accuracy_interval": (0.4, 0.6)}
+    return {
+        "test_pairs": 4,
+        "reference": ranking,
+        "policy": {**ranking, "rank_correlation": 0.25},
+        "implicit": ranking,
+        "kl": 1.0,
+        "kl_standard_error": 0.5,
+        "kl_samples": 2,
+        "samples": {"before": [sample], "after": [sample]},
+    }
+
+
+def shown(sample: str) -> str:
+    console = Console(file=io.StringIO(), width=120)
+    for table in evaluation_tables(results(sample)):
+        console.print(table)
+    text: str = console.file.getvalue()  # type: ignore[attr-defined]
+    return text
+
+
+def test_shows_what_there_is() -> None:
+    text = shown("fine")
+    assert "policy, by log-prob" in text
+    assert "0.400 to 0.600" in text
+    assert "0.250" in text
+    assert "1.000 ± 0.500 nats per response (2 samples)" in text
+    assert "reward model" not in text
+
+
+@pytest.mark.parametrize("sample", ["[/INST] yes", "[red]x", "[/x]"])
+def test_square_brackets_are_text(sample: str) -> None:
+    assert shown(sample).count(sample) == 2
+
+
+def test_control_characters_are_removed() -> None:
+    """A terminal would obey them."""
+    assert printable("\x1b]0;title\x07a\nb\x9bc").plain == "]0;titlea\nbc"

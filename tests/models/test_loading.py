@@ -1,0 +1,83 @@
+"""Loading models, and refusing what cannot be trained."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from madpo_ray.config import ModelConfig, PolicyConfig, RewardConfig
+from madpo_ray.errors import UserError
+from madpo_ray.models.loading import (
+    check_trainable,
+    load_policy,
+    load_policy_float32,
+    load_reward_model,
+    prepare_for_training,
+)
+from support.models import make_model, tiny_config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"lora_target_modules": ["q_prj"]},
+            "llama has no module 'q_prj'; did you mean 'q_proj'?",
+        ),
+        (
+            {"lora_target_modules": ["q_proj"], "lora_layers_to_transform": [1, 2]},
+            "lora_layers_to_transform: the model has layers 0 to 1, not [2]",
+        ),
+    ],
+)
+def test_refuses_lora_without_its_modules(
+    changes: dict[str, Any], message: str, model_folder: Path
+) -> None:
+    settings = PolicyConfig(use_peft=True, **changes)
+    model = ModelConfig(model_name_or_path=str(model_folder))
+    with pytest.raises(UserError, match=re.escape(message)):
+        check_trainable(model_folder, model, settings, task_type="CAUSAL_LM")
+
+
+def test_refuses_a_model_without_reward_head(tmp_path: Path) -> None:
+    tiny_config("cohere").save_pretrained(tmp_path)
+    model = ModelConfig(model_name_or_path=str(tmp_path))
+    check_trainable(tmp_path, model, PolicyConfig(), task_type="CAUSAL_LM")
+    with pytest.raises(UserError, match="no AutoModelForSequenceClassification of cohere"):
+        check_trainable(tmp_path, model, RewardConfig(), task_type="SEQ_CLS")
+
+
+def test_refuses_attention_that_the_model_lacks(tmp_path: Path) -> None:
+    tiny_config("gpt2").save_pretrained(tmp_path)
+    model = ModelConfig(model_name_or_path=str(tmp_path), attn_implementation="flex_attention")
+    with pytest.raises(UserError, match="no AutoModelForCausalLM of gpt2 with flex_attention"):
+        check_trainable(tmp_path, model, PolicyConfig(), task_type="CAUSAL_LM")
+
+
+def test_policy_has_the_configs_dtype(model_folder: Path) -> None:
+    model = ModelConfig(model_name_or_path=str(model_folder), dtype="bfloat16")
+    assert next(load_policy(model_folder, model).parameters()).dtype == torch.bfloat16
+    assert next(load_policy_float32(model_folder, model).parameters()).dtype == torch.float32
+
+
+def test_new_reward_head_is_zero(model_folder: Path) -> None:
+    """All rewards start at 0, so the first loss is ln 2."""
+    model = ModelConfig(model_name_or_path=str(model_folder))
+    loaded: Any = load_reward_model(model_folder, model)
+    assert loaded.config.num_labels == 1
+    assert not loaded.score.weight.any()
+
+
+def test_disable_dropout_reaches_every_module() -> None:
+    config_dropout = {"attention_dropout": 0.3}
+    settings = PolicyConfig(use_peft=True, lora_r=4, lora_dropout=0.2)
+    model = prepare_for_training(make_model(**config_dropout), settings, task_type="CAUSAL_LM")
+    dropouts = [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)]
+    assert not any(dropouts)
+    assert not any(getattr(m, "attention_dropout", 0.0) for m in model.modules())
+
+    settings = settings.model_copy(update={"disable_dropout": False})
+    model = prepare_for_training(make_model(**config_dropout), settings, task_type="CAUSAL_LM")
+    assert any(getattr(m, "attention_dropout", 0.0) == 0.3 for m in model.modules())

@@ -1,0 +1,97 @@
+"""Temperature and calibration errors, on margins whose true scale is known."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy.special import expit
+
+from madpo_ray.scoring.calibration import (
+    FOLDS,
+    brier_score,
+    calibration_report,
+    expected_calibration_error,
+    fit_temperature,
+    interval,
+)
+
+
+def calibrated_margins(count: int, scale: float = 1.0) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    size = rng.exponential(1.5, count)
+    agrees = rng.random(count) < expit(size)
+    return scale * np.where(agrees, size, -size)
+
+
+@pytest.mark.parametrize("scale", [0.25, 1.0, 3.0])
+def test_temperature_is_the_scale(scale: float) -> None:
+    assert fit_temperature(calibrated_margins(20_000, scale)) == pytest.approx(scale, rel=0.05)
+
+
+def test_brier_by_hand() -> None:
+    """sigmoid(ln 3) = 0.75, so (1 - 0.75)^2 = 0.0625; a margin of -ln 3 gives 0.5625."""
+    assert brier_score(np.array([math.log(3)])) == pytest.approx(0.0625)
+    assert brier_score(np.array([math.log(3), -math.log(3)])) == pytest.approx(0.3125)
+
+
+def test_ece_by_hand() -> None:
+    """Confidences 0.75, 0.75, 0.9, 0.9 with one of each pair right, in two bins of ten.
+
+    |1.5 - 1| + |1.8 - 1| = 1.3, over four pairs.
+    """
+    margins = np.array([math.log(3), -math.log(3), math.log(9), -math.log(9)])
+    assert expected_calibration_error(margins) == pytest.approx(1.3 / 4)
+
+
+def test_calibrated_margins_have_no_error() -> None:
+    margins = calibrated_margins(50_000)
+    assert expected_calibration_error(margins) < 0.01
+    assert expected_calibration_error(3 * margins) > 0.08
+    assert brier_score(margins) < brier_score(3 * margins)
+
+
+def test_perfect_model_has_no_error() -> None:
+    assert expected_calibration_error(np.full(100, 40.0)) == pytest.approx(0, abs=1e-9)
+
+
+def test_errors_after_are_out_of_fold() -> None:
+    """Equal to an explicit loop over folds; the temperature is that of all pairs."""
+    margins = calibrated_margins(400, 4.0)
+    report = calibration_report(margins)
+    scaled = np.empty_like(margins)
+    for fold in range(FOLDS):
+        is_held_out = np.arange(len(margins)) % FOLDS == fold
+        temperature = fit_temperature(margins[~is_held_out])
+        assert temperature is not None
+        scaled[is_held_out] = margins[is_held_out] / temperature
+    assert report["ece_after"] == pytest.approx(expected_calibration_error(scaled))
+    assert report["brier_after"] == pytest.approx(brier_score(scaled))
+    assert report["brier_before"] == pytest.approx(brier_score(margins))
+    assert report["temperature"] == fit_temperature(margins)
+    assert report["validation_pairs"] == 400
+
+
+def test_ties_are_not_right() -> None:
+    assert calibration_report(np.array([0.0, 1.0, -1.0, 2.0]))["accuracy"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("margins", "cause"),
+    [
+        (np.array([-1.0, 1.0] * 10), "too close to chance"),
+        (np.array([-1.0, -2.0, 1.0]), "too close to chance"),
+        (np.full(10, 2.0), "all margins are positive"),
+    ],
+)
+def test_chance_and_certainty_have_no_temperature(margins: np.ndarray, cause: str) -> None:
+    report = calibration_report(margins)
+    assert report["temperature"] is None
+    assert cause in report["reason"]
+
+
+def test_interval_by_hand() -> None:
+    """Wilson 1927 at 8 of 10, z = 1.96.
+
+    (p + z^2/2n ± z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n).
+    """
+    assert interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)

@@ -1,0 +1,103 @@
+"""Scorers of pairs and of single responses."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from madpo_ray.config import ModelConfig
+from madpo_ray.scoring.actors import ScoringActor
+from madpo_ray.scoring.scorers import PolicyLogps, Scorer, TrainedReward
+from support.forwards import PAIRS, separate_logp
+from support.models import make_model, make_reward_model
+
+
+@pytest.fixture
+def model(model_folder: Path) -> ModelConfig:
+    return ModelConfig(model_name_or_path=str(model_folder))
+
+
+def loaded(scorer: Any) -> Any:
+    scorer.load(torch.device("cpu"))
+    return scorer
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_scores_keep_the_order_of_rows(
+    batch_size: int, model: ModelConfig, model_folder: Path
+) -> None:
+    """Whatever the order by length, and the batches."""
+    scorer = loaded(
+        PolicyLogps(model_folder, model, columns=("chosen", "rejected"), batch_size=batch_size)
+    )
+    scores = scorer(pa.Table.from_pylist(PAIRS))
+    plain = make_model()
+    with torch.no_grad():
+        for row, side in enumerate(("chosen_ids", "rejected_ids")):
+            expected = [float(separate_logp(plain, p["prompt_ids"], p[side])) for p in PAIRS]
+            np.testing.assert_allclose(scores[row], expected, atol=1e-4)
+
+
+def test_scores_single_responses(model: ModelConfig, model_folder: Path) -> None:
+    """What KL and judges need: no sample has to pose as a pair."""
+    scorer = loaded(
+        PolicyLogps(model_folder, model, columns=("logps",), batch_size=2, responses=("sampled",))
+    )
+    rows = [{"prompt_ids": p["prompt_ids"], "sampled": p["rejected_ids"]} for p in PAIRS]
+    scores = scorer(pa.Table.from_pylist(rows))
+    plain = make_model()
+    with torch.no_grad():
+        expected = [float(separate_logp(plain, row["prompt_ids"], row["sampled"])) for row in rows]
+    assert scores.shape == (1, len(PAIRS))
+    np.testing.assert_allclose(scores[0], expected, atol=1e-4)
+
+
+def test_scores_rewards(model: ModelConfig, tmp_path: Path) -> None:
+    plain = make_reward_model()
+    plain.save_pretrained(tmp_path)
+    scorer = loaded(TrainedReward(tmp_path, model, columns=("chosen", "rejected"), batch_size=2))
+    scores = scorer(pa.Table.from_pylist(PAIRS))
+    for row, side in enumerate(("chosen_ids", "rejected_ids")):
+        for pair, value in zip(PAIRS, scores[row], strict=True):
+            ids = torch.tensor([pair["prompt_ids"] + pair[side]])
+            with torch.no_grad():
+                hidden = plain.model(input_ids=ids).last_hidden_state[0, -1]
+                assert value == pytest.approx(float(plain.score(hidden)[0]), abs=1e-5)
+
+
+class Constant:
+    """A scorer of a user's own: nothing but the protocol."""
+
+    columns = ("chosen_reward", "rejected_reward")
+
+    def __init__(self, rejected: list[float]) -> None:
+        self._rejected = rejected
+
+    def load(self, device: torch.device) -> None:
+        self._is_loaded = True
+
+    def __call__(self, rows: pa.Table) -> np.ndarray:
+        assert self._is_loaded
+        return np.array([[1.0] * rows.num_rows, self._rejected])
+
+
+def test_actor_runs_any_scorer() -> None:
+    scorer: Scorer = Constant([2.0, 3.0])
+    rows = pa.table({"pair_id": ["a", "b"]})
+    scored = ScoringActor([scorer], num_threads=torch.get_num_threads())(rows)
+    assert scored.to_pydict() == {
+        "pair_id": ["a", "b"],
+        "chosen_reward": [1.0, 1.0],
+        "rejected_reward": [2.0, 3.0],
+    }
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_actor_names_pairs_without_a_score(value: float) -> None:
+    actor = ScoringActor([Constant([2.0, value])], num_threads=torch.get_num_threads())
+    message = r"rejected_reward is not finite for 1 pairs, such as \['b'\]"
+    with pytest.raises(RuntimeError, match=message):
+        actor(pa.table({"pair_id": ["a", "b"]}))

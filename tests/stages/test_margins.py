@@ -1,0 +1,180 @@
+"""Stage margins of a finished run: rewards, margins, reference log-probs, and what is redone."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+import torch
+
+from madpo_ray import pipeline
+from madpo_ray.artifacts.tables import column_names, read_columns, read_split
+from madpo_ray.config import Config, parse_config
+from madpo_ray.data.batching import collate
+from madpo_ray.errors import UserError
+from madpo_ray.models.loading import load_policy
+from madpo_ray.models.logprobs import ResponseLogps
+from madpo_ray.scoring.calibration import fit_temperature
+from madpo_ray.stages import margins, pairs, reward, sft
+
+pytestmark = [pytest.mark.ray, pytest.mark.deepspeed]
+
+Run = tuple[Config, list[str]]
+
+
+def calibration(config: Config) -> dict[str, Any]:
+    found: dict[str, Any] = margins.STAGE.require(config)["calibration"]
+    return found
+
+
+def test_holds_every_pair_once(finished_run: Run) -> None:
+    config, _ = finished_run
+    before = read_columns(pairs.STAGE.rows(config), ["pair_id"])["pair_id"].to_pylist()
+    after = read_columns(margins.STAGE.rows(config), ["pair_id"])["pair_id"].to_pylist()
+    assert len(before) == len(set(before)) == 90
+    assert after == before
+
+
+def test_margins_are_differences_in_calibrated_units(finished_run: Run) -> None:
+    config, _ = finished_run
+    names = ("margin", "chosen_reward", "rejected_reward")
+    table = read_columns(margins.STAGE.rows(config), names)
+    differences = pc.subtract(table["chosen_reward"], table["rejected_reward"])
+    assert differences.to_pylist() == table["margin"].to_pylist()
+
+    # The temperature is that of the validation pairs' raw margins.
+    scores = read_columns(config.run.folder / "scores" / "reward" / "data", ["pair_id", *names[1:]])
+    splits = read_columns(margins.STAGE.rows(config), ["split"])["split"]
+    held_out = scores.filter(pc.equal(splits, "validation"))
+    raw = pc.subtract(held_out["chosen_reward"], held_out["rejected_reward"]).to_numpy()
+    report = calibration(config)
+    assert report["temperature"] == fit_temperature(raw)
+    assert report["temperature"] != 1.0
+    assert report["validation_pairs"] == held_out.num_rows
+    assert report["accuracy"] > 0.6
+    expected = pc.divide(scores["rejected_reward"], report["temperature"])
+    assert table["rejected_reward"].to_pylist() == expected.to_pylist()
+
+
+def test_reward_model_scores_the_same_in_transformers(finished_run: Run) -> None:
+    """Right-padded, with the saved tokenizer."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    config, _ = finished_run
+    folder = reward.STAGE.folder(config) / "model"
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    names = ("prompt_ids", "chosen_ids", "chosen_reward")
+    rows = read_split(margins.STAGE.rows(config), "test", names).slice(0, 4).to_pylist()
+    texts = [row["prompt_ids"] + row["chosen_ids"] for row in rows]
+    assert tokenizer.pad_token_id == model.config.pad_token_id != tokenizer.eos_token_id
+    padded = tokenizer.pad({"input_ids": texts}, return_tensors="pt")
+    with torch.no_grad():
+        scores = model(**padded).logits[:, 0] / calibration(config)["temperature"]
+    stored = torch.tensor([row["chosen_reward"] for row in rows])
+    torch.testing.assert_close(scores, stored, rtol=1e-4, atol=1e-5)
+
+
+def test_reference_log_probs_are_the_models_own(finished_run: Run) -> None:
+    config, _ = finished_run
+    names = ("prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps")
+    rows = read_split(margins.STAGE.rows(config), "train", names).slice(0, 6).to_pylist()
+    policy = load_policy(sft.initial_policy(config), config.model).eval()
+    with torch.no_grad():
+        logps = ResponseLogps(policy)(collate(rows, shared_prefix=False))["logps"]
+    stored = [row[f"ref_{side}_logps"] for side in ("chosen", "rejected") for row in rows]
+    expected = torch.tensor(stored, dtype=torch.float64)
+    torch.testing.assert_close(logps.double(), expected, rtol=0, atol=1e-4)
+
+
+def manifests(config: Config) -> dict[str, int]:
+    """When each scorer's artifact was made."""
+    folder = config.run.folder / "scores"
+    return {
+        name: (folder / name / "manifest.json").stat().st_mtime_ns
+        for name in ("reward", "reference")
+    }
+
+
+@pytest.fixture
+def copied_run(finished_run: Run, tmp_path: Path) -> dict[str, Any]:
+    """The config of a copy of the finished run."""
+    config, _ = finished_run
+    shutil.copytree(config.run.folder, tmp_path / "tiny", symlinks=True)
+    raw = config.model_dump(mode="json")
+    raw["run"]["storage_path"] = str(tmp_path)
+    return raw
+
+
+def run_margins(raw: dict[str, Any], *stages: Any) -> Config:
+    config = parse_config(raw)
+    for stage in (*stages, margins.STAGE):
+        pipeline.run_stage(config, stage, say=lambda what: None)
+    return config
+
+
+def test_other_calibration_scores_nothing_again(copied_run: dict[str, Any]) -> None:
+    before = manifests(parse_config(copied_run))
+    copied_run["margins"] = {"calibrate": False}
+    config = run_margins(copied_run)
+    assert manifests(config) == before
+    scores = read_columns(config.run.folder / "scores" / "reward" / "data", ["chosen_reward"])
+    stored = read_columns(margins.STAGE.rows(config), ["chosen_reward"])
+    assert stored.equals(scores)
+
+
+def test_other_reward_model_keeps_the_reference_pass(copied_run: dict[str, Any]) -> None:
+    before = manifests(parse_config(copied_run))
+    copied_run["reward"] |= {"max_steps": 18}
+    after = manifests(run_margins(copied_run, reward.STAGE))
+    assert after["reference"] == before["reference"]
+    assert after["reward"] > before["reward"]
+
+
+def test_other_initial_policy_keeps_the_reward_pass(copied_run: dict[str, Any]) -> None:
+    old = parse_config(copied_run)
+    before = manifests(old)
+    logps = read_columns(margins.STAGE.rows(old), ["ref_chosen_logps", "margin"])
+    copied_run["sft"] = {**copied_run["reward"], "use_peft": False, "max_steps": 2}
+    del copied_run["sft"]["center_rewards_coefficient"]
+    config = run_margins(copied_run, sft.STAGE)
+    after = manifests(config)
+    assert after["reward"] == before["reward"]
+    assert after["reference"] > before["reference"]
+    new = read_columns(margins.STAGE.rows(config), ["ref_chosen_logps", "margin"])
+    assert new["margin"].equals(logps["margin"])
+    assert not new["ref_chosen_logps"].equals(logps["ref_chosen_logps"])
+
+
+def test_without_rewards_there_are_no_margins(copied_run: dict[str, Any]) -> None:
+    """Nothing is scored again for it."""
+    before = manifests(parse_config(copied_run))
+    copied_run["train"]["loss_type"] = "sigmoid"
+    config = run_margins(copied_run)
+    assert manifests(config) == before
+    assert "margin" not in column_names(margins.STAGE.rows(config))
+    assert margins.STAGE.require(config)["calibration"] is None
+
+
+def test_description() -> None:
+    """One line for the calibration, and one per split that has pairs."""
+    splits = {
+        "train": {"pairs": 4, "margin": 0.5, "negative_fraction": 0.25},
+        "validation": {"pairs": 0, "margin": None, "negative_fraction": None},
+    }
+    report = {"accuracy": 0.75, "accuracy_interval": (0.3, 0.9), "temperature": None, "reason": "r"}
+    lines = margins.describe({"splits": splits, "calibration": report})
+    assert lines[0].endswith("0.750 (95 % 0.300 to 0.900); not calibrated: r")
+    assert lines[1:] == ["train: 4 pairs, mean margin 0.500, 25.0% negative"]
+
+
+def test_uncalibratable_margins_are_refused(copied_run: dict[str, Any]) -> None:
+    """A model at chance; margins.calibrate: false uses its margins as they are."""
+    copied_run["reward"] |= {"max_steps": 1, "learning_rate": 1e-12}
+    with pytest.raises(UserError, match=r"cannot be calibrated.*margins\.calibrate: false"):
+        run_margins(copied_run, reward.STAGE)
+    copied_run["margins"] = {"calibrate": False}
+    config = run_margins(copied_run)
+    assert isinstance(read_columns(margins.STAGE.rows(config), ["margin"]), pa.Table)

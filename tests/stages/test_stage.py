@@ -1,0 +1,93 @@
+"""The frame that every stage shares."""
+
+from typing import Any
+
+import pytest
+
+from madpo_ray import pipeline
+from madpo_ray.config import Config, parse_config
+from madpo_ray.errors import UserError
+from madpo_ray.stages import evaluate, margins, pairs, reward, sft, train, tune
+from madpo_ray.stages.stage import Build, Stage
+
+
+def stage(**fields: Any) -> Stage:
+    def make(build: Build) -> dict[str, Any]:
+        (build.folder / "fingerprint").write_text(build.fingerprint)
+        return {"deadline": build.deadline}
+
+    defaults: dict[str, Any] = {
+        "name": "one",
+        "help": "",
+        "settings": lambda config: {"seed": config.run.seed},
+        "make": make,
+        "describe": lambda results: [],
+    }
+    return Stage(**{**defaults, **fields})
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+def test_builds_requires_and_finishes(config: Config) -> None:
+    first = stage()
+    second = stage(name="two", upstream=lambda config: (first,), settings=lambda config: {})
+    with pytest.raises(UserError, match="run `madpo-ray one` first"):
+        second.run(config)
+
+    assert first.run(config, deadline=5.0) == {"deadline": 5.0}
+    assert first.is_finished(config)
+    assert first.require(config) == {"deadline": 5.0}
+    fingerprint = first.inputs(config).fingerprint
+    assert (first.folder(config) / "fingerprint").read_text() == fingerprint
+    assert second.inputs(config).upstream == {"one": fingerprint}
+    second.run(config)
+
+    changed = config.model_copy(update={"run": config.run.model_copy(update={"seed": 1})})
+    assert not first.is_finished(changed)
+    assert not second.is_finished(changed)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+def test_checks_upstream_before_it_builds(config: Config) -> None:
+    def refuse(config: Config) -> None:
+        raise UserError("no")
+
+    refusing = stage(check_upstream=refuse)
+    with pytest.raises(UserError, match="no"):
+        refusing.run(config)
+    assert not refusing.folder(config).exists()
+
+
+def test_stages_read_earlier_ones_only(raw_config: dict[str, Any]) -> None:
+    """In the order of the table, and by file only."""
+    config = parse_config(raw_config)
+    for i, one in enumerate(pipeline.STAGES):
+        assert set(one.upstream(config)) <= set(pipeline.STAGES[:i])
+    assert margins.STAGE.upstream(config) == (pairs.STAGE, sft.STAGE, reward.STAGE)
+    assert train.STAGE.upstream(config) == (sft.STAGE, margins.STAGE)
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "sft_section", "expected"),
+    [
+        ("madpo", None, [pairs, reward, margins, train, evaluate]),
+        ("madpo", {}, [pairs, sft, reward, margins, train, evaluate]),
+        ("sigmoid", None, [pairs, margins, train, evaluate]),
+    ],
+)
+def test_wanted_stages(
+    loss_type: str, sft_section: Any, expected: list[Any], raw_config: dict[str, Any]
+) -> None:
+    raw_config["train"]["loss_type"] = loss_type
+    raw_config["sft"] = sft_section
+    wanted = pipeline.wanted_stages(parse_config(raw_config))
+    assert wanted == [module.STAGE for module in expected]
+    assert tune.STAGE not in wanted
+
+
+def test_rewards_can_be_asked_for(raw_config: dict[str, Any]) -> None:
+    """To log margin/* metrics with another loss."""
+    raw_config["train"]["loss_type"] = "ipo"
+    raw_config["margins"] = {"with_rewards": True}
+    assert reward.STAGE in pipeline.wanted_stages(parse_config(raw_config))

@@ -1,0 +1,79 @@
+"""Which checkpoint a run resumes from."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from madpo_ray.artifacts.manifest import hash_file
+from madpo_ray.training.checkpoints import checkpoint_step, newest_checkpoint
+from support.ranks import MakeJob, TrainOn, weights_of
+
+
+def write_checkpoint(folder: Path, step: int, ranks: int = 2) -> Path:
+    """What `save_checkpoint` leaves, with files that hold only text."""
+    checkpoint = folder / f"checkpoint_{step:08d}"
+    checkpoint.mkdir(parents=True)
+    for rank in range(ranks):
+        part = checkpoint / f"part-{rank}.pt"
+        part.write_text(f"step {step}, rank {rank}")
+        listing = {"step": step, "world_size": ranks, "files": {part.name: hash_file(part)}}
+        (checkpoint / f"rank-{rank}.json").write_text(json.dumps(listing))
+    return checkpoint
+
+
+def test_newest_is_by_step(tmp_path: Path) -> None:
+    """Not by name or time."""
+    newest = write_checkpoint(tmp_path, 9).rename(tmp_path / "checkpoint_a")
+    write_checkpoint(tmp_path, 4)
+    assert newest_checkpoint(tmp_path) == (9, newest)
+    assert newest_checkpoint(tmp_path, step=4) == (4, tmp_path / "checkpoint_00000004")
+    assert newest_checkpoint(tmp_path, step=5) is None
+    assert newest_checkpoint(tmp_path / "none") is None
+
+
+@pytest.mark.parametrize("fault", ["changed", "missing part", "missing rank", "torn listing"])
+def test_torn_checkpoint_is_skipped(
+    fault: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_checkpoint(tmp_path, 4)
+    torn = write_checkpoint(tmp_path, 9)
+    match fault:
+        case "changed":
+            (torn / "part-1.pt").write_text("step 9, rank 2")
+        case "missing part":
+            (torn / "part-1.pt").unlink()
+        case "missing rank":
+            (torn / "rank-1.json").unlink()
+        case "torn listing":
+            listing = torn / "rank-0.json"
+            listing.write_text(listing.read_text()[:-1])
+    assert checkpoint_step(torn) is None
+    found = newest_checkpoint(tmp_path)
+    assert found is not None
+    assert found[0] == 4
+    assert "is torn or was changed" in caplog.text
+
+
+def test_files_next_to_checkpoints_are_none(tmp_path: Path) -> None:
+    """Ray keeps a file of such a name there."""
+    (tmp_path / "checkpoint_manager_snapshot.json").write_text("{}")
+    assert newest_checkpoint(tmp_path) is None
+
+
+@pytest.mark.deepspeed
+def test_run_resumes_before_a_torn_checkpoint(policy_job: MakeJob, train_on: TrainOn) -> None:
+    """And ends with the same weights."""
+    job = policy_job("torn", max_steps=6, save_steps=2)
+    train_on(job, 2)
+    finished = weights_of(job)
+    newest = sorted(job.checkpoints.glob("checkpoint_*"))[-1]
+    part = next(newest.rglob("*optim_states.pt"))
+    part.write_bytes(part.read_bytes()[:-1])
+    found = newest_checkpoint(job.checkpoints)
+    assert found is not None
+    assert found[0] == 4
+    train_on(job, 2)
+    again = weights_of(job)
+    assert all(torch.equal(weight, finished[name]) for name, weight in again.items())
