@@ -91,6 +91,7 @@ def make_rows(folder: Path, pairs: list[dict[str, str]], model: Path) -> None:
     from transformers import AutoTokenizer
 
     from madpo_ray.artifacts.tables import write_table
+    from madpo_ray.data.formats import Pair
     from madpo_ray.data.tokens import tokenize_pair
 
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -98,7 +99,9 @@ def make_rows(folder: Path, pairs: list[dict[str, str]], model: Path) -> None:
     for i, pair in enumerate(pairs):
         row = {
             "pair_id": str(i),
-            **tokenize_pair(pair, tokenizer, 2048),
+            **tokenize_pair(
+                Pair(pair["prompt"], pair["chosen"], pair["rejected"]), tokenizer, 2048
+            ).as_columns(),
             "margin": (i % 7) - 2.0,
             "ref_chosen_logps": -500.0,
             "ref_rejected_logps": -500.0,

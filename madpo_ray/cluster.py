@@ -43,9 +43,12 @@ def connected(cluster: ClusterConfig, *, dashboard: bool = False) -> Iterator[No
         yield
         return
 
-    _start_or_connect(cluster, dashboard=dashboard)
-    # SystemExit is the only exception that passes through Ray's calls.
-    with on_sigterm(lambda: sys.exit(ExitCode.TERMINATED)) as terminated:
+    def start() -> None:
+        _start_or_connect(cluster, dashboard=dashboard)
+
+    # SystemExit is the only exception that passes through Ray's calls. Ray installs a handler of
+    # its own when it starts.
+    with on_sigterm(lambda: sys.exit(ExitCode.TERMINATED), prepare=start) as terminated:
         try:
             check_workers_fit(cluster)
             _configure_data()

@@ -25,7 +25,10 @@ FILE = "file"
 FILE_NUMBER = "file_number"
 ROW = "row"
 REASON = "reason"
+REASON_KIND = "reason_kind"  # the reason without the row's own values
 CONTENT_HASH = "content_hash"
+NUM_CUT = "num_cut"  # responses that were cut at max_length
+REPEATED_PROMPT = "repeated_prompt"  # whether both responses began with the prompt
 
 # Columns of the user's that are carried along must not have one of these names.
 RESERVED = frozenset(
@@ -43,7 +46,10 @@ RESERVED = frozenset(
         FILE_NUMBER,
         ROW,
         REASON,
+        REASON_KIND,
         CONTENT_HASH,
+        NUM_CUT,
+        REPEATED_PROMPT,
     }
 )
 

@@ -3,12 +3,14 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from madpo_ray import columns
 from madpo_ray.artifacts.manifest import read_manifest
 from madpo_ray.config import Config, TrainingConfig
+from madpo_ray.data.order import count_steps
 from madpo_ray.data.sources import open_source
-from madpo_ray.pipeline import check, pending
+from madpo_ray.pipeline import check
 from madpo_ray.stages import pairs, reward, sft, train, tune
 from madpo_ray.stages.stage import Stage
 
@@ -71,7 +73,7 @@ def plan(config: Config, stages: Sequence[Stage]) -> Plan:
 
 def _is_local(config: Config) -> bool:
     """Whether the model is here; a hub name is not looked up for a plan."""
-    return config.model.model_name_or_path.startswith("/")
+    return Path(config.model.model_name_or_path).is_absolute()
 
 
 def _pairs_by_split(config: Config) -> dict[str, int] | None:
@@ -108,9 +110,8 @@ def _trainings(config: Config, stages: Sequence[Stage], num_pairs: int) -> Itera
 
 
 def _steps(settings: TrainingConfig, num_pairs: int) -> int:
-    if settings.max_steps > 0:
-        return settings.max_steps
-    return settings.num_train_epochs * math.ceil(num_pairs / settings.global_batch_size)
+    steps_per_epoch = math.ceil(num_pairs / settings.global_batch_size)
+    return count_steps(steps_per_epoch, settings.num_train_epochs, settings.max_steps)
 
 
 def _idle(settings: TrainingConfig, num_workers: int) -> str:
@@ -142,9 +143,4 @@ def _trials(config: Config) -> str:
 def _to_do(config: Config, stages: Sequence[Stage]) -> list[str]:
     if not _is_local(config):
         return [stage.name for stage in stages]
-    unfinished = pending(config)
-    return [
-        stage.name
-        for stage in stages
-        if stage in unfinished or not (stage.is_wanted(config) or stage.is_finished(config))
-    ]
+    return [stage.name for stage in stages if not stage.is_finished(config)]

@@ -7,16 +7,26 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 
+def _nothing() -> None:
+    """Nothing to prepare."""
+
+
 @contextlib.contextmanager
-def on_sigterm(react: Callable[[], None]) -> Iterator[threading.Event]:
+def on_sigterm(
+    react: Callable[[], None], *, prepare: Callable[[], None] = _nothing
+) -> Iterator[threading.Event]:
     """Calls `react` on the first SIGTERM inside the block and sets the event that it yields.
 
     The handler that was there before is restored by the first SIGTERM and at the end of the block,
     so a second SIGTERM does what it did before. Signals belong to the main thread: in any other
     thread (a trial of Tune) the block runs without a handler.
+
+    Args:
+        prepare: called first; a handler that it installs is replaced, too.
     """
     received = threading.Event()
     if threading.current_thread() is not threading.main_thread():
+        prepare()
         yield received
         return
     before = signal.getsignal(signal.SIGTERM)
@@ -26,8 +36,9 @@ def on_sigterm(react: Callable[[], None]) -> Iterator[threading.Event]:
         received.set()
         react()
 
-    signal.signal(signal.SIGTERM, handle)
     try:
+        prepare()
+        signal.signal(signal.SIGTERM, handle)
         yield received
     finally:
         signal.signal(signal.SIGTERM, before)

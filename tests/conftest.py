@@ -20,7 +20,7 @@ import pytest
 
 from madpo_ray.artifacts.tables import write_table
 from madpo_ray.columns import MARGIN, REF_LOGPS
-from madpo_ray.config import Config, ModelConfig, PolicyConfig, parse_config
+from madpo_ray.config import Config, DataConfig, ModelConfig, PolicyConfig, parse_config
 from madpo_ray.training.job import PolicyTask, TrainingJob
 from support.models import make_model, make_tokenizer
 from support.pairs import make_rows, tiny_run, write_jsonl
@@ -94,9 +94,11 @@ def finished_run(
 def scored_pairs(
     model_folder: Path, pairs_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """About 75 pairs as stage margins writes them, with random margins: what a policy reads."""
+    """90 pairs as stage margins writes them, with random margins: what a policy reads."""
+    from madpo_ray.data.formats import parse_pair
     from madpo_ray.data.tokens import tokenize_pair
 
+    data = DataConfig(files=(str(pairs_file),))
     rng = random.Random(0)
     lines = [json.loads(line) for line in pairs_file.read_text().splitlines()]
     tokenizer = make_tokenizer()
@@ -105,7 +107,7 @@ def scored_pairs(
             {
                 "pair_id": f"pair-{i}",
                 "split": "validation" if i % 6 == 5 else "train",
-                **tokenize_pair(row, tokenizer, 64),
+                **tokenize_pair(parse_pair(row, data), tokenizer, 64).as_columns(),
                 "margin": rng.gauss(1, 3),
                 "importance": rng.uniform(0.5, 2),
             }

@@ -95,5 +95,5 @@ def test_writes_rows_in_order(tmp_path: Path) -> None:
 
     with connected(ClusterConfig()):
         write_rows(ray.data.range(40, override_num_blocks=12), tmp_path / "data")
-    assert len(rows_files(tmp_path / "data")) == 12
+    assert len(rows_files(tmp_path / "data")) >= 12
     assert read_columns(tmp_path / "data", ["id"])["id"].to_pylist() == list(range(40))

@@ -68,7 +68,7 @@ def write_with_columns(rows: Path, added: pa.Table, output: Path) -> None:
     output.mkdir(parents=True)
     start = 0
     for file in rows_files(rows):
-        table = pq.read_table(file)
+        table = pq.ParquetFile(file).read()
         part = added.slice(start, table.num_rows)
         if part[columns.PAIR_ID].to_pylist() != table[columns.PAIR_ID].to_pylist():
             raise RuntimeError(f"the scores do not belong to the pairs of {file}")

@@ -93,6 +93,17 @@ class DataConfig(Section):
     files: Strings = Field(
         min_length=1, description="Parquet or JSON Lines files with preference pairs, as TRL's"
     )
+    prompt_column: str = Field("prompt", description="column with the prompt")
+    chosen_column: str = Field("chosen", description="column with the preferred response")
+    rejected_column: str = Field("rejected", description="column with the other response")
+    system_column: str | None = Field(
+        None, description="column with a system message; may be empty in some rows"
+    )
+    implicit_prompt: bool = Field(
+        False,
+        description="texts without a prompt column: their common beginning is the prompt. "
+        "(Messages that share their first turns need no setting)",
+    )
     split_column: str | None = Field(
         None, description="column with train, validation or test; null: split by hash of the group"
     )
@@ -110,6 +121,9 @@ class DataConfig(Section):
     )
     keep_columns: Strings = Field(
         (), description="numeric columns to carry along to the margins artifact"
+    )
+    max_reject_fraction: float = Field(
+        0.5, ge=0, le=1, description="share of rejected rows above which the run stops"
     )
 
     @field_validator("keep_columns")

@@ -2,7 +2,7 @@
 
 The order follows from (seed, epoch, lengths) only. Micro-batches are numbered over all steps of a
 run; each step is filled up with empty ones to a multiple of the workers, and rank r of W reads
-numbers r, r + W, r + 2W, ... A micro-batch travels as a table of one row, encoded and decoded here.
+numbers r, r + W, r + 2W, ... A micro-batch is sent as a table of one row, encoded and decoded here.
 
 Imports no torch: the Ray Data actor that builds micro-batches starts faster without it.
 """
@@ -26,8 +26,6 @@ from madpo_ray.errors import UserError
 # Steps whose pairs are sorted by length together: enough for little padding, few enough to keep
 # the steps of an epoch mixed.
 STEPS_PER_WINDOW = 16
-
-Step = list[np.ndarray]  # micro-batches, as row numbers
 
 
 @dataclass(frozen=True)
@@ -59,6 +57,11 @@ class StepPlace:
     is_last: bool = True  # this rank's last micro-batch of the step
 
 
+def count_steps(steps_per_epoch: int, num_epochs: int, max_steps: int) -> int:
+    """Optimizer steps of a training; `max_steps` decides if it is positive."""
+    return max_steps if max_steps > 0 else num_epochs * steps_per_epoch
+
+
 def order_epoch(
     lengths: np.ndarray,
     *,
@@ -68,7 +71,7 @@ def order_epoch(
     micro_batch_size: int,
     tokens_read: np.ndarray | None = None,
     max_tokens: int | None = None,
-) -> list[Step]:
+) -> list[list[np.ndarray]]:
     """Micro-batches of row numbers, per optimizer step.
 
     A function of its arguments only, never of the number of workers. The pairs are shuffled by
@@ -107,7 +110,7 @@ def _chunks(members: np.ndarray, size: int) -> list[np.ndarray]:
     return [members[i : i + size] for i in range(0, len(members), size)]
 
 
-def _within_budget(members: np.ndarray, tokens: np.ndarray, max_tokens: int) -> Step:
+def _within_budget(members: np.ndarray, tokens: np.ndarray, max_tokens: int) -> list[np.ndarray]:
     """Cuts a step so that no micro-batch is padded to more tokens than the budget."""
     cut = []
     start = 0
@@ -122,15 +125,16 @@ def _within_budget(members: np.ndarray, tokens: np.ndarray, max_tokens: int) -> 
 
 
 class Order:
-    """The micro-batches of a complete run, as rows of a table.
+    """The micro-batches of a complete run.
 
-    Holds only lengths until a row is asked for.
+    Reads the tokens of the split once for their lengths, and again when the first micro-batch is
+    asked for.
 
     Attributes:
         tokens_read: tokens that the model reads for each pair of the split, (pairs,).
         steps_per_epoch, total_steps: optimizer steps.
         max_response_tokens: the largest number of response tokens in a micro-batch.
-        first_rows: number of each step's first micro-batch, and the end, (total_steps + 1,).
+        first_micro_batches: number of each step's first one, and the end, (total_steps + 1,).
 
     Raises:
         UserError: the split has no pairs, or one that is longer than the budget.
@@ -145,13 +149,11 @@ class Order:
         num_pairs = len(self._lengths)
         self._global_batch_size = spec.global_batch_size or num_pairs
         self.steps_per_epoch = math.ceil(num_pairs / self._global_batch_size)
-        self.total_steps = spec.num_epochs * self.steps_per_epoch
-        if spec.max_steps > 0:
-            self.total_steps = spec.max_steps
+        self.total_steps = count_steps(self.steps_per_epoch, spec.num_epochs, spec.max_steps)
 
         # Micro-batches of each step, filled up to a multiple of the workers.
         self._epoch_number = -1
-        self._epoch_steps: list[Step] = []
+        self._epoch_steps: list[list[np.ndarray]] = []
         self.max_response_tokens = 0
         counts = []
         for epoch in range(math.ceil(self.total_steps / self.steps_per_epoch)):
@@ -159,24 +161,24 @@ class Order:
                 counts.append(math.ceil(len(step) / spec.num_workers) * spec.num_workers)
                 largest = max(int(self._response_tokens[rows].sum()) for rows in step)
                 self.max_response_tokens = max(self.max_response_tokens, largest)
-        self.first_rows = np.concatenate([[0], np.cumsum(counts[: self.total_steps])])
+        self.first_micro_batches = np.concatenate([[0], np.cumsum(counts[: self.total_steps])])
 
     @property
-    def num_rows(self) -> int:
+    def num_micro_batches(self) -> int:
         """Micro-batches of all steps, with the empty ones that fill a step up."""
-        return int(self.first_rows[-1])
+        return int(self.first_micro_batches[-1])
 
-    def first_row(self, step: int) -> int:
-        """The number of a step's first micro-batch; `num_rows` for the step after the last."""
-        return int(self.first_rows[step])
+    def first_micro_batch(self, step: int) -> int:
+        """The number of a step's first micro-batch; the end for the step after the last."""
+        return int(self.first_micro_batches[step])
 
-    def row(self, number: int) -> pa.Table:
-        """Micro-batch `number` of the run, as a table of one row for `decode_row`."""
-        step = int(np.searchsorted(self.first_rows, number, side="right")) - 1
+    def micro_batch(self, number: int) -> pa.Table:
+        """Micro-batch `number` of the run, as a table of one row for `decode_micro_batch`."""
+        step = int(np.searchsorted(self.first_micro_batches, number, side="right")) - 1
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         micro_batches = self._steps_of(epoch)[step_in_epoch]
 
-        index = number - self.first_row(step)
+        index = number - self.first_micro_batch(step)
         is_filler = index >= len(micro_batches)
         members = np.array([], dtype=np.int64) if is_filler else micro_batches[index]
 
@@ -185,9 +187,9 @@ class Order:
             step=step,
             pairs_in_step=len(in_step),
             response_tokens_in_step=int(self._response_tokens[in_step].sum()),
-            is_last=number >= self.first_row(step + 1) - self._spec.num_workers,
+            is_last=number >= self.first_micro_batch(step + 1) - self._spec.num_workers,
         )
-        return _encode_row(self._table.take(members), place)
+        return _encode_micro_batch(self._table.take(members), place)
 
     def _read_lengths(self) -> None:
         spec = self._spec
@@ -215,7 +217,7 @@ class Order:
                 "tokens: raise it, or lower data.max_length"
             )
 
-    def _steps_of(self, epoch: int) -> list[Step]:
+    def _steps_of(self, epoch: int) -> list[list[np.ndarray]]:
         if self._epoch_number != epoch:
             self._epoch_number = epoch
             self._epoch_steps = order_epoch(
@@ -239,7 +241,7 @@ class Order:
         return read_split_contiguous(self._spec.rows, self._spec.split, names)
 
 
-def _encode_row(pairs: pa.Table, place: StepPlace) -> pa.Table:
+def _encode_micro_batch(pairs: pa.Table, place: StepPlace) -> pa.Table:
     """One row: the fields of `place`, and each column of `pairs` as one list."""
     row = {name: pa.array([value]) for name, value in dataclasses.asdict(place).items()}
     offsets = pa.array([0, pairs.num_rows], type=pa.int64())
@@ -248,8 +250,8 @@ def _encode_row(pairs: pa.Table, place: StepPlace) -> pa.Table:
     return pa.table(row)
 
 
-def decode_row(row: pa.Table) -> tuple[list[dict[str, Any]], StepPlace]:
-    """The pairs of a row of `Order.row`, one dict per pair, and their place."""
+def decode_micro_batch(row: pa.Table) -> tuple[list[dict[str, Any]], StepPlace]:
+    """The pairs of a row of `Order.micro_batch`, one dict per pair, and their place."""
     values = {name: row[name][0].as_py() for name in row.column_names}
     place_names = [field.name for field in dataclasses.fields(StepPlace)]
     place = StepPlace(**{name: values.pop(name) for name in place_names})

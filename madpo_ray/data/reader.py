@@ -1,5 +1,6 @@
 """Rows of files become checked, tokenised pairs with group and split, or rejects with a reason."""
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -7,7 +8,7 @@ import pyarrow as pa
 
 from madpo_ray import columns
 from madpo_ray.config import DataConfig
-from madpo_ray.data.formats import BadRowError, parse_pair
+from madpo_ray.data.formats import BadRowError, as_text, parse_pair
 from madpo_ray.data.sources import ROWS_PER_BATCH, Row, open_source
 from madpo_ray.data.splits import content_hash, default_group, split_of
 from madpo_ray.data.tokens import tokenize_pair
@@ -17,24 +18,15 @@ if TYPE_CHECKING:
 
 
 class PairReader:
-    """Reads, checks and tokenises one file after another.
-
-    A run reads one kind of pairs: texts, or messages (`is_conversational`).
-    """
+    """Reads, checks and tokenises one file after another."""
 
     def __init__(
-        self,
-        data: DataConfig,
-        tokenizer: "PreTrainedTokenizerBase",
-        *,
-        seed: int,
-        is_conversational: bool,
+        self, data: DataConfig, tokenizer: "PreTrainedTokenizerBase", *, seed: int
     ) -> None:
         self._data = data
         self._tokenizer = tokenizer
         self._seed = seed
-        self._is_conversational = is_conversational
-        self._schema = pairs_schema(data, is_conversational)
+        self._schema = pairs_schema(data)
 
     def tables(self, file: str, file_number: int) -> Iterator[pa.Table]:
         """All rows of a file, in order; a reject has a `reason` and little else."""
@@ -59,63 +51,91 @@ class PairReader:
         """
         try:
             if isinstance(row, str):
-                raise BadRowError(row)
+                kind, _, detail = row.partition(": ")
+                raise BadRowError(kind, detail)
             return self._checked(row)
         except BadRowError as error:
-            return {columns.REASON: str(error)}
+            return _reject(error.kind, str(error))
+        # Whatever a row's values make the tokenizer, a template or a conversion raise is about the
+        # row, and it is recorded.
+        except Exception as error:
+            kind = f"the row cannot be read ({type(error).__name__})"
+            return _reject(kind, f"{kind}: {error}")
 
     def _checked(self, row: Row) -> Row:
         data = self._data
-        pair = parse_pair(row)
-        if isinstance(pair[columns.PROMPT], list) != self._is_conversational:
-            raise BadRowError("text among messages, or messages among text: a run reads one kind")
+        pair = parse_pair(row, data)
         tokens = tokenize_pair(pair, self._tokenizer, data.max_length)
 
         group = default_group(pair)
         if data.group_column is not None:
-            group = _required(row, data.group_column)
+            group = _text(row, data.group_column)
         split = split_of(group, data, self._seed)
         if data.split_column is not None:
-            split = _required(row, data.split_column)
+            split = _text(row, data.split_column)
         if split not in columns.SPLITS:
             known = ", ".join(columns.SPLITS)
-            raise BadRowError(f"{data.split_column} is {split!r}, not one of {known}")
+            raise BadRowError(f"{data.split_column} is not one of {known}", repr(split))
 
         return {
-            **pair,
-            **tokens,
+            columns.PROMPT: as_text(pair.prompt),
+            columns.CHOSEN: as_text(pair.chosen),
+            columns.REJECTED: as_text(pair.rejected),
+            **tokens.as_columns(),
             **{name: _number(row, name) for name in data.keep_columns},
             columns.CONTENT_HASH: content_hash(pair),
             columns.GROUP: group,
             columns.SPLIT: split,
+            columns.NUM_CUT: tokens.num_cut,
+            columns.REPEATED_PROMPT: pair.repeated_prompt,
         }
 
 
-def _required(row: Row, name: str) -> str:
-    if row.get(name) is None:
+def _reject(kind: str, reason: str) -> Row:
+    # A reason may quote what is wrong with the row.
+    def printable(text: str) -> str:
+        return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+    return {columns.REASON_KIND: printable(kind), columns.REASON: printable(reason)}
+
+
+def _text(row: Row, name: str) -> str:
+    value = row.get(name)
+    if value is None:
         raise BadRowError(f"{name} is missing")
-    return str(row[name])
+    text = str(value)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise BadRowError(f"{name} is not valid Unicode (half a surrogate pair)") from None
+    return text
 
 
 def _number(row: Row, name: str) -> float:
     value = row.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise BadRowError(f"{name} is not a number")
-    return float(value)
+        raise BadRowError(f"{name} is not a number", type(value).__name__)
+    try:
+        number = float(value)
+    except OverflowError:
+        raise BadRowError(f"{name} is not a finite number") from None
+    if not math.isfinite(number):
+        raise BadRowError(f"{name} is not a finite number")
+    return number
 
 
-def pairs_schema(data: DataConfig, is_conversational: bool) -> pa.Schema:
+def pairs_schema(data: DataConfig) -> pa.Schema:
     """Columns of the reader's tables."""
-    text = pa.string()
-    if is_conversational:
-        text = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
     fields = [
         (columns.FILE, pa.string()),
         (columns.FILE_NUMBER, pa.int64()),
         (columns.ROW, pa.int64()),
+        (columns.REASON_KIND, pa.string()),
         (columns.REASON, pa.string()),
+        (columns.NUM_CUT, pa.int8()),
+        (columns.REPEATED_PROMPT, pa.bool_()),
     ]
-    fields += [(name, text) for name in columns.TEXT_COLUMNS]
+    fields += [(name, pa.string()) for name in columns.TEXT_COLUMNS]
     fields += [(name, pa.list_(pa.int32())) for name in columns.TOKEN_COLUMNS]
     fields += [
         (columns.CONTENT_HASH, pa.string()),

@@ -11,6 +11,10 @@ import pyarrow.parquet as pq
 from madpo_ray.errors import UserError
 
 ROWS_PER_BATCH = 1024
+# A line without an end is not read into memory completely.
+MAX_LINE_BYTES = 64 * 2**20
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
 Row = dict[str, Any]
 
 
@@ -25,7 +29,10 @@ class Source(Protocol):
         """The file's columns, or None if it has no readable row. Raises UserError."""
 
     def rows(self) -> Iterator[Row | str]:
-        """The rows in order; instead of a row that cannot be read, the reason."""
+        """The rows in order.
+
+        Instead of a row that cannot be read, the reason: what it is, and after ": " its values.
+        """
 
     def count(self) -> int:
         """An upper bound of the number of rows, without reading their values."""
@@ -45,10 +52,19 @@ class ParquetSource:
 
     def rows(self) -> Iterator[Row | str]:
         for batch in pq.ParquetFile(self._path).iter_batches(batch_size=ROWS_PER_BATCH):
-            yield from batch.to_pylist()
+            for i in range(batch.num_rows):
+                yield _parquet_row(batch.slice(i, 1))
 
     def count(self) -> int:
         return int(pq.read_metadata(self._path).num_rows)
+
+
+def _parquet_row(batch: pa.RecordBatch) -> Row | str:
+    try:
+        row: Row = batch.to_pylist()[0]
+    except (ValueError, OverflowError, pa.ArrowException) as error:  # such as a date of year 10000
+        return f"a value cannot be read: {error}"
+    return row
 
 
 class JSONLinesSource:
@@ -64,17 +80,45 @@ class JSONLinesSource:
 
     def rows(self) -> Iterator[Row | str]:
         with self._path.open("rb") as stream:
-            for line in stream:
-                try:
-                    row = json.loads(line.decode("utf-8"))
-                except ValueError as error:
-                    yield f"line is not JSON: {error}"
-                    continue
-                yield row if isinstance(row, dict) else "line is not a JSON object"
+            if stream.read(len(BYTE_ORDER_MARK)) != BYTE_ORDER_MARK:
+                stream.seek(0)
+            while line := stream.readline(MAX_LINE_BYTES):
+                if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
+                    _skip_line(stream)
+                    yield f"line is longer than {MAX_LINE_BYTES // 2**20} MiB"
+                else:
+                    yield _json_row(line)
 
     def count(self) -> int:
         with self._path.open("rb") as stream:
             return sum(1 for _ in stream)
+
+
+def _skip_line(stream: Any) -> None:
+    while (rest := stream.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
+        pass
+
+
+def _json_row(line: bytes) -> Row | str:
+    try:
+        row = json.loads(line.decode("utf-8"), object_pairs_hook=_unique_keys)
+    except _RepeatedKeyError as error:
+        return f"a key appears twice: {error}"
+    except (ValueError, RecursionError) as error:
+        return f"line is not JSON: {error}"
+    return row if isinstance(row, dict) else "line is not a JSON object"
+
+
+class _RepeatedKeyError(ValueError):
+    """Python's parser would keep the last of two values, silently."""
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> Row:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _RepeatedKeyError(repr(next(key for key in keys if keys.count(key) > 1)))
+    return row
 
 
 KINDS: tuple[type[Source], ...] = (ParquetSource, JSONLinesSource)
@@ -87,10 +131,13 @@ def open_source(name: str) -> Source:
         UserError: the file is missing or of an unknown kind.
     """
     path = Path(name)
+    known = " or ".join(suffix for kind in KINDS for suffix in kind.suffixes)
+    if path.is_dir():
+        raise UserError(f"data.files: {path} is a folder: list its {known} files")
     if not path.is_file():
-        raise UserError(f"data.files: {path} does not exist")
+        hint = f"; patterns are not expanded, list the {known} files" if "*" in name else ""
+        raise UserError(f"data.files: {path} does not exist{hint}")
     for kind in KINDS:
         if path.suffix in kind.suffixes:
             return kind(path)
-    known = " or ".join(suffix for kind in KINDS for suffix in kind.suffixes)
     raise UserError(f"data.files: {path.name} must end in {known}")

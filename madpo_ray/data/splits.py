@@ -7,18 +7,20 @@ from collections.abc import Iterable
 
 from madpo_ray import columns
 from madpo_ray.config import DataConfig
-from madpo_ray.data.sources import Row
+from madpo_ray.data.formats import Pair
 
 
-def content_hash(pair: Row) -> str:
+def content_hash(pair: Pair) -> str:
     """16 hex digits of what the pair says."""
-    text = json.dumps([pair[name] for name in columns.TEXT_COLUMNS], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    content = [pair.prompt, pair.chosen, pair.rejected]
+    if pair.tools is not None or pair.template_options is not None:
+        content += [pair.tools, pair.template_options]  # type: ignore[list-item]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def default_group(pair: Row) -> str:
+def default_group(pair: Pair) -> str:
     """The prompt, as text: pairs with one prompt stay in one split."""
-    return json.dumps(pair[columns.PROMPT], sort_keys=True)
+    return json.dumps(pair.prompt, sort_keys=True)
 
 
 def split_of(group: str, data: DataConfig, seed: int) -> str:

@@ -1,13 +1,10 @@
 """A pair becomes token ids: the prompt once, and each response."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-from jinja2 import TemplateError
+from typing import TYPE_CHECKING, NamedTuple
 
 from madpo_ray import columns
-from madpo_ray.data.formats import BadRowError, Message
-from madpo_ray.data.sources import Row
+from madpo_ray.data.formats import BadRowError, Message, Pair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -15,9 +12,24 @@ if TYPE_CHECKING:
 Ids = list[int]
 
 
-def tokenize_pair(
-    pair: Row, tokenizer: "PreTrainedTokenizerBase", max_length: int
-) -> dict[str, Ids]:
+class Tokens(NamedTuple):
+    """The token ids of a pair."""
+
+    prompt: Ids
+    chosen: Ids
+    rejected: Ids
+    num_cut: int  # responses that were cut at max_length
+
+    def as_columns(self) -> dict[str, Ids]:
+        """By the names of an artifact's columns."""
+        return {
+            columns.PROMPT_IDS: self.prompt,
+            columns.CHOSEN_IDS: self.chosen,
+            columns.REJECTED_IDS: self.rejected,
+        }
+
+
+def tokenize_pair(pair: Pair, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> Tokens:
     """Token ids of prompt and responses, split on the tokens of the joint text.
 
     Responses are cut so that prompt + response has at most `max_length` tokens. Text pairs get an
@@ -27,17 +39,18 @@ def tokenize_pair(
         BadRowError: the prompt alone fills `max_length`, a response has no tokens of its own, or
             the template renders the prompt differently before a response.
     """
-    if isinstance(pair[columns.PROMPT], str):
-        prompt, chosen, rejected = _tokenize_texts(pair, tokenizer)
-    else:
+    if pair.is_conversational:
         prompt, chosen, rejected = _tokenize_messages(pair, tokenizer)
+    else:
+        prompt, chosen, rejected = _tokenize_texts(pair, tokenizer)
 
     start = split_joint(prompt, chosen, rejected)
     if start == 0:
         raise BadRowError("prompt and response share no token")
     if start >= max_length:
         raise BadRowError(
-            f"prompt of {start} tokens leaves no room for a response in max_length {max_length}"
+            "the prompt leaves no room for a response in max_length",
+            f"{start} of {max_length} tokens",
         )
 
     responses = [ids[start:max_length] for ids in (chosen, rejected)]
@@ -45,11 +58,8 @@ def tokenize_pair(
         raise BadRowError("a response has no tokens of its own")
     if responses[0] == responses[1]:
         raise BadRowError("chosen and rejected are identical within max_length")
-    return {
-        columns.PROMPT_IDS: prompt[:start],
-        columns.CHOSEN_IDS: responses[0],
-        columns.REJECTED_IDS: responses[1],
-    }
+    num_cut = sum(len(ids) > max_length for ids in (chosen, rejected))
+    return Tokens(prompt[:start], responses[0], responses[1], num_cut)
 
 
 def split_joint(prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[int]) -> int:
@@ -65,30 +75,43 @@ def split_joint(prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence
     return shared
 
 
-def _tokenize_texts(pair: Row, tokenizer: "PreTrainedTokenizerBase") -> tuple[Ids, Ids, Ids]:
-    prompt_text = pair[columns.PROMPT]
-    prompt = tokenizer(prompt_text)["input_ids"]
-    chosen = tokenizer(prompt_text + pair[columns.CHOSEN])["input_ids"]
-    rejected = tokenizer(prompt_text + pair[columns.REJECTED])["input_ids"]
-
+def _tokenize_texts(pair: Pair, tokenizer: "PreTrainedTokenizerBase") -> tuple[Ids, Ids, Ids]:
+    assert isinstance(pair.prompt, str)
+    assert isinstance(pair.chosen, str)
+    assert isinstance(pair.rejected, str)
+    bos = tokenizer.bos_token_id
     eos = tokenizer.eos_token_id
+
+    def tokenize(text: str) -> Ids:
+        ids: Ids = tokenizer(text)["input_ids"]
+        # The text may hold the beginning already, as a template rendered it.
+        return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
+
+    prompt = tokenize(pair.prompt)
+    chosen = tokenize(pair.prompt + pair.chosen)
+    rejected = tokenize(pair.prompt + pair.rejected)
     if eos is None:
         return prompt, chosen, rejected
     # Some tokenizers append the end by themselves; a prompt must not end with it.
     if prompt[-1:] == [eos]:
         prompt = prompt[:-1]
-    return prompt, _with_end(chosen, eos), _with_end(rejected, eos)
+    return prompt, _with_one_end(chosen, eos), _with_one_end(rejected, eos)
 
 
-def _with_end(ids: Ids, eos: int) -> Ids:
-    return ids if ids[-1:] == [eos] else [*ids, eos]
+def _with_one_end(ids: Ids, eos: int) -> Ids:
+    """The text may hold the end already, and the tokenizer may append another."""
+    while ids[-1:] == [eos]:
+        ids = ids[:-1]
+    return [*ids, eos]
 
 
-def _tokenize_messages(pair: Row, tokenizer: "PreTrainedTokenizerBase") -> tuple[Ids, Ids, Ids]:
-    messages = pair[columns.PROMPT]
-    prompt = _render(tokenizer, messages, add_generation_prompt=True)
-    chosen = _render(tokenizer, messages + pair[columns.CHOSEN])
-    rejected = _render(tokenizer, messages + pair[columns.REJECTED])
+def _tokenize_messages(pair: Pair, tokenizer: "PreTrainedTokenizerBase") -> tuple[Ids, Ids, Ids]:
+    assert isinstance(pair.prompt, list)
+    assert isinstance(pair.chosen, list)
+    assert isinstance(pair.rejected, list)
+    prompt = _render(tokenizer, pair, pair.prompt, add_generation_prompt=True)
+    chosen = _render(tokenizer, pair, pair.prompt + pair.chosen)
+    rejected = _render(tokenizer, pair, pair.prompt + pair.rejected)
     if not (chosen.startswith(prompt) and rejected.startswith(prompt)):
         raise BadRowError("the chat template renders the prompt differently before a response")
 
@@ -102,14 +125,18 @@ def _tokenize_messages(pair: Row, tokenizer: "PreTrainedTokenizerBase") -> tuple
 
 def _render(
     tokenizer: "PreTrainedTokenizerBase",
+    pair: Pair,
     messages: list[Message],
     *,
     add_generation_prompt: bool = False,
 ) -> str:
+    options = {"add_generation_prompt": add_generation_prompt, **(pair.template_options or {})}
     try:
         rendered: str = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            messages, tools=pair.tools, tokenize=False, **options
         )
-    except TemplateError as error:  # such as "roles must alternate", raised by the template itself
-        raise BadRowError(f"the chat template refuses the messages: {error}") from None
+    # A template is a program of the model's: whatever it raises is about this row.
+    except Exception as error:
+        detail = f"{type(error).__name__}: {error}"
+        raise BadRowError("the chat template refuses the messages", detail) from None
     return rendered

@@ -1,8 +1,11 @@
 """Load a model as policy or reward model, add LoRA, and check what can be trained."""
 
+import contextlib
 import os
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import nn
@@ -17,6 +20,8 @@ if TYPE_CHECKING:
 # peft and transformers' model classes take seconds to import: they are imported inside functions.
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+REWARD_HEAD = "score.weight"
 
 TaskType = Literal["CAUSAL_LM", "SEQ_CLS"]  # peft's names
 _AUTO_CLASSES = {
@@ -41,7 +46,13 @@ def load_policy(folder: Path, model: ModelConfig) -> nn.Module:
 
         adapter = PeftConfig.from_pretrained(str(folder))
         base = load_policy(Path(str(adapter.base_model_name_or_path)), model)
-        adapted: nn.Module = PeftModel.from_pretrained(base, str(folder))
+        with warnings.catch_warnings():
+            # peft only warns, and trains or scores with fresh adapters.
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            try:
+                adapted: nn.Module = PeftModel.from_pretrained(base, str(folder))
+            except UserWarning as warning:
+                raise UserError(f"{folder} is not a complete adapter: {warning}") from None
         return adapted
 
     options: dict[str, Any] = {"dtype": DTYPES[model.dtype]}
@@ -62,7 +73,8 @@ def load_reward_model(folder: Path, model: ModelConfig) -> nn.Module:
 
     # A trained one keeps its own dtype: merged from LoRA it is float32.
     dtype = "auto" if has_head else DTYPES[model.dtype]
-    loaded = _load("SEQ_CLS", folder, model, dtype=dtype, num_labels=1)
+    new = () if has_head else (REWARD_HEAD,)
+    loaded = _load("SEQ_CLS", folder, model, new, dtype=dtype, num_labels=1)
     if not has_head:
         # All rewards start at 0: the first loss is ln 2, and there is no random direction to
         # unlearn. Under ZeRO-3 the weight is this rank's shard.
@@ -71,18 +83,72 @@ def load_reward_model(folder: Path, model: ModelConfig) -> nn.Module:
     return loaded
 
 
-def _load(task_type: TaskType, folder: Path, model: ModelConfig, **options: Any) -> nn.Module:
+def _load(
+    task_type: TaskType,
+    folder: Path,
+    model: ModelConfig,
+    new: Sequence[str] = (),
+    **options: Any,
+) -> nn.Module:
+    """A transformers model, all of whose weights come from the folder.
+
+    Args:
+        new: names of the only weights that the folder may lack.
+
+    Raises:
+        UserError: weights are missing or have another shape; transformers would draw them at
+            random.
+    """
     import transformers
 
     auto_class = getattr(transformers, _AUTO_CLASSES[task_type])
-    loaded: nn.Module = auto_class.from_pretrained(
-        folder,
-        attn_implementation=model.attn_implementation,
-        trust_remote_code=model.trust_remote_code,
-        use_safetensors=True,
-        **options,
-    )
-    return loaded
+    with _quiet_load_report():
+        loaded, report = auto_class.from_pretrained(
+            folder,
+            attn_implementation=model.attn_implementation,
+            trust_remote_code=model.trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, all of them
+            **options,
+        )
+    missing = sorted(set(report["missing_keys"]) - set(new))
+    mismatched = sorted(str(name) for name, *_ in report["mismatched_keys"])
+    if missing or mismatched:
+        raise UserError(
+            f"{folder} does not hold a complete {type(loaded).__name__}: "
+            f"{_list_weights('missing', missing)}{_list_weights('of another shape', mismatched)}"
+            "check that the folder is the right model and was copied completely"
+        )
+    return cast(nn.Module, loaded)
+
+
+def _list_weights(what: str, names: Sequence[str]) -> str:
+    if not names:
+        return ""
+    shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    return f"{len(names)} weights are {what} ({shown}); "
+
+
+@contextlib.contextmanager
+def _quiet_load_report() -> Iterator[None]:
+    """transformers prints a table of what it draws at random; it is an error here."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def check_weights(folder: Path, model: ModelConfig, *, task_type: TaskType) -> None:
+    """Raises UserError if the folder lacks weights of the model. Reads names and shapes only."""
+    new = (REWARD_HEAD,) if task_type == "SEQ_CLS" else ()
+    labels = {"num_labels": 1} if task_type == "SEQ_CLS" else {}
+    eager = model.model_copy(update={"attn_implementation": "eager", "load_in_4bit": False})
+    _load(task_type, folder, eager, new, device_map="meta", **labels)
 
 
 def _four_bits(model: ModelConfig) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 import functools
 import importlib.util
+import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 TOKENIZER_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
+# One of these is in every folder that holds a tokenizer.
+TOKENIZER_MARKS = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tokenizer_config.json")
 
 
 def check_model(model: ModelConfig) -> None:
@@ -48,12 +52,76 @@ def check_model(model: ModelConfig) -> None:
 
 
 def _check_folder(path: Path) -> None:
-    if not (path / "config.json").is_file():
-        raise UserError(f"model.model_name_or_path: {path} is not a folder with a config.json")
-    if not any(path.glob("*.safetensors")):
+    """Raises UserError if a folder is not a causal language model with its tokenizer."""
+    where = f"model.model_name_or_path: {path}"
+    if (path / "adapter_config.json").is_file():
+        base = _read_json(path / "adapter_config.json").get("base_model_name_or_path")
         raise UserError(
-            f"model.model_name_or_path: {path} has no safetensors weights, and no others are read"
+            f"{where} is a LoRA adapter of {base}: merge it into its base (peft's "
+            "merge_and_unload) and give the merged folder, or give the base"
         )
+    if not (path / "config.json").is_file():
+        raise UserError(f"{where} is not a folder with a config.json")
+    if not any(path.glob("*.safetensors")):
+        raise UserError(f"{where} has no safetensors weights, and no others are read")
+    names = _read_json(path / "config.json").get("architectures") or []
+    if others := [name for name in names if "Classification" in str(name)]:
+        raise UserError(
+            f"{where} is a {others[0]}, which has no language-modelling head: give the causal "
+            "language model that the policy starts from"
+        )
+    if not any(next(path.glob(pattern), None) for pattern in TOKENIZER_MARKS):
+        raise UserError(f"{where} has no tokenizer: save it into the same folder")
+
+
+def check_lengths(folder: Path, max_length: int) -> None:
+    """Raises UserError if a model cannot read `max_length` tokens, or not always alike."""
+    architecture = _read_json(folder / "config.json")
+    architecture = architecture.get("text_config") or architecture
+    positions = architecture.get("max_position_embeddings") or architecture.get("n_positions")
+    if positions is not None and max_length > positions:
+        raise UserError(
+            f"data.max_length: {max_length} is more than the model's {positions} positions: "
+            "lower data.max_length"
+        )
+
+    # These scale positions by the longest row of a batch once it exceeds the original length: a
+    # pair's log-prob would depend on its neighbours.
+    rope = architecture.get("rope_parameters") or architecture.get("rope_scaling") or {}
+    kind = rope.get("rope_type") or rope.get("type")
+    if kind not in ("longrope", "dynamic"):
+        return
+    original = rope.get("original_max_position_embeddings")
+    original = original or architecture.get("original_max_position_embeddings") or positions
+    if original is not None and max_length > original:
+        raise UserError(
+            f"data.max_length: the model's {kind} positions depend on the longest pair of a batch "
+            f"beyond {original} tokens: lower data.max_length to {original}"
+        )
+
+
+def check_vocabulary(folder: Path, token_ids: Mapping[str, int]) -> None:
+    """Raises UserError if the tokenizer has a token that the model has no embedding for."""
+    architecture = _read_json(folder / "config.json")
+    architecture = architecture.get("text_config") or architecture
+    size = architecture.get("vocab_size")
+    beyond = [token for token, number in token_ids.items() if size and number >= size]
+    if beyond:
+        raise UserError(
+            f"the tokenizer's token {beyond[0]!r} has id {token_ids[beyond[0]]}, and the model has "
+            f"{size} embeddings ({len(beyond)} such tokens): resize the model's embeddings, or "
+            "use the tokenizer that it was trained with"
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return content
 
 
 def _check_package(name: str, message: str) -> None:

@@ -62,7 +62,9 @@ def score_rows(
         RuntimeError: a score is not finite (names the pairs), or rows were lost.
     """
     num_rows = count_rows(rows)
-    dataset = ray.data.read_parquet(str(rows), columns=[PAIR_ID, *TOKEN_COLUMNS])
+    dataset = ray.data.read_parquet(str(rows), partitioning=None).select_columns(
+        [PAIR_ID, *TOKEN_COLUMNS]
+    )
     scored = _score(dataset, scorers, cluster, num_rows=num_rows, batch_size=batch_size)
     if scored.num_rows != num_rows:
         raise RuntimeError(f"{num_rows} pairs went into scoring and {scored.num_rows} came out")

@@ -16,12 +16,17 @@ from madpo_ray import columns
 from madpo_ray.artifacts.manifest import hash_file
 from madpo_ray.cluster import write_rows
 from madpo_ray.config import Config, DataConfig
-from madpo_ray.data.formats import BadRowError, parse_pair
+from madpo_ray.data.checks import check_files, holds_messages
 from madpo_ray.data.reader import PairReader
-from madpo_ray.data.sources import open_source
 from madpo_ray.data.splits import count_repeats
-from madpo_ray.errors import UserError, did_you_mean
-from madpo_ray.models.source import base_model, check_model, model_inputs
+from madpo_ray.errors import UserError
+from madpo_ray.models.source import (
+    base_model,
+    check_lengths,
+    check_model,
+    check_vocabulary,
+    model_inputs,
+)
 from madpo_ray.stages.stage import Build, Report, Stage
 
 if TYPE_CHECKING:
@@ -30,6 +35,20 @@ if TYPE_CHECKING:
 
 # ray.data and transformers take seconds to import, and a dry run does not need them: they are
 # imported inside functions.
+
+
+# Reasons on the terminal, at most.
+MAX_REASONS = 10
+ONLY_WHILE_READING = [
+    columns.FILE,
+    columns.FILE_NUMBER,
+    columns.ROW,
+    columns.REASON,
+    columns.REASON_KIND,
+    columns.CONTENT_HASH,
+    columns.NUM_CUT,
+    columns.REPEATED_PROMPT,
+]
 
 
 def _settings(config: Config) -> dict[str, Any]:
@@ -49,57 +68,63 @@ def _content(config: Config) -> dict[str, Any]:
 
 def _check(config: Config) -> None:
     check_model(config.model)
+    folder = Path(config.model.model_name_or_path)
+    if folder.is_dir():
+        check_lengths(folder, config.data.max_length)
     check_files(config.data)
-
-
-def check_files(data: DataConfig) -> None:
-    """Raises UserError if a file is missing, of an unknown kind, or lacks a column."""
-    needed = [columns.CHOSEN, columns.REJECTED, *data.keep_columns]
-    needed += [name for name in (data.split_column, data.group_column) if name is not None]
-    for file in data.files:
-        available = open_source(file).columns()
-        if available is None:
-            continue
-        for name in needed:
-            if name not in available:
-                raise UserError(
-                    f"data.files: {file} has no column {name!r}{did_you_mean(name, available)}"
-                )
 
 
 def make(build: Build) -> dict[str, Any]:
     """Writes `data/*.parquet` in the order of the files, and `rejects.parquet`.
 
     Raises:
-        UserError: the pairs are messages and the tokenizer has no chat template, or no pair is left
-            to train or validate on.
+        UserError: model, tokenizer and lengths do not fit, the pairs are messages and the tokenizer
+            has no chat template, too many rows are rejected, or no pair is left to train or
+            validate on.
     """
     config = build.config
     folder = base_model(config.model, config.run)
-    is_conversational = _is_conversational(config.data)
-    if is_conversational:
-        _check_template(config, folder)
+    _check_tokenizer(config, folder)
 
-    checked = _read_all(config, folder, is_conversational)
+    checked = _read_all(config, folder)
     results = _counts(checked)
     _refuse_empty(results, config.data)
 
     repeats = count_repeats(_hashes(checked))
     good = checked.map_batches(_identify, fn_kwargs={"repeats": repeats}, batch_format="pyarrow")
     write_rows(good, build.rows)
-    rejected = [_rejects(table) for table in _tables(checked)]
-    pq.write_table(pa.concat_tables(rejected), build.folder / "rejects.parquet")
+    rejects = checked.map_batches(_rejects, batch_format="pyarrow")
+    pq.write_table(pa.concat_tables(_tables(rejects)), build.folder / "rejects.parquet")
     return results
 
 
 def describe(results: Mapping[str, Any]) -> Report:
-    """Pairs by split, and rejects by reason."""
-    counts = ", ".join(f"{count} {split}" for split, count in results["pairs"].items())
-    lines = [f"{counts} pairs"]
+    """Pairs by split, what was changed in them, and rejects by reason."""
+    lines = [f"{_by_split(results['pairs'])} pairs"]
+    if any(results["cut_responses"].values()):
+        lines.append(f"responses cut at data.max_length: {_by_split(results['cut_responses'])}")
+    if results["repeated_prompts"]:
+        lines.append(
+            f"{results['repeated_prompts']} pairs repeated the prompt in both responses; it was "
+            "removed there"
+        )
     rejects = Counter(results["rejects"])
     if rejects:
-        lines.append(f"{rejects.total()} rejected, listed in rejects.parquet:")
-        lines += [f"  {count} x {reason}" for reason, count in rejects.most_common()]
+        lines.append(f"{rejects.total()} rows rejected, listed in rejects.parquet:")
+        lines += _reason_lines(rejects)
+    return lines
+
+
+def _by_split(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {split}" for split, count in counts.items())
+
+
+def _reason_lines(rejects: "Counter[str]") -> list[str]:
+    common = rejects.most_common(MAX_REASONS)
+    lines = [f"  {count} x {reason}" for reason, count in common]
+    if len(rejects) > MAX_REASONS:
+        rest = rejects.total() - sum(count for _, count in common)
+        lines[-1] = f"  {rest + common[-1][1]} for {len(rejects) - MAX_REASONS + 1} other reasons"
     return lines
 
 
@@ -117,13 +142,9 @@ STAGE = Stage(
 class _ReaderActor:
     """A Ray Data actor around a PairReader."""
 
-    def __init__(self, config: Config, folder: Path, is_conversational: bool) -> None:
-        self._reader = PairReader(
-            config.data,
-            _load_tokenizer(config, folder),
-            seed=config.run.seed,
-            is_conversational=is_conversational,
-        )
+    def __init__(self, config: Config, folder: Path) -> None:
+        tokenizer = _load_tokenizer(config, folder)
+        self._reader = PairReader(config.data, tokenizer, seed=config.run.seed)
 
     def __call__(self, files: pa.Table) -> Iterator[pa.Table]:
         numbers = files[columns.FILE_NUMBER].to_pylist()
@@ -131,7 +152,7 @@ class _ReaderActor:
             yield from self._reader.tables(file, number)
 
 
-def _read_all(config: Config, folder: Path, is_conversational: bool) -> "ray.data.Dataset":
+def _read_all(config: Config, folder: Path) -> "ray.data.Dataset":
     """All checked rows, good and bad, in the order of the files, held in Ray's object store."""
     import ray.data
 
@@ -140,32 +161,15 @@ def _read_all(config: Config, folder: Path, is_conversational: bool) -> "ray.dat
     num_actors = min(len(files), config.cluster.num_workers)
     return (
         ray.data.from_arrow(table)
-        .repartition(len(files))
+        .repartition(num_actors)
         .map_batches(
             _ReaderActor,
-            fn_constructor_kwargs={
-                "config": config,
-                "folder": folder,
-                "is_conversational": is_conversational,
-            },
+            fn_constructor_kwargs={"config": config, "folder": folder},
             batch_format="pyarrow",
-            batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=num_actors),
         )
         .materialize()
     )
-
-
-def _is_conversational(data: DataConfig) -> bool:
-    """Whether the first good row holds messages; a run reads one kind."""
-    for file in data.files:
-        for row in open_source(file).rows():
-            try:
-                if isinstance(row, dict):
-                    return isinstance(parse_pair(row)[columns.PROMPT], list)
-            except BadRowError:
-                continue
-    return False
 
 
 def _load_tokenizer(config: Config, folder: Path) -> "PreTrainedTokenizerBase":
@@ -174,8 +178,12 @@ def _load_tokenizer(config: Config, folder: Path) -> "PreTrainedTokenizerBase":
     return load_tokenizer(folder, config.model)
 
 
-def _check_template(config: Config, folder: Path) -> None:
-    if not _load_tokenizer(config, folder).chat_template:
+def _check_tokenizer(config: Config, folder: Path) -> None:
+    """Raises UserError if model, tokenizer, lengths and pairs do not fit each other."""
+    check_lengths(folder, config.data.max_length)
+    tokenizer = _load_tokenizer(config, folder)
+    check_vocabulary(folder, tokenizer.get_vocab())
+    if holds_messages(config.data) and not tokenizer.chat_template:
         raise UserError(
             "the pairs are messages and the tokenizer has no chat template: set "
             "model.chat_template_path"
@@ -186,15 +194,25 @@ def _tables(dataset: "ray.data.Dataset") -> Iterator[pa.Table]:
     yield from dataset.iter_batches(batch_format="pyarrow", batch_size=None)
 
 
-def _counts(checked: "ray.data.Dataset") -> dict[str, dict[str, int]]:
-    """Good rows by split, rejects by reason."""
-    splits: Counter[str] = Counter()
+def _counts(checked: "ray.data.Dataset") -> dict[str, Any]:
+    """Good rows and cut responses by split, repeated prompts, rejects by kind of reason."""
+    pairs: Counter[str] = Counter()
+    cut: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
-    for table in _tables(checked.select_columns([columns.SPLIT, columns.REASON])):
-        splits.update(table[columns.SPLIT].drop_null().to_pylist())
-        reasons.update(table[columns.REASON].drop_null().to_pylist())
+    repeated_prompts = 0
+    names = [columns.SPLIT, columns.NUM_CUT, columns.REPEATED_PROMPT, columns.REASON_KIND]
+    for table in _tables(checked.select_columns(names)):
+        reasons.update(table[columns.REASON_KIND].drop_null().to_pylist())
+        good = table.filter(pc.is_null(table[columns.REASON_KIND]))
+        splits = good[columns.SPLIT].to_pylist()
+        pairs.update(splits)
+        for split, num_cut in zip(splits, good[columns.NUM_CUT].to_pylist(), strict=True):
+            cut[split] += num_cut
+        repeated_prompts += pc.sum(good[columns.REPEATED_PROMPT]).as_py() or 0
     return {
-        "pairs": {split: splits[split] for split in columns.SPLITS},
+        "pairs": {split: pairs[split] for split in columns.SPLITS},
+        "cut_responses": {split: cut[split] for split in columns.SPLITS},
+        "repeated_prompts": repeated_prompts,
         "rejects": dict(reasons),
     }
 
@@ -218,9 +236,7 @@ def _identify(table: pa.Table, repeats: dict[tuple[int, int], int]) -> pa.Table:
     ids = [
         f"{digest}-{repeats.get(place, 0)}" for digest, place in zip(digests, places, strict=True)
     ]
-    kept = good.drop_columns(
-        [columns.FILE, columns.FILE_NUMBER, columns.ROW, columns.REASON, columns.CONTENT_HASH]
-    )
+    kept = good.drop_columns(ONLY_WHILE_READING)
     return kept.add_column(0, columns.PAIR_ID, pa.array(ids, type=pa.string()))
 
 
@@ -230,12 +246,20 @@ def _rejects(table: pa.Table) -> pa.Table:
 
 
 def _refuse_empty(results: Mapping[str, Any], data: DataConfig) -> None:
+    """Raises UserError if too little is left of the rows."""
     counts = results["pairs"]
-    if not sum(counts.values()):
-        common = Counter(results["rejects"]).most_common(5)
-        reasons = "; ".join(f"{count} x {reason}" for reason, count in common)
+    rejects = Counter(results["rejects"])
+    num_pairs = sum(counts.values())
+    reasons = "; ".join(f"{count} x {reason}" for reason, count in rejects.most_common(5))
+    if not num_pairs:
         raise UserError(
             f"no usable pair in {', '.join(data.files)}: {reasons or 'the files are empty'}"
+        )
+    num_rows = num_pairs + rejects.total()
+    if rejects.total() > data.max_reject_fraction * num_rows:
+        raise UserError(
+            f"{rejects.total()} of {num_rows} rows are rejected, more than "
+            f"data.max_reject_fraction {data.max_reject_fraction:g} allows: {reasons}"
         )
     for split in (columns.TRAIN, columns.VALIDATION):
         if not counts[split]:

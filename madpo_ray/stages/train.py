@@ -21,12 +21,15 @@ if TYPE_CHECKING:
 
 
 def _settings(config: Config) -> dict[str, Any]:
+    from madpo_ray.training.objectives import LOSSES
+
     settings: dict[str, Any] = {
         "seed": config.run.seed,
         "model": config.model.numerics(),
         "train": config.train.fingerprinted(),
     }
-    if config.train.loss_type == "beta_dpo":  # its statistics are of a micro-batch of all workers
+    # Running statistics are of a micro-batch of all workers.
+    if LOSSES[config.train.loss_type].statistics is not None:
         settings["num_workers"] = config.cluster.num_workers
     return settings
 

@@ -111,7 +111,7 @@ def _trial_job(build: Build) -> "TrainingJob":
     )
     eval_steps = build.config.train.eval_steps
     if eval_steps is None:
-        total_steps = Order(job.order(build.config.cluster.num_workers)).total_steps
+        total_steps = Order(job.order_spec(build.config.cluster.num_workers)).total_steps
         eval_steps = max(1, total_steps // EVALUATIONS)
     # A save without an evaluation would report no objective, which is an error to Tune.
     changes = {"save_steps": None, "eval_steps": eval_steps}

@@ -1,75 +1,22 @@
-"""Log-probs of a micro-batch's pairs, and the running statistics that beta-DPO takes of them.
+"""The running statistics that beta-DPO takes of a micro-batch's pairs.
 
 Legend: B pairs of a micro-batch, N pairs of a micro-batch over all ranks.
 """
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from madpo_ray import columns
 from madpo_ray.config import PolicyConfig
-from madpo_ray.data.batching import MicroBatch
 from madpo_ray.losses import BetaStatistics, beta_dpo_batch
 from madpo_ray.training.collectives import gather_valid
+from madpo_ray.training.protocols import BatchBeta, PairBatch, Statistics
 
 
-class BatchBeta(NamedTuple):
-    """beta-DPO's choice for one micro-batch."""
-
-    beta: Tensor  # scalar
-    # (B,): 0 for a filtered pair, else pairs / kept pairs, so that the mean over all pairs is the
-    # mean over kept ones.
-    factor: Tensor
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """Log-probs of a micro-batch's pairs, each (B,), and what follows from them."""
-
-    chosen: Tensor
-    rejected: Tensor
-    ref_chosen: Tensor
-    ref_rejected: Tensor
-    lengths: Tensor  # (2B,) response tokens, chosen first
-    margin: Tensor | None = None  # float64; None if no reward model scored the pairs
-    batch: BatchBeta | None = None  # in training with beta-DPO
-
-    @classmethod
-    def of(cls, outputs: Mapping[str, Tensor], batch: MicroBatch) -> "Pairs":
-        chosen, rejected = outputs["logps"].chunk(2)
-        ref_chosen, ref_rejected = columns.REF_LOGPS
-        return cls(
-            chosen=chosen,
-            rejected=rejected,
-            ref_chosen=batch.columns[ref_chosen].to(chosen.dtype),
-            ref_rejected=batch.columns[ref_rejected].to(chosen.dtype),
-            lengths=batch.response_lengths,
-            margin=batch.columns.get(columns.MARGIN),
-        )
-
-    @property
-    def logratio(self) -> Tensor:
-        return (self.chosen - self.ref_chosen) - (self.rejected - self.ref_rejected)
-
-    @property
-    def chosen_lengths(self) -> Tensor:
-        return self.lengths.chunk(2)[0]
-
-    @property
-    def length_normalised(self) -> Tensor:
-        """The difference of log-ratios, each divided by its own response's length."""
-        chosen_lengths, rejected_lengths = self.lengths.chunk(2)
-        chosen = (self.chosen - self.ref_chosen) / chosen_lengths
-        rejected = (self.rejected - self.ref_rejected) / rejected_lengths
-        return chosen - rejected
-
-
-class BetaDPO:
+class BetaDPO(Statistics):
     """One beta and one mask for a micro-batch of all ranks, from running statistics of the gaps.
 
     `published` follows junkangwu/beta-DPO. `madpo_paper` is the variant of the MADPO authors'
@@ -85,7 +32,7 @@ class BetaDPO:
         self._gaps: list[Tensor] = []  # of the optimizer step, over all ranks
         self._generator = torch.Generator().manual_seed(seed)
 
-    def observe(self, pairs: Pairs, valid: Tensor) -> Pairs:
+    def observe(self, pairs: PairBatch, valid: Tensor) -> PairBatch:
         """The pairs with this micro-batch's beta and filter. A collective. `valid` is (B,) bool."""
         settings = self._settings
         scale = settings.beta if self._is_paper_variant else 1.0
@@ -110,7 +57,7 @@ class BetaDPO:
         mask = torch.zeros_like(pairs.chosen)
         mask[valid] = kept[own].to(mask)
         factor = mask * (len(kept) / max(int(kept.sum()), 1))
-        return dataclasses.replace(pairs, batch=BatchBeta(beta.to(pairs.chosen), factor))
+        return dataclasses.replace(pairs, batch_beta=BatchBeta(beta.to(pairs.chosen), factor))
 
     def end_step(self) -> None:
         if self._is_paper_variant:

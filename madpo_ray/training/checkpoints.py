@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 
 from madpo_ray.artifacts.manifest import hash_file, write_json
-from madpo_ray.config import TrainingConfig
 from madpo_ray.training.collectives import broadcast_object
 from madpo_ray.training.engine import DeepSpeedEngine, make_universal
 
@@ -112,14 +111,11 @@ def agreed_checkpoint(run: Path, step: int | None = None) -> Path | None:
     return agreed
 
 
-def is_resized(folder: Path, zero_stage: int) -> bool:
-    """Whether a checkpoint's optimizer state is sharded for another number of ranks."""
-    return zero_stage > 0 and _saved_world_size(folder) != dist.get_world_size()
-
-
-def needs_conversion(folder: Path | None, settings: TrainingConfig) -> bool:
-    """Whether an engine that loads this checkpoint has to be made with `resized`."""
-    return folder is not None and is_resized(folder, settings.zero_stage)
+def is_resized(folder: Path | None, zero_stage: int) -> bool:
+    """Whether there is a checkpoint whose state is sharded for another number of ranks."""
+    if folder is None or zero_stage == 0:
+        return False
+    return _saved_world_size(folder) != dist.get_world_size()
 
 
 def _claimed_step(folder: Path) -> float:

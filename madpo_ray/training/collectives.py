@@ -9,22 +9,23 @@ from torch import Tensor
 
 
 def world_size() -> int:
+    """The number of ranks."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def is_first_rank() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
 def sum_over_ranks(value: float, device: torch.device) -> float:
+    """The sum of every rank's value, on every rank, in float64."""
     total = torch.tensor(value, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
+    if world_size() > 1:
+        dist.all_reduce(total)
     return float(total)
 
 
 def max_over_ranks(values: Sequence[float], device: torch.device) -> list[float]:
+    """The largest of every rank's values, one by one, on every rank."""
     largest = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    if world_size() > 1:
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return [float(value) for value in largest]
 
 
@@ -62,6 +63,8 @@ def gather_valid(values: Tensor, valid: Tensor) -> tuple[Tensor, slice]:
 
 def broadcast_object(value: Any) -> Any:
     """Rank 0's value, on every rank."""
+    if world_size() == 1:
+        return value
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]

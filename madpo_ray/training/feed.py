@@ -16,22 +16,24 @@ class _OrderedRows:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         numbers = batch["id"].to_pylist()
-        return pa.concat_tables([self._order.row(self._start + number) for number in numbers])
+        return pa.concat_tables(
+            [self._order.micro_batch(self._start + number) for number in numbers]
+        )
 
 
 def micro_batch_dataset(
-    spec: OrderSpec, first_rows: np.ndarray, start_step: int
+    spec: OrderSpec, first_micro_batches: np.ndarray, start_step: int
 ) -> ray.data.Dataset:
     """The micro-batches of `Order(spec)` from a step on, one row per block.
 
     Split over the workers in turn, they give rank r of W the rows r, r + W, r + 2W, ...
 
     Args:
-        first_rows: `Order(spec).first_rows`, so that the order is not made again for it.
+        first_micro_batches: those of `Order(spec)`, so that the order is not made again for them.
     """
-    stop = int(first_rows[-1])
+    stop = int(first_micro_batches[-1])
     # A finished run reads nothing, but Ray needs a row.
-    start = min(int(first_rows[start_step]), stop - 1)
+    start = min(int(first_micro_batches[start_step]), stop - 1)
     return ray.data.range(stop - start, override_num_blocks=stop - start).map_batches(
         _OrderedRows,
         fn_constructor_kwargs={"spec": spec, "start": start},

@@ -64,7 +64,7 @@ class TrainingJob:
     model: ModelConfig
     seed: int
     num_threads: int  # of this rank
-    base_folder: Path  # the base model
+    base_folder: Path  # the model that training starts from, and LoRA's base
     rows: Path  # folder of Parquet files with tokens and the task's columns
     output: Path  # gets model/, metrics.jsonl and tensorboard/ at the end
     storage: Path  # Ray's storage: checkpoints and metrics of all runs
@@ -108,7 +108,7 @@ class TrainingJob:
         architecture = load_architecture(self.base_folder, trust_remote_code=trust)
         return uses_shared_prefix(self.model, architecture)
 
-    def order(self, num_workers: int) -> OrderSpec:
+    def order_spec(self, num_workers: int) -> OrderSpec:
         """The order of the pairs to train on."""
         settings = self.settings
         return OrderSpec(
@@ -126,7 +126,7 @@ class TrainingJob:
             max_steps=settings.max_steps,
         )
 
-    def validation_order(self, num_workers: int) -> OrderSpec:
+    def validation_order_spec(self, num_workers: int) -> OrderSpec:
         """The order of the validation pairs: one step, not shuffled."""
         settings = self.settings
         return OrderSpec(

@@ -83,15 +83,15 @@ def fit(run: TrainingRun, batches: Iterable[MicroBatch]) -> Notice:
             return Notice.NONE
 
 
-class Step(NamedTuple):
-    """What one optimizer step leaves behind."""
+class StepResult(NamedTuple):
+    """The result of one optimizer step."""
 
     learning_rate: float
     grad_norm: float | None  # None if it was skipped
     meter: Meter
 
 
-def train_step(run: TrainingRun, micro_batches: Iterable[MicroBatch]) -> Step:
+def train_step(run: TrainingRun, micro_batches: Iterable[MicroBatch]) -> StepResult:
     """Forward and backward of this rank's micro-batches, then one optimizer step."""
     progress = run.progress
     objective_state = run.objective.state_dict()
@@ -116,12 +116,12 @@ def train_step(run: TrainingRun, micro_batches: Iterable[MicroBatch]) -> Step:
     progress.step += 1
     if math.isfinite(grad_norm):
         run.objective.end_step()
-        return Step(learning_rate, grad_norm, meter)
+        return StepResult(learning_rate, grad_norm, meter)
 
     progress.skipped += 1
     _skip_or_fail(run, grad_norm, step_loss, pair_ids)
     run.objective.load_state_dict(objective_state)
-    return Step(learning_rate, None, Meter())
+    return StepResult(learning_rate, None, Meter())
 
 
 def _micro_batches_of_step(batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
@@ -206,10 +206,10 @@ class _RunningLog:
     def __init__(self, run: TrainingRun) -> None:
         self._run = run
         self._meter = Meter()
-        self._last_step: Step | None = None
+        self._last_step: StepResult | None = None
         self._since = time.monotonic()
 
-    def add(self, step: Step) -> None:
+    def add(self, step: StepResult) -> None:
         self._meter.merge(step.meter)
         self._last_step = step
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from madpo_ray.columns import MARGIN, REF_LOGPS
+from madpo_ray.columns import MARGIN, REF_LOGPS, REWARDS
 from madpo_ray.config import LossType, PolicyConfig, RewardConfig
 from madpo_ray.data.batching import MicroBatch
 from madpo_ray.losses import (
@@ -24,57 +24,57 @@ from madpo_ray.losses import (
     madpo_loss,
     madpo_weight,
 )
-from madpo_ray.training.beta_dpo import BetaDPO, Pairs
+from madpo_ray.training.beta_dpo import BetaDPO
 from madpo_ray.training.metrics import Metric, means
-from madpo_ray.training.protocols import Objective, Terms
+from madpo_ray.training.protocols import Objective, PairBatch, Statistics, Terms
 
 
-def _no_metrics(pairs: Pairs, settings: PolicyConfig) -> dict[str, Metric]:
+def _no_metrics(pairs: PairBatch, settings: PolicyConfig) -> dict[str, Metric]:
     return {}
 
 
 class PairLoss(NamedTuple):
     """One row of the table of losses."""
 
-    value: Callable[[Pairs, PolicyConfig], Tensor]  # (B,)
+    value: Callable[[PairBatch, PolicyConfig], Tensor]  # (B,)
     columns: tuple[str, ...] = REF_LOGPS
-    metrics: Callable[[Pairs, PolicyConfig], dict[str, Metric]] = _no_metrics
+    metrics: Callable[[PairBatch, PolicyConfig], dict[str, Metric]] = _no_metrics
     # Makes what the loss carries from step to step, from settings and seed.
-    statistics: Callable[[PolicyConfig, int], BetaDPO] | None = None
+    statistics: Callable[[PolicyConfig, int], Statistics] | None = None
 
 
-def _sigmoid(pairs: Pairs, settings: PolicyConfig) -> Tensor:
+def _sigmoid(pairs: PairBatch, settings: PolicyConfig) -> Tensor:
     smoothing = settings.label_smoothing
     return dpo_loss(pairs.logratio, beta=settings.beta, label_smoothing=smoothing)
 
 
-def _ipo(pairs: Pairs, settings: PolicyConfig) -> Tensor:
+def _ipo(pairs: PairBatch, settings: PolicyConfig) -> Tensor:
     return ipo_loss(pairs.length_normalised, beta=settings.beta)
 
 
-def _ipo_sum(pairs: Pairs, settings: PolicyConfig) -> Tensor:
+def _ipo_sum(pairs: PairBatch, settings: PolicyConfig) -> Tensor:
     return ipo_loss(pairs.logratio, beta=settings.beta)
 
 
-def _beta_dpo(pairs: Pairs, settings: PolicyConfig) -> Tensor:
-    if pairs.batch is None:  # evaluation
+def _beta_dpo(pairs: PairBatch, settings: PolicyConfig) -> Tensor:
+    if pairs.batch_beta is None:  # evaluation
         return dpo_loss(pairs.logratio, beta=settings.beta)
-    return beta_dpo_loss(pairs.logratio, beta=pairs.batch.beta) * pairs.batch.factor
+    return beta_dpo_loss(pairs.logratio, beta=pairs.batch_beta.beta) * pairs.batch_beta.factor
 
 
-def _beta_dpo_metrics(pairs: Pairs, settings: PolicyConfig) -> dict[str, Metric]:
-    if pairs.batch is None:
+def _beta_dpo_metrics(pairs: PairBatch, settings: PolicyConfig) -> dict[str, Metric]:
+    if pairs.batch_beta is None:
         return {}
-    return means({"beta/effective": torch.full_like(pairs.chosen, float(pairs.batch.beta))})
+    return means({"beta/effective": torch.full_like(pairs.chosen, float(pairs.batch_beta.beta))})
 
 
-def _madpo(pairs: Pairs, settings: PolicyConfig) -> Tensor:
+def _madpo(pairs: PairBatch, settings: PolicyConfig) -> Tensor:
     assert pairs.margin is not None
     margin = pairs.margin.to(pairs.chosen.dtype)
     return madpo_loss(pairs.logratio, margin, beta=settings.beta, **_weighting(settings))
 
 
-def _madpo_metrics(pairs: Pairs, settings: PolicyConfig) -> dict[str, Metric]:
+def _madpo_metrics(pairs: PairBatch, settings: PolicyConfig) -> dict[str, Metric]:
     assert pairs.margin is not None
     weight = madpo_weight(pairs.margin, **_weighting(settings))
     return {
@@ -104,8 +104,8 @@ LOSSES: dict[LossType, PairLoss] = {
 
 
 def needs_margins(settings: PolicyConfig) -> bool:
-    """Whether the loss reads reward margins, and so needs a reward model."""
-    return MARGIN in LOSSES[settings.loss_type].columns
+    """Whether the loss reads rewards or their margin, and so needs a reward model."""
+    return not {MARGIN, *REWARDS}.isdisjoint(LOSSES[settings.loss_type].columns)
 
 
 class PolicyObjective(Objective):
@@ -114,7 +114,7 @@ class PolicyObjective(Objective):
     def __init__(self, settings: PolicyConfig, seed: int) -> None:
         self._settings = settings
         self._loss = LOSSES[settings.loss_type]
-        self._statistics: BetaDPO | None = None
+        self._statistics: Statistics | None = None
         if self._loss.statistics is not None:
             self._statistics = self._loss.statistics(settings, seed)
 
@@ -122,7 +122,7 @@ class PolicyObjective(Objective):
         self, outputs: Mapping[str, Tensor], batch: MicroBatch, *, training: bool
     ) -> Terms:
         settings = self._settings
-        pairs = Pairs.of(outputs, batch)
+        pairs = PairBatch.of(outputs, batch)
         if training and self._statistics is not None:
             pairs = self._statistics.observe(pairs, batch.valid > 0)
 
@@ -152,7 +152,7 @@ class PolicyObjective(Objective):
             self._statistics.load_state_dict(state)
 
 
-def _preference_metrics(pairs: Pairs, entropy: Tensor, beta: float) -> dict[str, Metric]:
+def _preference_metrics(pairs: PairBatch, entropy: Tensor, beta: float) -> dict[str, Metric]:
     """TRL's metrics, and those of reward margins; `entropy` is (2B,), a mean over tokens."""
     chosen = beta * (pairs.chosen - pairs.ref_chosen)
     rejected = beta * (pairs.rejected - pairs.ref_rejected)

@@ -1,20 +1,99 @@
-"""What the training loop talks to: objective, engine, reporter. No loss, no Ray, no DeepSpeed.
+"""What the training loop talks to, and what a loss reads. No loss, no Ray, no DeepSpeed.
 
 Legend: B pairs of a micro-batch.
 """
 
 import abc
 import enum
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
+from madpo_ray.columns import MARGIN, REF_LOGPS
 from madpo_ray.data.batching import MicroBatch
 from madpo_ray.training.metrics import Metric
 from madpo_ray.training.schedule import Progress
+
+
+class BatchBeta(NamedTuple):
+    """beta-DPO's choice for one micro-batch."""
+
+    beta: Tensor  # scalar
+    # (B,): 0 for a filtered pair, else pairs / kept pairs, so that the mean over all pairs is the
+    # mean over kept ones.
+    factor: Tensor
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """Log-probs of a micro-batch's pairs, each (B,), and what follows from them."""
+
+    chosen: Tensor
+    rejected: Tensor
+    ref_chosen: Tensor
+    ref_rejected: Tensor
+    lengths: Tensor  # (2B,) response tokens, chosen first
+    columns: Mapping[str, Tensor]  # name -> (B,) float64, such as margin
+    batch_beta: BatchBeta | None = None  # in training with beta-DPO
+
+    @classmethod
+    def of(cls, outputs: Mapping[str, Tensor], batch: MicroBatch) -> "PairBatch":
+        """From a policy's outputs and the stored columns of a micro-batch."""
+        chosen, rejected = outputs["logps"].chunk(2)
+        ref_chosen, ref_rejected = REF_LOGPS
+        return cls(
+            chosen=chosen,
+            rejected=rejected,
+            ref_chosen=batch.columns[ref_chosen].to(chosen.dtype),
+            ref_rejected=batch.columns[ref_rejected].to(chosen.dtype),
+            lengths=batch.response_lengths,
+            columns=batch.columns,
+        )
+
+    @property
+    def margin(self) -> Tensor | None:
+        """The reward margin, float64; None if no reward model scored the pairs."""
+        return self.columns.get(MARGIN)
+
+    @property
+    def logratio(self) -> Tensor:
+        """Of chosen minus rejected, in nats."""
+        return (self.chosen - self.ref_chosen) - (self.rejected - self.ref_rejected)
+
+    @property
+    def chosen_lengths(self) -> Tensor:
+        return self.lengths.chunk(2)[0]
+
+    @property
+    def length_normalised(self) -> Tensor:
+        """The difference of log-ratios, each divided by its own response's length."""
+        chosen_lengths, rejected_lengths = self.lengths.chunk(2)
+        chosen = (self.chosen - self.ref_chosen) / chosen_lengths
+        rejected = (self.rejected - self.ref_rejected) / rejected_lengths
+        return chosen - rejected
+
+
+class Statistics(abc.ABC):
+    """What a loss carries from step to step."""
+
+    @abc.abstractmethod
+    def observe(self, pairs: PairBatch, valid: Tensor) -> PairBatch:
+        """The pairs with what the loss needs of the statistics. `valid` is (B,) bool."""
+
+    @abc.abstractmethod
+    def end_step(self) -> None:
+        """Called once after each optimizer step."""
+
+    @abc.abstractmethod
+    def state_dict(self) -> dict[str, Any]: ...
+
+    @abc.abstractmethod
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 class Terms(NamedTuple):
@@ -91,7 +170,7 @@ class Notice(enum.IntEnum):
     """
 
     NONE = 0
-    SAVE = 1  # a node is about to leave: save and continue
+    SAVE = 1  # a node will be preempted: save and continue
     OUT_OF_TIME = 2  # save and exit
     TERMINATED = 3  # save and exit
 
@@ -102,8 +181,8 @@ class Site(Protocol):
     rank: int
     world_size: int
 
-    def rows(self, start_step: int) -> Any:
-        """This rank's rows of the order, from a step on; earlier ones may come first."""
+    def micro_batches(self, start_step: int) -> Iterator[pa.Table]:
+        """This rank's encoded micro-batches, from a step on; earlier ones may come first."""
 
     def report(self, numbers: dict[str, float], checkpoint: Path | None) -> None:
         """Passes numbers, and perhaps this rank's part of a checkpoint, to whoever started the run.

@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 
 from madpo_ray.data.batching import MicroBatch, collate
-from madpo_ray.data.order import Order, decode_row
+from madpo_ray.data.order import Order, decode_micro_batch
 from madpo_ray.models.flops import ModelFlops, peak_flops
 from madpo_ray.models.loading import DTYPES
 from madpo_ray.models.saving import merge_adapter, save_model, saved_tensors
-from madpo_ray.training.checkpoints import agreed_checkpoint, load_checkpoint, needs_conversion
+from madpo_ray.training.checkpoints import agreed_checkpoint, is_resized, load_checkpoint
 from madpo_ray.training.collectives import sum_over_ranks
 from madpo_ray.training.engine import DeepSpeedEngine, sharded_construction
 from madpo_ray.training.job import TrainingJob
@@ -64,8 +64,8 @@ class _Rank:
     def __init__(self, job: TrainingJob, site: Site) -> None:
         self._job = job
         self._site = site
-        self._order = Order(job.order(site.world_size))
-        self._validation_order = Order(job.validation_order(site.world_size))
+        self._order = Order(job.order_spec(site.world_size))
+        self._validation_order = Order(job.validation_order_spec(site.world_size))
         self._collate = functools.partial(
             collate,
             shared_prefix=job.uses_shared_prefix(),
@@ -91,7 +91,7 @@ class _Rank:
             job.settings,
             dtype=job.model.dtype,
             total_steps=self._order.total_steps,
-            resized=needs_conversion(checkpoint, job.settings),
+            resized=is_resized(checkpoint, job.settings.zero_stage),
         )
 
     def engine_at(self, step: int) -> DeepSpeedEngine:
@@ -153,16 +153,16 @@ class _Rank:
         return progress, notice
 
     def _train_batches(self, start_step: int) -> Iterator[MicroBatch]:
-        for row in self._site.rows(start_step):
-            pairs, place = decode_row(row)
+        for row in self._site.micro_batches(start_step):
+            pairs, place = decode_micro_batch(row)
             if place.step >= start_step:
                 yield self._collate(pairs, place=place)
 
     def _validation_batches(self) -> Iterator[MicroBatch]:
         """This rank's share, filled up so that every rank has equally many micro-batches."""
         order = self._validation_order
-        for number in range(self._site.rank, order.num_rows, self._site.world_size):
-            pairs, place = decode_row(order.row(number))
+        for number in range(self._site.rank, order.num_micro_batches, self._site.world_size):
+            pairs, place = decode_micro_batch(order.micro_batch(number))
             yield self._collate(pairs, place=place)
 
 

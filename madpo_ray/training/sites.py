@@ -39,10 +39,10 @@ class LocalSite:
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
 
-    def rows(self, start_step: int) -> Iterator[pa.Table]:
-        order = Order(self._job.order(self.world_size))
-        first = order.first_row(start_step) + self.rank
-        return map(order.row, range(first, order.num_rows, self.world_size))
+    def micro_batches(self, start_step: int) -> Iterator[pa.Table]:
+        order = Order(self._job.order_spec(self.world_size))
+        first = order.first_micro_batch(start_step) + self.rank
+        return map(order.micro_batch, range(first, order.num_micro_batches, self.world_size))
 
     def report(self, numbers: dict[str, float], checkpoint: Path | None) -> None:
         if checkpoint is not None:

@@ -13,9 +13,9 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from madpo_ray.cluster import ordered_execution, worker_resources
 from madpo_ray.config import ClusterConfig
 from madpo_ray.data.order import Order
-from madpo_ray.errors import ExitCode, Stopped
+from madpo_ray.errors import ExitCode, Stopped, UserError
 from madpo_ray.models.attention import load_architecture, warn_if_separate_rows
-from madpo_ray.models.loading import check_trainable
+from madpo_ray.models.loading import check_trainable, check_weights
 from madpo_ray.signals import on_sigterm
 from madpo_ray.training.bar import training_bar
 from madpo_ray.training.checkpoints import newest_checkpoint
@@ -37,7 +37,7 @@ class RaySite:
         self.rank = context.get_world_rank()
         self.world_size = context.get_world_size()
 
-    def rows(self, start_step: int) -> Iterator[pa.Table]:
+    def micro_batches(self, start_step: int) -> Iterator[pa.Table]:
         shard = ray.train.get_dataset_shard("train")
         assert shard is not None
         yield from shard.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=4)
@@ -53,7 +53,7 @@ class RaySite:
 def _train_on_worker(spec: dict[str, TrainingJob]) -> Outcome:
     try:
         return run_rank(spec["job"], RaySite())
-    except NonFiniteError as error:  # on every rank, and again after a restart: do not retry
+    except (NonFiniteError, UserError) as error:  # on every rank, and again after a restart
         return Outcome(0, failure=str(error))
 
 
@@ -73,8 +73,9 @@ def train_on_ray(
     """
     # Fail before any worker starts.
     check_trainable(job.base_folder, job.model, job.settings, task_type=job.task.task_type)
-    order = Order(job.order(cluster.num_workers))
-    Order(job.validation_order(cluster.num_workers))
+    check_weights(job.base_folder, job.model, task_type=job.task.task_type)
+    order = Order(job.order_spec(cluster.num_workers))
+    Order(job.validation_order_spec(cluster.num_workers))
     if len(job.task.responses) > 1 and not job.uses_shared_prefix():
         trust = job.model.trust_remote_code
         architecture = load_architecture(job.base_folder, trust_remote_code=trust)
@@ -112,14 +113,14 @@ def _ask_to_stop(job: TrainingJob) -> None:
 def _trainer(
     job: TrainingJob, cluster: ClusterConfig, order: Order, callbacks: Sequence[Any]
 ) -> TorchTrainer:
-    spec = job.order(cluster.num_workers)
-    first_rows = order.first_rows
+    spec = job.order_spec(cluster.num_workers)
+    first_micro_batches = order.first_micro_batches
 
     def dataset() -> ray.data.Dataset:
         # Called at every (re)start of the workers, so that the data resumes at the same step as
         # they do.
         newest = newest_checkpoint(job.checkpoints)
-        return micro_batch_dataset(spec, first_rows, newest[0] if newest else 0)
+        return micro_batch_dataset(spec, first_micro_batches, newest[0] if newest else 0)
 
     return TorchTrainer(
         _train_on_worker,

@@ -1,33 +1,150 @@
-"""Rows in TRL's formats, and rows that are none."""
+"""The layouts of pairs that are read, and the reasons of those that are not."""
 
+import json
 from typing import Any
 
 import pytest
 
-from madpo_ray.data.formats import BadRowError, parse_pair
+from madpo_ray.config import DataConfig
+from madpo_ray.data.formats import BadRowError, Pair, as_text, parse_pair
 from support.pairs import messages
 
-STANDARD = {"prompt": "p", "chosen": " a", "rejected": " b"}
+TEXTS = {"prompt": "p", "chosen": " a", "rejected": " b"}
 CONVERSATION = messages(prompt="p", chosen="a", rejected="b")
+CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}
 
 
-@pytest.mark.parametrize("row", [STANDARD, CONVERSATION])
+def parsed(row: dict[str, Any], **settings: Any) -> Pair:
+    return parse_pair(row, DataConfig(files=("x",), **settings))
+
+
+def parts(pair: Pair) -> dict[str, Any]:
+    return {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
+
+
+@pytest.mark.parametrize("row", [TEXTS, CONVERSATION])
 def test_explicit_prompts_stay_as_they_are(row: dict[str, Any]) -> None:
-    assert parse_pair(row) == row
+    pair = parsed(row)
+    assert parts(pair) == row
+    assert pair.is_conversational is isinstance(row["prompt"], list)
+    assert not pair.repeated_prompt
 
 
-def test_implicit_prompt_of_texts() -> None:
-    row = {"chosen": "the sky is blue", "rejected": "the sky is green"}
-    expected = {"prompt": "the sky is", "chosen": " blue", "rejected": " green"}
-    assert parse_pair(row) == expected
+def test_columns_are_mapped() -> None:
+    row = {"question": "p", "good": " a", "bad": " b"}
+    columns = {"prompt_column": "question", "chosen_column": "good", "rejected_column": "bad"}
+    assert parts(parsed(row, **columns)) == TEXTS
 
 
-def test_implicit_prompt_of_messages() -> None:
+def test_text_prompt_with_messages() -> None:
+    """The most used public layout: the responses hold the prompt as their first turn, or not."""
+    plain = {**CONVERSATION, "prompt": "p"}
+    repeated = {
+        "prompt": "p",
+        "chosen": CONVERSATION["prompt"] + CONVERSATION["chosen"],
+        "rejected": CONVERSATION["prompt"] + CONVERSATION["rejected"],
+    }
+    assert parts(parsed(plain)) == parts(parsed(repeated)) == CONVERSATION
+    assert parsed(repeated).repeated_prompt
+    assert not parsed(plain).repeated_prompt
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (
+            {"prompt": "say hi", "chosen": "say hi there", "rejected": "say hi no"},
+            {"prompt": "say hi", "chosen": " there", "rejected": " no"},
+        ),
+        (
+            {
+                "prompt": CONVERSATION["prompt"],
+                "chosen": CONVERSATION["prompt"] + CONVERSATION["chosen"],
+                "rejected": CONVERSATION["prompt"] + CONVERSATION["rejected"],
+            },
+            CONVERSATION,
+        ),
+    ],
+)
+def test_repeated_prompt_is_removed(row: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Two layouts of one meaning."""
+    pair = parsed(row)
+    assert parts(pair) == expected
+    assert pair.repeated_prompt
+
+
+def test_prompt_in_one_response_stays() -> None:
+    """Then it is what that response says."""
+    row = {"prompt": "hi", "chosen": "hi you", "rejected": "no"}
+    assert parts(parsed(row)) == row
+
+
+def test_messages_that_share_their_first_turn() -> None:
     row = {
         "chosen": CONVERSATION["prompt"] + CONVERSATION["chosen"],
         "rejected": CONVERSATION["prompt"] + CONVERSATION["rejected"],
     }
-    assert parse_pair(row) == CONVERSATION
+    assert parts(parsed(row)) == CONVERSATION
+
+
+def test_implicit_prompt_of_texts_has_to_be_asked_for() -> None:
+    row = {"chosen": "the sky is blue", "rejected": "the sky is green"}
+    with pytest.raises(BadRowError, match="prompt is missing"):
+        parsed(row)
+    expected = {"prompt": "the sky is", "chosen": " blue", "rejected": " green"}
+    assert parts(parsed(row, implicit_prompt=True)) == expected
+
+
+def test_messages_stored_as_json() -> None:
+    row = {name: json.dumps(value) for name, value in CONVERSATION.items()}
+    assert parts(parsed(row)) == CONVERSATION
+    assert parts(parsed({name: as_text(value) for name, value in CONVERSATION.items()})) == (
+        CONVERSATION
+    )
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "[{", '[{"a": 1}]', "{}", "null", "12"])
+def test_text_that_looks_like_json_stays_text(text: str) -> None:
+    assert parsed({**TEXTS, "chosen": text}).chosen == text
+
+
+def test_every_key_of_a_message_is_kept() -> None:
+    """Names, tool calls with null content, parts of text; Parquet's nulls are no keys."""
+    chosen = [{**CALL, "content": None, "name": "bot", "weight": None}]
+    rejected = [{"role": "assistant", "content": [{"type": "text", "text": "b", "url": None}]}]
+    pair = parsed({"prompt": CONVERSATION["prompt"], "chosen": chosen, "rejected": rejected})
+    assert pair.chosen == [{**CALL, "name": "bot"}]
+    assert pair.rejected == [{"role": "assistant", "content": [{"type": "text", "text": "b"}]}]
+
+
+def test_pairs_that_differ_in_a_call_are_pairs() -> None:
+    other = json.loads(json.dumps(CALL).replace('"x": 1', '"x": 2'))
+    pair = parsed({"prompt": CONVERSATION["prompt"], "chosen": [CALL], "rejected": [other]})
+    assert pair.chosen != pair.rejected
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_tools_and_template_options(as_json: bool) -> None:
+    tools = [{"type": "function", "function": {"name": "f", "description": None}}]
+    options = {"enable_thinking": False}
+    row: dict[str, Any] = {**CONVERSATION, "tools": tools, "chat_template_kwargs": options}
+    if as_json:
+        row |= {"tools": json.dumps(tools), "chat_template_kwargs": json.dumps(options)}
+    pair = parsed(row)
+    assert pair.tools == [{"type": "function", "function": {"name": "f"}}]
+    assert pair.template_options == options
+
+
+def test_system_column() -> None:
+    row = {**CONVERSATION, "system": "be brief"}
+    system = {"role": "system", "content": "be brief"}
+    assert parsed(row, system_column="system").prompt == [system, *CONVERSATION["prompt"]]
+    assert parsed({**row, "system": None}, system_column="system").prompt == row["prompt"]
+    with pytest.raises(BadRowError, match="needs messages"):
+        parsed({**TEXTS, "system": "be brief"}, system_column="system")
+    twice = {**row, "prompt": [system, *row["prompt"]]}
+    with pytest.raises(BadRowError, match="the prompt has a system message"):
+        parsed(twice, system_column="system")
 
 
 @pytest.mark.parametrize(
@@ -37,14 +154,33 @@ def test_implicit_prompt_of_messages() -> None:
         ({"prompt": "p", "chosen": " ", "rejected": "b"}, "chosen is empty"),
         ({"prompt": "p", "chosen": "a", "rejected": "a"}, "identical"),
         ({"prompt": "p", "chosen": 3, "rejected": "b"}, "chosen is neither text nor a list"),
-        ({"prompt": "p", "chosen": [{"role": "user"}], "rejected": "b"}, "neither text nor"),
+        ({"prompt": "p", "chosen": [3], "rejected": [3]}, "chosen is neither text nor a list"),
         ({"prompt": "p", "chosen": "a"}, "rejected is missing"),
         ({"prompt": None, "chosen": "a", "rejected": "b"}, "prompt is missing"),
-        ({"chosen": "a", "rejected": "b"}, "prompt is empty"),
-        ({**messages(prompt="p", chosen="a"), "rejected": "b"}, "different kinds"),
-        ({"prompt": "p", **messages(chosen="a", rejected="b")}, "different kinds"),
+        ({**messages(prompt="p", chosen="a"), "rejected": "b"}, "of different kinds"),
+        ({**TEXTS, "prompt": CONVERSATION["prompt"]}, "prompt is messages and the responses are"),
+        ({"chosen": [CALL], "rejected": CONVERSATION["chosen"]}, "share no first message"),
+        ({**CONVERSATION, "chosen": [{"content": "a"}]}, "a message of chosen has no role"),
+        ({**CONVERSATION, "chosen": [{"role": "user"}]}, "neither content nor tool_calls"),
+        ({**CONVERSATION, "chosen": [{"role": "user", "content": 1}]}, "neither text nor parts"),
+        (
+            {**CONVERSATION, "chosen": [{"role": "user", "content": [{"type": "image"}]}]},
+            "a part that is not text: image",
+        ),
+        ({**TEXTS, "tools": [{"a": 1}]}, "need messages"),
+        ({**CONVERSATION, "tools": {"a": 1}}, "tools is not a list"),
+        ({**CONVERSATION, "chat_template_kwargs": "{"}, "chat_template_kwargs is not JSON"),
+        ({**TEXTS, "chosen": " good \ud83d"}, "chosen is not valid Unicode"),
+        ({**messages(prompt="\ud83d", chosen="a", rejected="b")}, "prompt is not valid Unicode"),
     ],
 )
 def test_bad_rows_have_a_reason(row: dict[str, Any], reason: str) -> None:
     with pytest.raises(BadRowError, match=reason):
-        parse_pair(row)
+        parsed(row)
+
+
+def test_kind_of_a_reason_has_no_values() -> None:
+    with pytest.raises(BadRowError) as error:
+        parsed({**TEXTS, "chosen": 3})
+    assert str(error.value) == "chosen is neither text nor a list of messages: int"
+    assert error.value.kind == "chosen is neither text nor a list of messages"

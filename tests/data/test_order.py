@@ -1,6 +1,7 @@
 """The order of pairs, and how a step is cut into micro-batches."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,12 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from madpo_ray.artifacts.tables import read_split
-from madpo_ray.data.order import Order, Step, decode_row, order_epoch
+from madpo_ray.data.order import Order, StepPlace, decode_micro_batch, order_epoch
 from madpo_ray.errors import UserError
 from support.ranks import MakeJob
 
 
-def flat(steps: list[Step]) -> list[int]:
+def decoded(order: Order) -> list[tuple[list[dict[str, Any]], StepPlace]]:
+    """All micro-batches of a run."""
+    numbers = range(order.num_micro_batches)
+    return [decode_micro_batch(order.micro_batch(number)) for number in numbers]
+
+
+def flat(steps: list[list[np.ndarray]]) -> list[int]:
     return [int(row) for step in steps for members in step for row in members]
 
 
@@ -86,8 +93,8 @@ def test_workers_get_equally_many_rows(
 ) -> None:
     """In every step, filled up with empty micro-batches."""
     job = policy_job("rows", num_train_epochs=2, max_steps=-1, **cut)
-    order = Order(job.order(workers))
-    rows = [decode_row(order.row(number)) for number in range(order.num_rows)]
+    order = Order(job.order_spec(workers))
+    rows = decoded(order)
     for step in range(order.total_steps):
         in_step = [(pairs, place) for pairs, place in rows if place.step == step]
         assert len(in_step) % workers == 0
@@ -95,8 +102,8 @@ def test_workers_get_equally_many_rows(
         assert is_last == [False] * (len(in_step) - workers) + [True] * workers
         num_pairs = sum(len(pairs) for pairs, _ in in_step)
         assert {place.pairs_in_step for _, place in in_step} == {num_pairs}
-        assert rows[order.first_row(step)][1].step == step
-    assert order.first_row(order.total_steps) == order.num_rows
+        assert rows[order.first_micro_batch(step)][1].step == step
+    assert order.first_micro_batch(order.total_steps) == order.num_micro_batches
 
     def response_tokens(pair: dict[str, list[int]]) -> int:
         return len(pair["chosen_ids"]) + len(pair["rejected_ids"])
@@ -107,8 +114,8 @@ def test_workers_get_equally_many_rows(
 
 def test_epochs_read_each_pair_once(policy_job: MakeJob) -> None:
     job = policy_job("read", num_train_epochs=2, max_steps=-1)
-    order = Order(job.order(num_workers=3))
-    rows = [decode_row(order.row(number)) for number in range(order.num_rows)]
+    order = Order(job.order_spec(num_workers=3))
+    rows = decoded(order)
     epochs: list[list[str]] = [[], []]
     for pairs, place in rows:
         epochs[place.step // order.steps_per_epoch] += [pair["pair_id"] for pair in pairs]
@@ -119,12 +126,12 @@ def test_epochs_read_each_pair_once(policy_job: MakeJob) -> None:
 
 def test_rows_hold_the_pairs_own_values(policy_job: MakeJob) -> None:
     job = policy_job("values")
-    order = Order(job.order(1))
+    order = Order(job.order_spec(1))
     names = ("pair_id", "prompt_ids", "chosen_ids", "rejected_ids", "margin")
     table = read_split(job.rows, "train", names)
     by_id = {row["pair_id"]: row for row in table.to_pylist()}
-    for number in range(order.num_rows):
-        pairs, _ = decode_row(order.row(number))
+    for number in range(order.num_micro_batches):
+        pairs, _ = decode_micro_batch(order.micro_batch(number))
         for pair in pairs:
             expected = by_id[pair["pair_id"]]
             assert {name: pair[name] for name in names} == expected
@@ -134,22 +141,22 @@ def test_pair_over_the_budget_is_refused(policy_job: MakeJob) -> None:
     job = policy_job("long", max_tokens_per_device=20)
     message = r"max_tokens_per_device: 20 is less than the longest pair's \d+ tokens"
     with pytest.raises(UserError, match=message):
-        Order(job.order(1))
+        Order(job.order_spec(1))
 
 
 def test_empty_split_is_refused(policy_job: MakeJob) -> None:
-    spec = dataclasses.replace(policy_job("empty").order(1), split="test")
+    spec = dataclasses.replace(policy_job("empty").order_spec(1), split="test")
     with pytest.raises(UserError, match=r"no pair of .* is in split 'test'"):
         Order(spec)
 
 
 def test_separate_rows_count_the_prompt_twice(policy_job: MakeJob) -> None:
     """The order is that of the pairs' own lengths, whatever the rows."""
-    spec = policy_job("separate").order(1)
+    spec = policy_job("separate").order_spec(1)
     shared = Order(spec)
     separate = Order(dataclasses.replace(spec, shared_prefix=False))
     tokens = read_split(spec.rows, "train", ("prompt_ids", "chosen_ids", "rejected_ids"))
     sizes = [[len(ids) for ids in row.values()] for row in tokens.to_pylist()]
     assert shared.tokens_read.tolist() == [p + c + r for p, c, r in sizes]
     assert separate.tokens_read.tolist() == [2 * (p + max(c, r)) for p, c, r in sizes]
-    assert [separate.row(i) for i in range(4)] == [shared.row(i) for i in range(4)]
+    assert [separate.micro_batch(i) for i in range(4)] == [shared.micro_batch(i) for i in range(4)]

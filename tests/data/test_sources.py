@@ -1,15 +1,15 @@
 """Files of pairs: what is read, and what is refused by name."""
 
+import datetime
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from madpo_ray.config import DataConfig
+from madpo_ray.data import sources
 from madpo_ray.data.sources import KINDS, open_source
 from madpo_ray.errors import UserError
-from madpo_ray.stages.pairs import check_files
 from support.pairs import write_jsonl
 
 
@@ -19,10 +19,47 @@ def test_json_lines(tmp_path: Path) -> None:
     source = open_source(str(file))
     rows = list(source.rows())
     assert isinstance(rows[0], str)
-    assert "not JSON" in rows[0]
+    assert rows[0].startswith("line is not JSON: ")
     assert rows[1:] == ["line is not a JSON object", {"a": 1}, {"b": 2}]
     assert source.columns() == ["a"]
     assert source.count() == 4
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (b'{"a": 1}\r\n', {"a": 1}),
+        (b'{"a": "\\u2028"}\n', {"a": "\u2028"}),
+        (b'{"a": 1, "a": 2}\n', "a key appears twice: 'a'"),
+        (b'{"m": {"b": 1, "b": 1}}\n', "a key appears twice: 'b'"),
+        (b"[" * 200_000 + b"\n", "line is not JSON"),
+        (b'{"a": "\xe4"}\n', "line is not JSON"),
+        (b'{"a": ' + b"9" * 5000 + b"}\n", "line is not JSON"),
+    ],
+)
+def test_unusual_lines(line: bytes, expected: object, tmp_path: Path) -> None:
+    """Each is read, or has a reason; the line after it is read."""
+    (tmp_path / "a.jsonl").write_bytes(line + b'{"z": 1}\n')
+    first, second = open_source(str(tmp_path / "a.jsonl")).rows()
+    assert second == {"z": 1}
+    if isinstance(expected, str):
+        assert isinstance(first, str)
+        assert first.startswith(expected)
+    else:
+        assert first == expected
+
+
+def test_byte_order_mark_is_skipped(tmp_path: Path) -> None:
+    """At the beginning of the file only."""
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"a": 1}\n{"a": 2}\n')
+    assert list(open_source(str(tmp_path / "a.jsonl")).rows()) == [{"a": 1}, {"a": 2}]
+
+
+def test_endless_line_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "MAX_LINE_BYTES", 2**20)
+    (tmp_path / "a.jsonl").write_bytes(b"x" * (3 * 2**20) + b'\n{"a": 1}\n')
+    rows = list(open_source(str(tmp_path / "a.jsonl")).rows())
+    assert rows == ["line is longer than 1 MiB", {"a": 1}]
 
 
 def test_json_lines_without_a_row(tmp_path: Path) -> None:
@@ -38,20 +75,47 @@ def test_parquet(tmp_path: Path) -> None:
     assert source.count() == 3000
 
 
+def test_parquet_value_that_python_lacks(tmp_path: Path) -> None:
+    """A date after the year 9999 spoils its own row only."""
+    days = pa.array([0, 10**7, 1], pa.int32()).cast(pa.date32())
+    pq.write_table(pa.table({"day": days}), tmp_path / "a.parquet")
+    first, second, third = open_source(str(tmp_path / "a.parquet")).rows()
+    assert first == {"day": datetime.date(1970, 1, 1)}
+    assert isinstance(second, str)
+    assert second.startswith("a value cannot be read: ")
+    assert third == {"day": datetime.date(1970, 1, 2)}
+
+
+@pytest.mark.parametrize("folder", ["beta=0.1", "split=all"])
+def test_paths_are_not_data(folder: str, tmp_path: Path) -> None:
+    (tmp_path / folder).mkdir()
+    pq.write_table(pa.table({"split": ["train"]}), tmp_path / folder / "a.parquet")
+    rows = list(open_source(str(tmp_path / folder / "a.parquet")).rows())
+    assert rows == [{"split": "train"}]
+
+
 def test_suffixes_are_unique() -> None:
     suffixes = [suffix for kind in KINDS for suffix in kind.suffixes]
     assert len(suffixes) == len(set(suffixes))
 
 
-def test_missing_files_and_columns_are_named(tmp_path: Path) -> None:
-    rows = [{"prompt": "p", "chosen": "a", "rejekted": "b"}]
-    file = write_jsonl(tmp_path / "a.jsonl", rows)
-    with pytest.raises(UserError, match="no column 'rejected'; did you mean 'rejekted'"):
-        check_files(DataConfig(files=(str(file),)))
-    with pytest.raises(UserError, match="does not exist"):
-        check_files(DataConfig(files=("/none.jsonl",)))
-    with pytest.raises(UserError, match=r"must end in \.parquet or \.jsonl"):
-        check_files(DataConfig(files=(__file__,)))
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("none.jsonl", "does not exist"),
+        ("*.jsonl", "patterns are not expanded"),
+        ("folder", "is a folder: list its .parquet or .jsonl files"),
+        ("a.txt", r"must end in \.parquet or \.jsonl"),
+    ],
+)
+def test_refuses_what_is_no_source(name: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(UserError, match=message):
+        open_source(str(tmp_path / name))
+
+
+def test_refuses_what_is_no_parquet(tmp_path: Path) -> None:
     (tmp_path / "b.parquet").write_text("no")
     with pytest.raises(UserError, match="not a Parquet file"):
-        check_files(DataConfig(files=(str(tmp_path / "b.parquet"),)))
+        open_source(str(tmp_path / "b.parquet")).columns()

@@ -1,11 +1,14 @@
 """Identity and split of pairs."""
 
+import dataclasses
+
 import pytest
 
 from madpo_ray.config import DataConfig
+from madpo_ray.data.formats import Pair
 from madpo_ray.data.splits import content_hash, count_repeats, default_group, split_of
 
-PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
+PAIR = Pair("p", "a", "b")
 
 
 def test_split_follows_group_and_seed() -> None:
@@ -19,13 +22,19 @@ def test_split_follows_group_and_seed() -> None:
 
 @pytest.mark.parametrize("name", ["prompt", "chosen", "rejected"])
 def test_hash_depends_on_every_text(name: str) -> None:
-    assert content_hash(PAIR) == content_hash(dict(PAIR))
-    assert content_hash({**PAIR, name: "other"}) != content_hash(PAIR)
+    other = dataclasses.replace(PAIR, **{name: "other"})
+    assert content_hash(other) != content_hash(PAIR) == content_hash(Pair("p", "a", "b"))
 
 
 def test_group_is_the_prompt() -> None:
-    assert default_group(PAIR) == default_group({**PAIR, "chosen": "c"})
-    assert default_group(PAIR) != default_group({**PAIR, "prompt": "q"})
+    assert default_group(PAIR) == default_group(Pair("p", "c", "b"))
+    assert default_group(PAIR) != default_group(Pair("q", "a", "b"))
+
+
+def test_hash_depends_on_tools() -> None:
+    """Another set of tools is another prompt."""
+    with_tools = dataclasses.replace(PAIR, tools=[{"name": "f"}])
+    assert content_hash(with_tools) != content_hash(PAIR)
 
 
 def test_repeats_are_numbered_across_files() -> None:

@@ -5,56 +5,109 @@ from typing import Any
 
 import pytest
 
-from madpo_ray.data.formats import BadRowError
+from madpo_ray.config import DataConfig
+from madpo_ray.data.formats import BadRowError, Pair, parse_pair
 from madpo_ray.data.tokens import split_joint, tokenize_pair
 from support.pairs import messages
 
-TEXT = {"prompt": "the film", "chosen": " is good", "rejected": " is bad"}
-CONVERSATION = messages(prompt="p", chosen="a", rejected="b")
+TEXT = Pair("the film", " is good", " is bad")
+CONVERSATION = Pair(**messages(prompt="p", chosen="a", rejected="b"))
+
+
+def with_special_tokens(tokenizer: Any, *, begin: bool = False, end: bool = False) -> Any:
+    """The tokenizer, adding its beginning and its end by itself."""
+    from tokenizers.processors import TemplateProcessing
+
+    adding = copy.deepcopy(tokenizer)
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    template = " ".join([bos] * begin + ["$A"] + [eos] * end)
+    adding.backend_tokenizer.post_processor = TemplateProcessing(
+        single=template,
+        special_tokens=[(bos, tokenizer.bos_token_id), (eos, tokenizer.eos_token_id)],
+    )
+    return adding
 
 
 def test_text_ends_with_eos(tokenizer: Any) -> None:
     tokens = tokenize_pair(TEXT, tokenizer, 64)
-    for side in ("chosen", "rejected"):
-        joint = tokenizer(TEXT["prompt"] + TEXT[side])["input_ids"]
-        assert tokens["prompt_ids"] + tokens[f"{side}_ids"] == [*joint, tokenizer.eos_token_id]
+    for response, ids in ((" is good", tokens.chosen), (" is bad", tokens.rejected)):
+        joint = tokenizer("the film" + response)["input_ids"]
+        assert tokens.prompt + ids == [*joint, tokenizer.eos_token_id]
 
 
-def test_messages_follow_the_template(tokenizer: Any) -> None:
-    """The prompt ends with the template's generation prompt."""
-    tokens = tokenize_pair(CONVERSATION, tokenizer, 64)
+@pytest.mark.parametrize("begin", [False, True])
+@pytest.mark.parametrize("end", [False, True])
+@pytest.mark.parametrize("rendered", [False, True])
+def test_text_has_one_beginning_and_one_end(
+    begin: bool, end: bool, rendered: bool, tokenizer: Any
+) -> None:
+    """Whatever the tokenizer adds, and whether a template rendered the text earlier."""
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    pair = TEXT
+    if rendered:
+        pair = Pair(bos + TEXT.prompt, " is good" + eos, " is bad" + eos)
+    tokens = tokenize_pair(pair, with_special_tokens(tokenizer, begin=begin, end=end), 64)
+    plain = tokenize_pair(TEXT, tokenizer, 64)
+    beginning = [tokenizer.bos_token_id] if begin or rendered else []
+    assert tokens.prompt == [*beginning, *plain.prompt]
+    assert (tokens.chosen, tokens.rejected) == (plain.chosen, plain.rejected)
+
+
+@pytest.mark.parametrize("begin", [False, True])
+def test_messages_follow_the_template(begin: bool, tokenizer: Any) -> None:
+    """The prompt ends with its generation prompt, and the tokenizer adds nothing."""
+    adding = with_special_tokens(tokenizer, begin=begin, end=begin)
+    tokens = tokenize_pair(CONVERSATION, adding, 64)
     prompt = tokenizer.apply_chat_template(
-        CONVERSATION["prompt"], tokenize=False, add_generation_prompt=True
+        CONVERSATION.prompt, tokenize=False, add_generation_prompt=True
     )
-    assert tokens["prompt_ids"] == tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    for side in ("chosen", "rejected"):
-        text = tokenizer.apply_chat_template(
-            CONVERSATION["prompt"] + CONVERSATION[side], tokenize=False
-        )
+    assert tokens.prompt == tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    responses = ((CONVERSATION.chosen, tokens.chosen), (CONVERSATION.rejected, tokens.rejected))
+    for response, ids in responses:
+        text = tokenizer.apply_chat_template(CONVERSATION.prompt + response, tokenize=False)
         joint = tokenizer(text, add_special_tokens=False)["input_ids"]
-        assert tokens["prompt_ids"] + tokens[f"{side}_ids"] == joint
+        assert tokens.prompt + ids == joint
+
+
+def test_template_sees_tools_options_and_every_key(tokenizer: Any) -> None:
+    """A call without content is a response."""
+    seeing = copy.deepcopy(tokenizer)
+    seeing.chat_template = (
+        "{{ tools | tojson if tools else '' }}{{ style }}"
+        "{% for m in messages %}{{ m.role }}:{{ m.content or m.tool_calls | tojson }};{% endfor %}"
+    )
+    row = {
+        **messages(prompt="p", chosen="a"),
+        "rejected": [{"role": "assistant", "tool_calls": [{"function": {"name": "good"}}]}],
+        "tools": [{"name": "film"}],
+        "chat_template_kwargs": {"style": "warm"},
+    }
+    pair = parse_pair(row, DataConfig(files=("x",)))
+    tokens = tokenize_pair(pair, seeing, 200)
+    decoded = tokenizer.decode(tokens.prompt + tokens.rejected)
+    assert decoded.startswith('[{"name": "film"}]warmuser:p;assistant:[{"function"')
+    assert "good" in tokenizer.decode(tokens.rejected)
 
 
 def test_merged_token_belongs_to_the_response(tokenizer: Any) -> None:
     """ "film" is one token, so "fi" + "lm" must not be split inside it."""
     joint = tokenizer("the film")["input_ids"]
-    pair = {"prompt": "the fi", "chosen": "lm is", "rejected": "ne is"}
-    tokens = tokenize_pair(pair, tokenizer, 64)
-    prompt = tokens["prompt_ids"]
-    assert prompt == joint[: len(prompt)]
-    assert (prompt + tokens["chosen_ids"])[: len(joint)] == joint
-    assert len(prompt) < len(tokenizer("the fi")["input_ids"])
+    tokens = tokenize_pair(Pair("the fi", "lm is", "ne is"), tokenizer, 64)
+    assert tokens.prompt == joint[: len(tokens.prompt)]
+    assert (tokens.prompt + tokens.chosen)[: len(joint)] == joint
+    assert len(tokens.prompt) < len(tokenizer("the fi")["input_ids"])
 
 
 def test_max_length_cuts_responses(tokenizer: Any) -> None:
-    pair = {
-        "prompt": "the film",
-        "chosen": " is good good good good",
-        "rejected": " is bad bad bad bad bad",
-    }
-    prompt = len(tokenize_pair(pair, tokenizer, 64)["prompt_ids"])
+    """And counts them."""
+    pair = Pair("the film", " is good good good good", " is bad bad bad bad bad")
+    uncut = tokenize_pair(pair, tokenizer, 64)
+    assert uncut.num_cut == 0
+    prompt = len(uncut.prompt)
     tokens = tokenize_pair(pair, tokenizer, prompt + 3)
-    assert [len(tokens[f"{side}_ids"]) for side in ("chosen", "rejected")] == [3, 3]
+    assert [len(tokens.chosen), len(tokens.rejected), tokens.num_cut] == [3, 3, 2]
+    longer = max(len(uncut.chosen), len(uncut.rejected))
+    assert tokenize_pair(pair, tokenizer, prompt + longer - 1).num_cut == 1
     with pytest.raises(BadRowError, match="leaves no room"):
         tokenize_pair(pair, tokenizer, prompt)
     with pytest.raises(BadRowError, match="identical within"):
@@ -76,10 +129,14 @@ def test_split_of_joint_tokens(
     assert split_joint(prompt, chosen, rejected) == expected
 
 
-def test_refusing_template_rejects_the_row(tokenizer: Any) -> None:
+@pytest.mark.parametrize(
+    "template",
+    ["{{ raise_exception('roles') }}", "{{ 1 / 0 }}", "{{ messages + 1 }}", "{{ 2 ** 'a' }}"],
+)
+def test_failing_template_rejects_the_row(template: str, tokenizer: Any) -> None:
     strict = copy.deepcopy(tokenizer)
-    strict.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(BadRowError, match="roles must alternate"):
+    strict.chat_template = template
+    with pytest.raises(BadRowError, match="the chat template refuses the messages: "):
         tokenize_pair(CONVERSATION, strict, 64)
 
 
@@ -87,4 +144,11 @@ def test_template_that_changes_the_prompt_is_refused(tokenizer: Any) -> None:
     changing = copy.deepcopy(tokenizer)
     changing.chat_template = "{{ messages|length }}{{ messages[-1]['content'] }}"
     with pytest.raises(BadRowError, match="renders the prompt differently"):
+        tokenize_pair(CONVERSATION, changing, 64)
+
+
+def test_pair_without_a_shared_token_is_refused(tokenizer: Any) -> None:
+    changing = copy.deepcopy(tokenizer)
+    changing.chat_template = "{% if messages|length > 1 %}{{ messages[-1]['content'] }}{% endif %}"
+    with pytest.raises(BadRowError, match="share no token"):
         tokenize_pair(CONVERSATION, changing, 64)

@@ -1,4 +1,4 @@
-"""Collectives on one process, and over two threads' worth of ranks in test_invariance.py."""
+"""Collectives on one process and on two."""
 
 from pathlib import Path
 
@@ -11,7 +11,6 @@ from madpo_ray.training.collectives import (
     gather_objects,
     gather_tensors,
     gather_valid,
-    is_first_rank,
     max_over_ranks,
     sum_over_ranks,
     world_size,
@@ -20,8 +19,10 @@ from madpo_ray.training.collectives import (
 
 def test_without_a_group_there_is_one_rank() -> None:
     assert world_size() == 1
-    assert is_first_rank()
     assert gather_objects("a") == ["a"]
+    assert broadcast_object("a") == "a"
+    assert sum_over_ranks(2.0, torch.device("cpu")) == 2.0
+    assert max_over_ranks([1.0, -2.0], torch.device("cpu")) == [1.0, -2.0]
     (gathered,) = gather_tensors(torch.ones(2))
     assert gathered.tolist() == [1.0, 1.0]
     values, own = gather_valid(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([True, False, True]))

@@ -1,0 +1,59 @@
+"""What the config's files must have, checked before any row is tokenised."""
+
+from collections.abc import Sequence
+
+from madpo_ray.config import DataConfig
+from madpo_ray.data.formats import BadRowError, parse_pair
+from madpo_ray.data.sources import open_source
+from madpo_ray.errors import UserError, did_you_mean
+
+# What other data sets call the prompt.
+LIKELY_PROMPTS = ("question", "instruction", "query", "input", "context", "problem", "user")
+
+
+def check_files(data: DataConfig) -> None:
+    """Raises UserError if a file is missing, of an unknown kind, or lacks a column."""
+    needed = [data.chosen_column, data.rejected_column, *data.keep_columns]
+    optional = (data.split_column, data.group_column, data.system_column)
+    needed += [name for name in optional if name is not None]
+    for file in data.files:
+        available = open_source(file).columns()
+        if available is None:
+            continue
+        for name in needed:
+            if name not in available:
+                raise UserError(
+                    f"data.files: {file} has no column {name!r}{did_you_mean(name, available)}"
+                )
+        if data.prompt_column not in available:
+            _check_implicit_prompt(file, available, data)
+
+
+def _check_implicit_prompt(file: str, available: Sequence[str], data: DataConfig) -> None:
+    """Raises UserError unless the prompt is certain without its column."""
+    first = next((row for row in open_source(file).rows() if isinstance(row, dict)), None)
+    if first is None or data.implicit_prompt:
+        return
+    try:
+        parse_pair(first, data)
+    except BadRowError:
+        likely = [name for name in LIKELY_PROMPTS if name in available]
+        hint = f"; did you mean {likely[0]!r}?" if likely else ""
+        hint = hint or did_you_mean(data.prompt_column, available)
+        raise UserError(
+            f"data.files: {file} has no column {data.prompt_column!r}{hint} Set "
+            "data.prompt_column; or data.implicit_prompt: true, if the common beginning of both "
+            "responses is the prompt"
+        ) from None
+
+
+def holds_messages(data: DataConfig) -> bool:
+    """Whether the first good row holds messages."""
+    for file in data.files:
+        for row in open_source(file).rows():
+            try:
+                if isinstance(row, dict):
+                    return parse_pair(row, data).is_conversational
+            except BadRowError:
+                continue
+    return False

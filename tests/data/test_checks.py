@@ -1,0 +1,60 @@
+"""What is refused before any row is tokenised."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from madpo_ray.config import DataConfig
+from madpo_ray.data.checks import check_files, holds_messages
+from madpo_ray.errors import UserError
+from support.pairs import messages, write_jsonl
+
+PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
+
+
+def data(tmp_path: Path, *rows: Any, **settings: Any) -> DataConfig:
+    file = write_jsonl(tmp_path / "a.jsonl", list(rows))
+    return DataConfig(files=(str(file),), **settings)
+
+
+def test_names_a_missing_column(tmp_path: Path) -> None:
+    row = {"prompt": "p", "chosen": "a", "rejekted": "b"}
+    with pytest.raises(UserError, match="no column 'rejected'; did you mean 'rejekted'"):
+        check_files(data(tmp_path, row))
+
+
+@pytest.mark.parametrize("name", ["keep_columns", "split_column", "group_column", "system_column"])
+def test_names_every_configured_column(name: str, tmp_path: Path) -> None:
+    value = ("skore",) if name == "keep_columns" else "skore"
+    with pytest.raises(UserError, match="no column 'skore'; did you mean 'score'"):
+        check_files(data(tmp_path, {**PAIR, "score": 1.0}, **{name: value}))
+
+
+@pytest.mark.parametrize("name", ["question", "instruction", "input"])
+def test_invents_no_prompt(name: str, tmp_path: Path) -> None:
+    """The common beginning of two texts is not certain to be the prompt."""
+    row = {name: "q", "chosen": "The first", "rejected": "The second"}
+    message = f"no column 'prompt'; did you mean '{name}'.*data.prompt_column.*implicit_prompt"
+    with pytest.raises(UserError, match=message):
+        check_files(data(tmp_path, row))
+    check_files(data(tmp_path, row, prompt_column=name))
+    check_files(data(tmp_path, row, implicit_prompt=True))
+
+
+def test_messages_may_share_their_prompt(tmp_path: Path) -> None:
+    first = [{"role": "user", "content": "p"}]
+    row = {
+        "chosen": first + messages(chosen="a")["chosen"],
+        "rejected": first + messages(chosen="b")["chosen"],
+    }
+    check_files(data(tmp_path, row))
+
+
+def test_finds_messages(tmp_path: Path) -> None:
+    """In the first good row, also below a mapped name."""
+    assert not holds_messages(data(tmp_path, PAIR))
+    conversation = messages(prompt="p", chosen="a", rejected="b")
+    mapped = {"question": "p", "a": conversation["chosen"], "b": conversation["rejected"]}
+    columns = {"prompt_column": "question", "chosen_column": "a", "rejected_column": "b"}
+    assert holds_messages(data(tmp_path, "{", mapped, **columns))
