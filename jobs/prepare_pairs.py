@@ -1,8 +1,8 @@
 """Entry point for `ray job submit`: `madpo-ray pairs` with the same flags."""
 
-from madpo_ray.cli import job
+from madpo_ray.cli import script_main
 
-main = job("pairs")
+main = script_main("pairs")
 
 if __name__ == "__main__":
     main()

@@ -1,8 +1,8 @@
 """Entry point for `ray job submit`: `madpo-ray margins` with the same flags."""
 
-from madpo_ray.cli import job
+from madpo_ray.cli import script_main
 
-main = job("margins")
+main = script_main("margins")
 
 if __name__ == "__main__":
     main()

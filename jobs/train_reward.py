@@ -1,8 +1,8 @@
 """Entry point for `ray job submit`: `madpo-ray reward` with the same flags."""
 
-from madpo_ray.cli import job
+from madpo_ray.cli import script_main
 
-main = job("reward")
+main = script_main("reward")
 
 if __name__ == "__main__":
     main()

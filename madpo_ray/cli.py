@@ -123,7 +123,7 @@ def _only(stage: Stage) -> Callable[[Config], list[Stage]]:
 
 _add_command(
     "run",
-    "Run all stages that the config asks for. What is done already is left as it is.",
+    "Run all stages that the config asks for. Finished stages are skipped.",
     pipeline.wanted_stages,
     _run_all,
 )
@@ -131,7 +131,7 @@ for _stage in pipeline.STAGES:
     _add_command(_stage.name, _stage.help, _only(_stage), _run_stage(_stage))
 
 
-def job(name: str) -> Callable[[], None]:
+def script_main(name: str) -> Callable[[], None]:
     """The entry point of a job's script: a command with its flags."""
 
     def entry() -> None:

@@ -29,7 +29,7 @@ CONNECT_TIMEOUT_S = 10.0
 def connected(cluster: ClusterConfig, *, dashboard: bool = False) -> Iterator[None]:
     """Connects to the config's cluster, to RAY_ADDRESS, or to a local Ray that ends with the block.
 
-    Does nothing but check the cluster if this process is already connected.
+    If this process is connected already, only checks the cluster and sets Ray Data's options.
 
     Raises:
         UserError: the cluster cannot be reached, or can never place the config's workers.
@@ -55,7 +55,7 @@ def connected(cluster: ClusterConfig, *, dashboard: bool = False) -> Iterator[No
             yield
         except SystemExit:
             if terminated.is_set():  # Ray passes the exit on with a code of its own
-                message = "received SIGTERM: the same command does what is left"
+                message = "received SIGTERM: run the same command again to finish"
                 raise Stopped(message, ExitCode.TERMINATED) from None
             raise
         finally:

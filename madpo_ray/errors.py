@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """The user's input or config is wrong. The message says how to fix it.
+    """The user's input or config is wrong. The message names the fix.
 
     The command prints the message without a traceback and exits with code 2.
     """
@@ -22,8 +22,8 @@ class ExitCode(enum.IntEnum):
     TERMINATED = 143  # 128 + SIGTERM: saved; the same command resumes
 
 
-class Stopped(Exception):  # noqa: N818 (not an error: it was asked to stop)
-    """A training stopped before its end. `message` is for the terminal."""
+class Stopped(Exception):  # noqa: N818 (most often not an error)
+    """A command ended early: it was asked to, or cannot continue. `message` is for the terminal."""
 
     def __init__(self, message: str, exit_code: ExitCode) -> None:
         super().__init__(message, exit_code)

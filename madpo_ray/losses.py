@@ -2,8 +2,8 @@
 
 Legend: B pairs, chosen first. `logratio` is (logp_chosen - ref_logp_chosen) - (logp_rejected -
 ref_logp_rejected), with log-probs summed over response tokens, in nats. `margin` is the reward
-model's r(x, chosen) - r(x, rejected), in reward units. Every function returns (B,), in float32, or
-in float64 if float64 is given.
+model's r(x, chosen) - r(x, rejected), in reward units. Losses and weights return (B,), in float32,
+or in float64 if float64 is given.
 """
 
 from typing import NamedTuple

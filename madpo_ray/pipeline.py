@@ -9,7 +9,7 @@
     tune       search settings of `train` over the same margins; only by its own command
 
 A stage reads the results of earlier stages from their folders and writes its own. It is finished
-when its manifest exists; the manifest says what it was made from.
+when its manifest exists; the manifest records what it was made from.
 """
 
 import time
@@ -44,24 +44,19 @@ def wanted_stages(config: Config) -> list[Stage]:
 
 
 def pending(config: Config) -> list[Stage]:
-    """The stages of `madpo-ray run` from the first unfinished one on."""
-    stages = wanted_stages(config)
-    for i, stage in enumerate(stages):
-        if not stage.is_finished(config):
-            return stages[i:]
-    return []
+    """The stages of `madpo-ray run` that are not finished for this config."""
+    return [stage for stage in wanted_stages(config) if not stage.is_finished(config)]
 
 
 def check(config: Config, stages: Sequence[Stage]) -> None:
-    """Checks everything that can be wrong before the first stage starts. Raises UserError."""
+    """Asks every stage for what can be wrong before the first one starts. Raises UserError."""
     check_writable(config.run.folder)
-    pairs.STAGE.check(config)
-    for stage in stages:
+    for stage in dict.fromkeys((pairs.STAGE, *stages)):
         stage.check(config)
 
 
 def run_all(config: Config, *, say: Say, deadline: float | None = None) -> None:
-    """Runs the pending stages. The first one that the config changes is redone, with all after it.
+    """Runs the pending stages. A stage is redone if its settings or an earlier result changed.
 
     Args:
         say: gets lines and tables for the terminal.
@@ -78,14 +73,16 @@ def run_all(config: Config, *, say: Say, deadline: float | None = None) -> None:
         say(f"nothing to do: every stage in {config.run.folder} is done for this config")
         return
 
-    explain_redo(config, todo[0], say)
+    for stage in todo:
+        explain_redo(config, stage, say)
+    save_config(config, config.run.folder / "config.yaml")
     with connected(config.cluster):
         for stage in stages:
             if stage in todo:
                 _run(config, stage, say, deadline)
+                check(config, stages)  # again: the result may show more
             else:
                 say(f"{stage.name}: done already")
-    save_config(config, config.run.folder / "config.yaml")
 
 
 def run_stage(config: Config, stage: Stage, *, say: Say, deadline: float | None = None) -> None:
@@ -110,7 +107,7 @@ def explain_redo(config: Config, stage: Stage, say: Say) -> None:
     inputs = stage.inputs(config)
     refuse_changed_content(folder, inputs)
     reasons = "\n  ".join(map(str, differences(folder, inputs)))
-    say(f"{stage.name}: redone, with the stages after it, because of\n  {reasons}")
+    say(f"{stage.name}: redone because of\n  {reasons}")
 
 
 def _run(config: Config, stage: Stage, say: Say, deadline: float | None) -> None:

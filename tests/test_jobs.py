@@ -32,7 +32,7 @@ STAGE_SCRIPTS = {
 def test_every_stage_has_a_script() -> None:
     assert list(STAGE_SCRIPTS.values()) == [stage.name for stage in pipeline.STAGES]
     for script, stage in STAGE_SCRIPTS.items():
-        assert f'job("{stage}")' in (ROOT / "jobs" / f"{script}.py").read_text()
+        assert f'script_main("{stage}")' in (ROOT / "jobs" / f"{script}.py").read_text()
 
 
 @pytest.mark.parametrize("script", [*STAGE_SCRIPTS, "run_pipeline"])

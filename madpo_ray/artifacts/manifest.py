@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import madpo_ray
+from madpo_ray.atomic import write_json
 from madpo_ray.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -61,6 +62,11 @@ class Difference(NamedTuple):
         return f"{self.part}.{self.key}: {_short(self.old)} -> {_short(self.new)}"
 
 
+def model_folder(artifact: Path) -> Path:
+    """Where a training's folder keeps its model."""
+    return artifact / "model"
+
+
 def hash_file(path: Path) -> str:
     """SHA-256 of a file's content, in hex. Cached per process by size and time of change."""
     stat = path.stat()
@@ -95,8 +101,8 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 def differences(folder: Path, inputs: Inputs) -> list[Difference]:
     """What differs between a finished artifact's inputs and `inputs`. Empty if they agree.
 
-    An artifact of another version of this package differs by that version only: what else its
-    manifest says may mean something else today.
+    An artifact of another version of this package differs by that version only: its other values
+    may have another meaning.
 
     Raises:
         FileNotFoundError: there is no finished artifact.
@@ -207,18 +213,6 @@ def _build_lock(folder: Path) -> Iterator[None]:
                 f"another process is making {folder}: wait for it, or set another run.name"
             ) from None
         yield
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file, completely or not at all."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file, completely or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
 
 
 def check_writable(folder: Path) -> None:

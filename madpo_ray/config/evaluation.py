@@ -34,7 +34,9 @@ class EvaluateConfig(Section):
     rejected_score_column: str | None = Field(
         None, description="kept column with the rejected response's true score"
     )
-    num_samples: int = Field(32, ge=2, description="sampled responses for the KL estimate")
+    num_samples: int = Field(
+        32, ge=2, description="sampled responses for the KL estimate, two per prompt"
+    )
     num_shown: int = Field(5, ge=1, description="samples to print, before and after training")
     max_new_tokens: int = Field(64, ge=1)
     generation_batch_size: int = Field(16, ge=1, description="prompts sampled at a time")
@@ -48,8 +50,7 @@ class TuneConfig(Section):
     grace_period: int = Field(1, ge=1, description="evaluations before ASHA may stop a trial")
     search_space: dict[str, Range] | None = Field(
         None,
-        description="keys of section train, and their ranges; null: those that train.loss_type "
-        "reads",
+        description="keys of section train, and their ranges; null: a default for the loss_type",
     )
 
     @field_validator("search_space")

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, get_args, get_origin
 import yaml
 from pydantic import ValidationError
 
+from madpo_ray.atomic import write_text
 from madpo_ray.config.base import Section
 from madpo_ray.config.root import Config
 from madpo_ray.errors import UserError, did_you_mean
@@ -55,9 +56,7 @@ def with_changes(section: AnySection, name: str, changes: Mapping[str, Any]) -> 
 
 def save_config(config: Config, path: Path) -> None:
     """Writes the resolved config as a file that `--config` accepts, completely or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(dump_config(config), encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, dump_config(config))
 
 
 def dump_config(config: Config) -> str:

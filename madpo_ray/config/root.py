@@ -25,7 +25,7 @@ class Config(Section):
 
     @property
     def search_space(self) -> dict[str, Range]:
-        """What a search varies: tune.search_space, or what train.loss_type reads."""
+        """What a search varies: tune.search_space, or the default for train.loss_type."""
         return self.tune.search_space or SEARCH_SPACES[self.train.loss_type]
 
     @property

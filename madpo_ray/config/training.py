@@ -265,7 +265,7 @@ class Range(Section):
 
 _BETA: dict[str, Any] = {"beta": Range(min=0.01, max=0.5, log=True)}
 
-# What `madpo-ray tune` searches if the config does not say: the keys that the loss reads.
+# What `madpo-ray tune` searches by default: the first keys to search for each loss.
 SEARCH_SPACES: dict[LossType, dict[str, Range]] = {
     "sigmoid": _BETA,
     "ipo": _BETA,

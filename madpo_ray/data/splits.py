@@ -11,7 +11,7 @@ from madpo_ray.data.formats import Pair
 
 
 def content_hash(pair: Pair) -> str:
-    """16 hex digits of what the pair says."""
+    """The first 16 hex digits of the SHA-256 of a pair's texts."""
     content = [pair.prompt, pair.chosen, pair.rejected]
     if pair.tools is not None or pair.template_options is not None:
         content += [pair.tools, pair.template_options]  # type: ignore[list-item]

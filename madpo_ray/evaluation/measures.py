@@ -11,11 +11,13 @@ import pyarrow as pa
 from scipy.stats import spearmanr
 
 from madpo_ray.columns import MARGIN, POLICY_LOGPS, REF_LOGPS
-from madpo_ray.scoring.calibration import interval
+from madpo_ray.scoring.calibration import count_right, interval
 
 
 def preference_metrics(scored: pa.Table, score_columns: Sequence[str] = ()) -> dict[str, Any]:
     """Accuracies with 95 % intervals, per way to rank the two responses of a pair.
+
+    A tie counts one half.
 
     `reference` and `policy` rank by the log-prob of the complete response, `implicit` by the
     policy's log-ratio to the reference, `reward_model` by its margin, if there is one.
@@ -34,15 +36,26 @@ def preference_metrics(scored: pa.Table, score_columns: Sequence[str] = ()) -> d
 
     metrics: dict[str, Any] = {"test_pairs": scored.num_rows}
     for name, differences in rankings.items():
-        num_right = int((differences > 0).sum())
+        num_right = count_right(differences)
         metrics[name] = {
             "accuracy": num_right / len(differences),
             "accuracy_interval": interval(num_right, len(differences)),
         }
         if true_margin is not None:
-            correlation = spearmanr(differences, true_margin).statistic
-            metrics[name]["rank_correlation"] = float(correlation)
+            metrics[name] |= rank_correlation(differences, true_margin)
     return metrics
+
+
+def rank_correlation(differences: np.ndarray, true_margin: np.ndarray) -> dict[str, Any]:
+    """Spearman's rank correlation of two (P,); None, with a reason, if there is none."""
+    is_known = np.isfinite(true_margin) & np.isfinite(differences)
+    result: dict[str, Any] = {"pairs_without_score": int((~is_known).sum())}
+    known, true = differences[is_known], true_margin[is_known]
+    if len(known) < 2:
+        return {**result, "rank_correlation": None, "reason": "fewer than two pairs have a score"}
+    if np.ptp(known) == 0 or np.ptp(true) == 0:
+        return {**result, "rank_correlation": None, "reason": "all pairs have the same value"}
+    return {**result, "rank_correlation": float(spearmanr(known, true).statistic)}
 
 
 def divergence(samples: pa.Table, policy: str, reference: str) -> dict[str, Any]:

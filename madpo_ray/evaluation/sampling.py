@@ -1,7 +1,7 @@
 """Sampled responses, from Ray Data actors."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import ray.data
@@ -12,15 +12,18 @@ from madpo_ray.columns import PROMPT_IDS
 from madpo_ray.config import ClusterConfig, ModelConfig
 from madpo_ray.models.loading import load_policy, load_tokenizer
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 INDEX = "index"
 
 
 class Sampler:
     """Adds `{name}_ids`, and the decoded `{name}`, of each of `policies` to tables of prompts.
 
-    Samples from the model's full distribution at temperature 1, whatever its generation config
-    says. The seed of a batch follows from its first row's index, so samples do not depend on which
-    actor draws them.
+    Samples from the model's full distribution at temperature 1; its generation config is ignored.
+    The seed of a batch follows from its first row's index, so samples do not depend on which actor
+    draws them.
     """
 
     def __init__(
@@ -39,20 +42,21 @@ class Sampler:
         self._seed = seed
         self._tokenizer = load_tokenizer(next(iter(policies.values())), model)
         self._models: dict[str, Any] = {}
+        self._ends: set[int] = set()
         for name, folder in policies.items():
             loaded: Any = load_policy(folder, model).to(self._device).eval()
+            self._ends |= end_tokens(self._tokenizer, loaded)
             loaded.generation_config = GenerationConfig()  # its own may hold penalties and filters
             self._models[name] = loaded
 
-        self._eos = self._tokenizer.eos_token_id
         self._options = {
             "max_new_tokens": max_new_tokens,
             "do_sample": True,
             "temperature": 1.0,
             "top_k": 0,
             "top_p": 1.0,
-            "eos_token_id": self._eos,
-            "pad_token_id": self._eos if self._eos is not None else 0,
+            "eos_token_id": sorted(self._ends) or None,
+            "pad_token_id": min(self._ends, default=0),
         }
 
     @torch.no_grad()
@@ -80,8 +84,42 @@ class Sampler:
         return table
 
     def _until_end(self, ids: list[int]) -> list[int]:
-        """The response up to its end-of-sequence token, included."""
-        return ids[: ids.index(self._eos) + 1] if self._eos in ids else ids
+        """The response up to its first end token, included."""
+        end = next((i for i, token in enumerate(ids) if token in self._ends), len(ids))
+        return ids[: end + 1]
+
+
+def end_tokens(tokenizer: "PreTrainedTokenizerBase", model: Any) -> set[int]:
+    """Every token that ends a turn, of all the places that may name one.
+
+    The tokenizer's end token, those of the model's config and generation config, and the token that
+    the chat template writes after an assistant's message.
+    """
+    named = [
+        tokenizer.eos_token_id,
+        getattr(model.config, "eos_token_id", None),
+        getattr(model.generation_config, "eos_token_id", None),
+        _end_of_turn(tokenizer),
+    ]
+    ends: set[int] = set()
+    for tokens in named:
+        if tokens is not None:
+            ends.update([tokens] if isinstance(tokens, int) else tokens)
+    return ends
+
+
+def _end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> int | None:
+    """The special token that the chat template writes after a response; None if there is none."""
+    if not tokenizer.chat_template:
+        return None
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    except Exception:  # a template is a program of the model's; this one needs other messages
+        return None
+    ids = tokenizer(text[text.rindex("b") + 1 :], add_special_tokens=False)["input_ids"]
+    special = set(tokenizer.all_special_ids)
+    return next((int(token) for token in ids if token in special), None)
 
 
 def sample_responses(

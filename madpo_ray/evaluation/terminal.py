@@ -48,6 +48,6 @@ def _ranking_cells(ranking: Mapping[str, Any]) -> list[str]:
 
 
 def printable(text: str) -> Text:
-    """A model's output without markup and control characters, which a terminal would obey."""
+    """A model's output without markup and control characters, which a terminal would interpret."""
     kept = [c for c in text.strip() if c in "\n\t" or unicodedata.category(c) != "Cc"]
     return Text("".join(kept))

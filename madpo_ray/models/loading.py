@@ -67,19 +67,23 @@ def load_policy_float32(folder: Path, model: ModelConfig) -> nn.Module:
 
 
 def load_reward_model(folder: Path, model: ModelConfig) -> nn.Module:
-    """A sequence classifier with one label. A folder without its head gets a new one of zeros."""
-    saved = load_architecture(folder, trust_remote_code=model.trust_remote_code)
-    has_head = any("SequenceClassification" in name for name in saved.architectures or [])
+    """A trained sequence classifier with one label, in its own dtype: merged LoRA is float32.
 
-    # A trained one keeps its own dtype: merged from LoRA it is float32.
-    dtype = "auto" if has_head else DTYPES[model.dtype]
-    new = () if has_head else (REWARD_HEAD,)
-    loaded = _load("SEQ_CLS", folder, model, new, dtype=dtype, num_labels=1)
-    if not has_head:
-        # All rewards start at 0: the first loss is ln 2, and there is no random direction to
-        # unlearn. Under ZeRO-3 the weight is this rank's shard.
-        weight: Any = loaded.score.weight  # type: ignore[union-attr]
-        nn.init.zeros_(getattr(weight, "ds_tensor", weight))
+    Raises:
+        UserError: weights are missing, among them the head.
+    """
+    return _load("SEQ_CLS", folder, model, dtype="auto", num_labels=1)
+
+
+def new_reward_model(folder: Path, model: ModelConfig) -> nn.Module:
+    """A language model with a new head of zeros, to train.
+
+    All rewards start at 0: the first loss is ln 2, and there is no random direction to unlearn.
+    """
+    dtype = DTYPES[model.dtype]
+    loaded = _load("SEQ_CLS", folder, model, (REWARD_HEAD,), dtype=dtype, num_labels=1)
+    weight: Any = loaded.score.weight  # type: ignore[union-attr]
+    nn.init.zeros_(getattr(weight, "ds_tensor", weight))  # under ZeRO-3 this rank's shard
     return loaded
 
 
@@ -136,11 +140,15 @@ def _quiet_load_report() -> Iterator[None]:
     from transformers.utils import logging
 
     before = logging.get_verbosity()
+    had_bars = logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(before)
+        if had_bars:
+            logging.enable_progress_bar()
 
 
 def check_weights(folder: Path, model: ModelConfig, *, task_type: TaskType) -> None:

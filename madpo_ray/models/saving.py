@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from madpo_ray.artifacts.manifest import write_json
+from madpo_ray.atomic import write_json
 
 # Same shard size as transformers' default.
 SHARD_BYTES = 5 * 10**9

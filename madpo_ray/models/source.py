@@ -222,7 +222,7 @@ def _convert_gguf(parent: Path, options: dict[str, Any], folder: Path) -> None:
 
 
 def _link_weights(source: Path, folder: Path) -> None:
-    """Links to everything but the tokenizer, which is saved anew and must not follow a link."""
+    """Links to everything but the tokenizer, which is saved again and must not follow a link."""
     for pattern in (*WEIGHT_FILES, "config.json", "generation_config.json", "*.py"):
         for file in source.glob(pattern):
             (folder / file.name).symlink_to(file)

@@ -10,9 +10,9 @@ import pyarrow as pa
 import ray.data
 import torch
 
-from madpo_ray.artifacts.tables import count_rows
+from madpo_ray.artifacts.tables import read_columns
 from madpo_ray.cluster import actor_pool
-from madpo_ray.columns import PAIR_ID, TOKEN_COLUMNS
+from madpo_ray.columns import PAIR_ID
 from madpo_ray.config import ClusterConfig
 
 if TYPE_CHECKING:
@@ -61,14 +61,12 @@ def score_rows(
     Raises:
         RuntimeError: a score is not finite (names the pairs), or rows were lost.
     """
-    num_rows = count_rows(rows)
-    dataset = ray.data.read_parquet(str(rows), partitioning=None).select_columns(
-        [PAIR_ID, *TOKEN_COLUMNS]
-    )
-    scored = _score(dataset, scorers, cluster, num_rows=num_rows, batch_size=batch_size)
-    if scored.num_rows != num_rows:
-        raise RuntimeError(f"{num_rows} pairs went into scoring and {scored.num_rows} came out")
-    return scored
+    names = dict.fromkeys(name for scorer in scorers for name in scorer.reads)
+    # partitioning: a folder named key=value is not a column.
+    dataset = ray.data.read_parquet(str(rows), partitioning=None)
+    dataset = dataset.select_columns([PAIR_ID, *names])
+    ids = read_columns(rows, [PAIR_ID])[PAIR_ID]
+    return _score(dataset, ids, scorers, cluster, batch_size=batch_size)
 
 
 def score_table(
@@ -76,7 +74,7 @@ def score_table(
 ) -> pa.Table:
     """A table of tokenised rows with the scorers' columns added. Raises as `score_rows` does."""
     dataset = ray.data.from_arrow(table)
-    scored = _score(dataset, scorers, cluster, num_rows=table.num_rows, batch_size=batch_size)
+    scored = _score(dataset, table[PAIR_ID], scorers, cluster, batch_size=batch_size)
     for name in scored.column_names:
         if name != PAIR_ID:
             table = table.append_column(name, scored[name])
@@ -85,14 +83,15 @@ def score_table(
 
 def _score(
     dataset: ray.data.Dataset,
+    ids: pa.ChunkedArray,
     scorers: Sequence["Scorer"],
     cluster: ClusterConfig,
     *,
-    num_rows: int,
     batch_size: int,
 ) -> pa.Table:
+    """Scores of the rows with these pair_ids, in their order."""
     num_blocks = cluster.num_workers * BLOCKS_PER_ACTOR
-    rows_per_block = max(1, min(batch_size, math.ceil(num_rows / num_blocks)))
+    rows_per_block = max(1, min(batch_size, math.ceil(len(ids) / num_blocks)))
     scored = dataset.repartition(target_num_rows_per_block=rows_per_block).map_batches(
         ScoringActor,
         fn_constructor_kwargs={"scorers": scorers, "num_threads": cluster.num_threads},
@@ -100,4 +99,7 @@ def _score(
         batch_format="pyarrow",
         **actor_pool(cluster),
     )
-    return pa.concat_tables(scored.iter_batches(batch_format="pyarrow", batch_size=None))
+    table = pa.concat_tables(scored.iter_batches(batch_format="pyarrow", batch_size=None))
+    if table[PAIR_ID].to_pylist() != ids.to_pylist():
+        raise RuntimeError(f"{len(ids)} rows went into scoring, and others came out")
+    return table

@@ -6,13 +6,13 @@ chosen-oriented, so a pair's label agrees if its margin is positive.
 Legend: N pairs.
 """
 
+import math
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
-from scipy.special import expit, log_expit
-from scipy.stats import binomtest
+from scipy.special import expit, log_expit, ndtri
 
 Margins = NDArray[np.float64]
 FOLDS = 5
@@ -21,10 +21,19 @@ FOLDS = 5
 TEMPERATURE_BOUNDS = (1e-3, 1e3)
 
 
-def interval(successes: int, count: int) -> tuple[float, float]:
-    """The 95 % Wilson interval of a share (Wilson 1927)."""
-    low, high = binomtest(successes, count).proportion_ci(method="wilson")
-    return float(low), float(high)
+def count_right(differences: Margins) -> float:
+    """How many of the differences (N,) are positive. A tie counts one half."""
+    return float((differences > 0).sum() + 0.5 * (differences == 0).sum())
+
+
+def interval(successes: float, count: int) -> tuple[float, float]:
+    """The 95 % Wilson interval of a share (Wilson 1927); ties make halves of successes."""
+    z = float(ndtri(0.975))
+    share = successes / count
+    center = share + z**2 / (2 * count)
+    spread = z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    scale = 1 + z**2 / count
+    return max(0.0, (center - spread) / scale), min(1.0, (center + spread) / scale)
 
 
 def fit_temperature(margins: Margins) -> float | None:
@@ -71,7 +80,7 @@ def calibration_report(margins: Margins) -> dict[str, Any]:
     finite.
     """
     margins = np.asarray(margins, dtype=np.float64)
-    num_right = int((margins > 0).sum())
+    num_right = count_right(margins)
     report: dict[str, Any] = {
         "validation_pairs": len(margins),
         "accuracy": num_right / len(margins),
@@ -87,6 +96,11 @@ def calibration_report(margins: Margins) -> dict[str, Any]:
         cause = "the accuracy is too close to chance"
         if num_right == len(margins):
             cause = "all margins are positive"
+        elif report["accuracy_interval"][1] < 0.5:
+            cause = (
+                "the reward model prefers the rejected responses: are chosen and rejected swapped "
+                "in part of the data?"
+            )
         reason = f"no finite temperature fits {len(margins)} pairs: {cause}"
         return {**report, "temperature": None, "reason": reason}
 

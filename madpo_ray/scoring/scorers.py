@@ -28,6 +28,10 @@ class Scorer(Protocol):
     """
 
     @property
+    def reads(self) -> tuple[str, ...]:
+        """The columns of the rows that it needs."""
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """The columns that it adds, one per response, (R,)."""
 
@@ -54,6 +58,7 @@ class ModelScorer(abc.ABC):
         responses: tuple[str, ...] = RESPONSE_IDS,
     ) -> None:
         self.columns = columns
+        self.reads = (PROMPT_IDS, *responses)
         self._folder = folder
         self._model_config = model
         self._batch_size = batch_size
@@ -67,11 +72,10 @@ class ModelScorer(abc.ABC):
 
     @torch.no_grad()
     def __call__(self, rows: pa.Table) -> np.ndarray:
-        tokens = [PROMPT_IDS, *self._responses]
-        pairs = rows.select(tokens).to_pylist()
+        pairs = rows.select(list(self.reads)).to_pylist()
 
         # Longest first, so that a batch that does not fit in memory shows at once.
-        lengths = [sum(len(pair[name]) for name in tokens) for pair in pairs]
+        lengths = [sum(map(len, pair.values())) for pair in pairs]
         order = sorted(range(len(pairs)), key=lambda i: -lengths[i])
 
         scores = np.full((len(self._responses), len(pairs)), np.nan)

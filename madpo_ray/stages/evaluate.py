@@ -9,16 +9,16 @@ from typing import Any
 import pyarrow as pa
 
 from madpo_ray import columns
-from madpo_ray.artifacts.manifest import write_json
 from madpo_ray.artifacts.tables import column_names, read_split
+from madpo_ray.atomic import write_json
 from madpo_ray.config import Config
 from madpo_ray.errors import UserError
-from madpo_ray.stages import margins, train
+from madpo_ray.stages import margins, pairs, train
 from madpo_ray.stages.sft import initial_policy, stages_before_policy
-from madpo_ray.stages.stage import Build, Report, Stage
+from madpo_ray.stages.stage import Build, Description, Stage
 
-# Torch, Ray Data and scipy take seconds to import, and a dry run does not need them: they are
-# imported inside functions.
+# Torch, Ray Data and scipy are imported inside functions: they take seconds, and neither
+# `--help` nor a wrong config should wait.
 
 SAMPLES_PER_PROMPT = 2
 
@@ -31,17 +31,22 @@ def _upstream(config: Config) -> tuple[Stage, ...]:
     return (*stages_before_policy(config), margins.STAGE, train.STAGE)
 
 
-def _check_test_split(config: Config) -> None:
-    if read_split(margins.STAGE.rows(config), columns.TEST, (columns.PAIR_ID,)).num_rows == 0:
+def _check(config: Config) -> None:
+    """Raises UserError if there are no pairs to evaluate on, as early as that is known."""
+    data = config.data
+    is_empty = data.split_column is None and data.test_fraction == 0
+    if pairs.STAGE.exists(config) and pairs.STAGE.is_finished(config):
+        is_empty = pairs.STAGE.require(config)["pairs"][columns.TEST] == 0
+    if is_empty:
         raise UserError(
-            "split test has no pairs to evaluate on: see data.test_fraction or data.split_column"
+            "split test has no pairs to evaluate on: set data.test_fraction or data.split_column"
         )
 
 
 def make(build: Build) -> dict[str, Any]:
     """Writes `evaluation.json`: accuracies, rank correlations, KL, and samples to read."""
     config = build.config
-    policy = train.STAGE.folder(config) / "model"
+    policy = train.STAGE.model(config)
     reference = initial_policy(config)
     test = _test_pairs(config)
     results = _preferences(test, policy, config)
@@ -50,7 +55,7 @@ def make(build: Build) -> dict[str, Any]:
     return results
 
 
-def describe(results: Mapping[str, Any]) -> Report:
+def describe(results: Mapping[str, Any]) -> Description:
     """Tables of numbers and samples."""
     from madpo_ray.evaluation.terminal import evaluation_tables
 
@@ -62,7 +67,7 @@ STAGE = Stage(
     help="Compare the policy with the reference on the test split.",
     settings=_settings,
     upstream=_upstream,
-    check_upstream=_check_test_split,
+    check=_check,
     make=make,
     describe=describe,
 )

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from madpo_ray import columns
-from madpo_ray.artifacts.manifest import Inputs, building, is_finished, write_json
+from madpo_ray.artifacts.manifest import Inputs, building, is_finished
 from madpo_ray.artifacts.tables import (
     column_names,
     read_columns,
@@ -23,17 +23,23 @@ from madpo_ray.artifacts.tables import (
     write_table,
     write_with_columns,
 )
+from madpo_ray.atomic import write_json
 from madpo_ray.config import Config
 from madpo_ray.errors import UserError
 from madpo_ray.stages import pairs, reward
-from madpo_ray.stages.sft import initial_policy, initial_policy_inputs, stages_before_policy
-from madpo_ray.stages.stage import Build, Report, Stage
+from madpo_ray.stages.sft import (
+    initial_policy,
+    initial_policy_content,
+    initial_policy_inputs,
+    stages_before_policy,
+)
+from madpo_ray.stages.stage import Build, Description, Stage
 
 if TYPE_CHECKING:
     from madpo_ray.scoring.scorers import Scorer
 
-# Torch, Ray Data and scipy take seconds to import, and a dry run does not need them: they are
-# imported inside functions.
+# Torch, Ray Data and scipy are imported inside functions: they take seconds, and neither
+# `--help` nor a wrong config should wait.
 
 
 def _settings(config: Config) -> dict[str, Any]:
@@ -46,10 +52,6 @@ def _settings(config: Config) -> dict[str, Any]:
 def _upstream(config: Config) -> tuple[Stage, ...]:
     rewards = (reward.STAGE,) if reward.uses_rewards(config) else ()
     return (pairs.STAGE, *stages_before_policy(config), *rewards)
-
-
-def _content(config: Config) -> dict[str, Any]:
-    return {"reference": initial_policy_inputs(config).fingerprint}
 
 
 def make(build: Build) -> dict[str, Any]:
@@ -81,7 +83,7 @@ def make(build: Build) -> dict[str, Any]:
     return {"splits": _summary(build.rows), "calibration": calibration}
 
 
-def describe(results: Mapping[str, Any]) -> Report:
+def describe(results: Mapping[str, Any]) -> Description:
     """Calibration, and one line per split."""
     calibration = results["calibration"]
     if calibration is None:
@@ -105,7 +107,7 @@ STAGE = Stage(
     help="Score every pair's margin and the reference's log-probs, once.",
     settings=_settings,
     upstream=_upstream,
-    content=_content,
+    content=initial_policy_content,
     make=make,
     describe=describe,
 )
@@ -143,7 +145,7 @@ def _passes(config: Config) -> list[_Pass]:
     passes = [_Pass(reference_inputs, reference, folder / "reference")]
 
     if reward.uses_rewards(config):
-        model = reward.STAGE.folder(config) / "model"
+        model = reward.STAGE.model(config)
         rewards = TrainedReward(model, config.model, columns=columns.REWARDS, batch_size=batch_size)
         fingerprint = reward.STAGE.inputs(config).fingerprint
         reward_inputs = Inputs(STAGE.name, upstream={**upstream, "reward": fingerprint})

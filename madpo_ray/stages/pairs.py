@@ -27,18 +27,25 @@ from madpo_ray.models.source import (
     check_vocabulary,
     model_inputs,
 )
-from madpo_ray.stages.stage import Build, Report, Stage
+from madpo_ray.stages.stage import Build, Description, Stage
 
 if TYPE_CHECKING:
     import ray.data
     from transformers import PreTrainedTokenizerBase
 
-# ray.data and transformers take seconds to import, and a dry run does not need them: they are
-# imported inside functions.
+# ray.data and transformers are imported inside functions: they take seconds, and neither
+# `--help` nor a wrong config should wait.
 
 
 # Reasons on the terminal, at most.
 MAX_REASONS = 10
+REJECTS = pa.schema(
+    [
+        (columns.FILE, pa.string()),
+        (columns.ROW, pa.int64()),
+        (columns.REASON, pa.string()),
+    ]
+)
 ONLY_WHILE_READING = [
     columns.FILE,
     columns.FILE_NUMBER,
@@ -94,11 +101,12 @@ def make(build: Build) -> dict[str, Any]:
     good = checked.map_batches(_identify, fn_kwargs={"repeats": repeats}, batch_format="pyarrow")
     write_rows(good, build.rows)
     rejects = checked.map_batches(_rejects, batch_format="pyarrow")
-    pq.write_table(pa.concat_tables(_tables(rejects)), build.folder / "rejects.parquet")
+    tables = [REJECTS.empty_table(), *_tables(rejects)]
+    pq.write_table(pa.concat_tables(tables), build.folder / "rejects.parquet")
     return results
 
 
-def describe(results: Mapping[str, Any]) -> Report:
+def describe(results: Mapping[str, Any]) -> Description:
     """Pairs by split, what was changed in them, and rejects by reason."""
     lines = [f"{_by_split(results['pairs'])} pairs"]
     if any(results["cut_responses"].values()):
@@ -242,7 +250,7 @@ def _identify(table: pa.Table, repeats: dict[tuple[int, int], int]) -> pa.Table:
 
 def _rejects(table: pa.Table) -> pa.Table:
     bad = table.filter(pc.is_valid(table[columns.REASON]))
-    return bad.select([columns.FILE, columns.ROW, columns.REASON])
+    return bad.select(REJECTS.names)
 
 
 def _refuse_empty(results: Mapping[str, Any], data: DataConfig) -> None:

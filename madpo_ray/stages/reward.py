@@ -6,7 +6,7 @@ from typing import Any
 from madpo_ray.config import Config
 from madpo_ray.models.source import base_model, check_model, model_inputs
 from madpo_ray.stages import pairs
-from madpo_ray.stages.stage import Build, Report, Stage
+from madpo_ray.stages.stage import Build, Description, Stage, check_training, train
 
 
 def _settings(config: Config) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def uses_rewards(config: Config) -> bool:
     """Whether margins are scored: if the config says so, or by default if the loss reads them."""
     if config.margins.with_rewards is not None:
         return config.margins.with_rewards
-    # Imports torch, which `--help` does not need.
+    # Imports torch, and neither `--help` nor a wrong config should wait for it.
     from madpo_ray.training.objectives import needs_margins
 
     return needs_margins(config.train)
@@ -33,35 +33,25 @@ def uses_rewards(config: Config) -> bool:
 
 def _check(config: Config) -> None:
     check_model(config.model)
+    check_training(config, config.reward, task_type="SEQ_CLS")
 
 
 def make(build: Build) -> dict[str, Any]:
     """Trains the reward model; writes `model/` (LoRA merged in) and `metrics.jsonl`."""
-    # Torch, transformers and Ray Train: not for a dry run.
-    from madpo_ray.training.job import RewardTask, TrainingJob
-    from madpo_ray.training.metrics import read_metrics
-    from madpo_ray.training.trainer import train_on_ray
+    from madpo_ray.training.job import RewardTask
 
     config = build.config
-    job = TrainingJob(
-        stage=STAGE.name,
-        fingerprint=build.fingerprint,
-        task=RewardTask(),
-        settings=config.reward,
-        model=config.model,
-        seed=config.run.seed,
-        num_threads=config.cluster.num_threads,
-        base_folder=base_model(config.model, config.run),
+    return train(
+        build,
+        STAGE.name,
+        RewardTask(),
+        config.reward,
+        initial=base_model(config.model, config.run),
         rows=pairs.STAGE.rows(config),
-        output=build.folder,
-        storage=config.run.folder / "ray",
-        deadline=build.deadline,
     )
-    outcome = train_on_ray(job, config.cluster)
-    return outcome.evaluation(read_metrics(build.folder / "metrics.jsonl"))
 
 
-def describe(results: Mapping[str, Any]) -> Report:
+def describe(results: Mapping[str, Any]) -> Description:
     return [
         f"step {results['step']}: eval_loss {results['eval_loss']:.4f}, "
         f"eval_accuracy {results['eval_accuracy']:.3f}"

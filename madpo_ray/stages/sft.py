@@ -12,7 +12,7 @@ from madpo_ray.config import Config
 from madpo_ray.errors import UserError
 from madpo_ray.models.source import base_model, check_model, model_inputs
 from madpo_ray.stages import pairs
-from madpo_ray.stages.stage import Build, Report, Stage
+from madpo_ray.stages.stage import Build, Description, Stage, check_training, train
 
 
 def _settings(config: Config) -> dict[str, Any]:
@@ -39,36 +39,26 @@ def _check(config: Config) -> None:
             "the config has no section sft: add one, `sft: {}` with the defaults, to fine-tune "
             "the initial policy"
         )
+    check_training(config, config.sft, task_type="CAUSAL_LM")
 
 
 def make(build: Build) -> dict[str, Any]:
     """Trains the model; writes `model/` (LoRA merged in) and `metrics.jsonl`."""
-    # Torch, transformers and Ray Train: not for a dry run.
-    from madpo_ray.training.job import SFTTask, TrainingJob
-    from madpo_ray.training.metrics import read_metrics
-    from madpo_ray.training.trainer import train_on_ray
+    from madpo_ray.training.job import SFTTask
 
     config = build.config
     assert config.sft is not None
-    job = TrainingJob(
-        stage=STAGE.name,
-        fingerprint=build.fingerprint,
-        task=SFTTask(),
-        settings=config.sft,
-        model=config.model,
-        seed=config.run.seed,
-        num_threads=config.cluster.num_threads,
-        base_folder=base_model(config.model, config.run),
+    return train(
+        build,
+        STAGE.name,
+        SFTTask(),
+        config.sft,
+        initial=base_model(config.model, config.run),
         rows=pairs.STAGE.rows(config),
-        output=build.folder,
-        storage=config.run.folder / "ray",
-        deadline=build.deadline,
     )
-    outcome = train_on_ray(job, config.cluster)
-    return outcome.evaluation(read_metrics(build.folder / "metrics.jsonl"))
 
 
-def describe(results: Mapping[str, Any]) -> Report:
+def describe(results: Mapping[str, Any]) -> Description:
     return [f"step {results['step']}: eval_loss {results['eval_loss']:.4f} nats per token"]
 
 
@@ -94,12 +84,19 @@ def initial_policy(config: Config) -> Path:
     if config.sft is None:
         return base_model(config.model, config.run)
     STAGE.require(config)
-    return STAGE.folder(config) / "model"
+    return STAGE.model(config)
 
 
 def initial_policy_inputs(config: Config) -> Inputs:
     """What identifies the initial policy."""
     return model_inputs(config.model) if config.sft is None else STAGE.inputs(config)
+
+
+def initial_policy_content(config: Config) -> dict[str, Any]:
+    """Its hash, for a stage that starts from it; `sft`, if wanted, is upstream instead."""
+    if config.sft is not None:
+        return {}
+    return {"initial_policy": model_inputs(config.model).fingerprint}
 
 
 def stages_before_policy(config: Config) -> tuple[Stage, ...]:

@@ -5,16 +5,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from madpo_ray.artifacts.manifest import Inputs, building, is_finished, read_manifest, require
+from madpo_ray.artifacts.manifest import (
+    Inputs,
+    building,
+    is_finished,
+    model_folder,
+    read_manifest,
+    require,
+)
 from madpo_ray.artifacts.tables import rows_folder
 from madpo_ray.cluster import connected
-from madpo_ray.config import Config
+from madpo_ray.config import Config, TrainingConfig
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from madpo_ray.models.loading import TaskType
+    from madpo_ray.training.job import Task, TrainingJob
+
+# Torch and Ray Train take seconds to import, and neither `--help` nor a wrong config should wait:
+# they are imported inside functions.
+
 # What a stage prints at its end: lines of text, and tables.
-Report = Sequence["str | Table"]
+Description = Sequence["str | Table"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +70,7 @@ class Stage:
         help: one line for `--help`.
         settings: what of the config decides its numbers.
         make: builds the result into a folder; what it returns goes to the manifest.
-        describe: the terminal's view of what `make` returned.
+        describe: what `make` returned, for the terminal.
         upstream: the stages whose results it reads.
         content: hashes of what the config points to.
         is_wanted: whether `madpo-ray run` includes it.
@@ -70,7 +83,7 @@ class Stage:
     help: str
     settings: Callable[[Config], dict[str, Any]]
     make: Callable[[Build], dict[str, Any]]
-    describe: Callable[[Mapping[str, Any]], Report]
+    describe: Callable[[Mapping[str, Any]], Description]
     upstream: Callable[[Config], tuple["Stage", ...]] = _no_upstream
     content: Callable[[Config], dict[str, Any]] = _no_content
     is_wanted: Callable[[Config], bool] = _always
@@ -96,6 +109,10 @@ class Stage:
     def rows(self, config: Config) -> Path:
         """Where the result's rows are."""
         return rows_folder(self.folder(config))
+
+    def model(self, config: Config) -> Path:
+        """Where the model is that a training stage wrote."""
+        return model_folder(self.folder(config))
 
     def exists(self, config: Config) -> bool:
         """Whether there is a result, of this config or another."""
@@ -131,3 +148,71 @@ class Stage:
             build = Build(config, folder, inputs.fingerprint, deadline)
             results.update(self.make(build))
         return results
+
+
+def train(
+    build: Build,
+    stage: str,
+    task: "Task",
+    settings: TrainingConfig,
+    *,
+    initial: Path,
+    rows: Path,
+) -> dict[str, Any]:
+    """Runs a training on Ray; returns its last, or best, evaluation.
+
+    Writes `model/`, `metrics.jsonl` and `tensorboard/`.
+
+    Args:
+        initial: folder of the model that the training starts from.
+        rows: folder of Parquet files with tokens and the task's columns.
+    """
+    from madpo_ray.training.metrics import METRICS_FILE, read_metrics
+    from madpo_ray.training.trainer import train_on_ray
+
+    job = training_job(build, stage, task, settings, initial=initial, rows=rows)
+    outcome = train_on_ray(job, build.config.cluster)
+    return outcome.evaluation(read_metrics(build.folder / METRICS_FILE))
+
+
+def training_job(
+    build: Build,
+    stage: str,
+    task: "Task",
+    settings: TrainingConfig,
+    *,
+    initial: Path,
+    rows: Path,
+) -> "TrainingJob":
+    """The job of `train`, without running it."""
+    from madpo_ray.training.job import TrainingJob
+
+    config = build.config
+    return TrainingJob(
+        stage=stage,
+        fingerprint=build.fingerprint,
+        task=task,
+        settings=settings,
+        model=config.model,
+        seed=config.run.seed,
+        num_threads=config.cluster.num_threads,
+        base_folder=initial,
+        rows=rows,
+        output=build.folder,
+        storage=config.run.folder / "ray",
+        deadline=build.deadline,
+    )
+
+
+def check_training(config: Config, settings: TrainingConfig, *, task_type: "TaskType") -> None:
+    """Raises UserError if the model cannot be trained as the settings say.
+
+    Looks at a model that is a local folder; any other is checked when the stage runs.
+    """
+    folder = Path(config.model.model_name_or_path)
+    if not folder.is_dir():
+        return
+    from madpo_ray.models.loading import check_trainable, check_weights
+
+    check_trainable(folder, config.model, settings, task_type=task_type)
+    check_weights(folder, config.model, task_type=task_type)

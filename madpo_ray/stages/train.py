@@ -9,15 +9,15 @@ from madpo_ray import columns
 from madpo_ray.artifacts.tables import read_split
 from madpo_ray.config import Config
 from madpo_ray.errors import UserError
-from madpo_ray.stages import margins, reward
-from madpo_ray.stages.sft import initial_policy, initial_policy_inputs, stages_before_policy
-from madpo_ray.stages.stage import Build, Report, Stage
+from madpo_ray.stages import margins, reward, stage
+from madpo_ray.stages.sft import initial_policy, initial_policy_content, stages_before_policy
+from madpo_ray.stages.stage import Build, Description, Stage, check_training, training_job
 
 if TYPE_CHECKING:
-    from madpo_ray.training.job import TrainingJob
+    from madpo_ray.training.job import PolicyTask, TrainingJob
 
-# Torch, transformers and Ray Train take seconds to import, and `--help` does not need them: they
-# are imported inside functions.
+# Torch, transformers and Ray Train are imported inside functions: they take seconds, and neither
+# `--help` nor a wrong config should wait.
 
 
 def _settings(config: Config) -> dict[str, Any]:
@@ -38,12 +38,8 @@ def _upstream(config: Config) -> tuple[Stage, ...]:
     return (*stages_before_policy(config), margins.STAGE)
 
 
-def _content(config: Config) -> dict[str, Any]:
-    return {"initial_policy": initial_policy_inputs(config).fingerprint}
-
-
 def check(config: Config) -> None:
-    """Raises UserError if the loss reads margins and none will be scored."""
+    """Raises UserError if the loss reads margins and none will be scored, or as training would."""
     from madpo_ray.training.objectives import needs_margins
 
     if needs_margins(config.train) and not reward.uses_rewards(config):
@@ -51,6 +47,7 @@ def check(config: Config) -> None:
             f"margins.with_rewards: train.loss_type {config.train.loss_type} needs margins: "
             "remove margins.with_rewards, or set it to true"
         )
+    check_training(config, config.train, task_type="CAUSAL_LM")
 
 
 def check_weights(config: Config) -> None:
@@ -70,43 +67,46 @@ def check_weights(config: Config) -> None:
             )
 
 
-def policy_job(build: Build) -> "TrainingJob":
-    """The training that the config describes. A trial of a search is the same job, replaced."""
-    from madpo_ray.training.job import PolicyTask, TrainingJob
+def policy_task(config: Config) -> "PolicyTask":
+    """What is trained, with the columns that loss and metrics read."""
+    from madpo_ray.training.job import PolicyTask
     from madpo_ray.training.objectives import LOSSES
 
-    config = build.config
     names = [*LOSSES[config.train.loss_type].columns]
     if reward.uses_rewards(config) and columns.MARGIN not in names:
         names.append(columns.MARGIN)
     if config.train.weight_column is not None:
         names.append(config.train.weight_column)
-    return TrainingJob(
-        stage=STAGE.name,
-        fingerprint=build.fingerprint,
-        task=PolicyTask(columns=tuple(names)),
-        settings=config.train,
-        model=config.model,
-        seed=config.run.seed,
-        num_threads=config.cluster.num_threads,
-        base_folder=initial_policy(config),
+    return PolicyTask(columns=tuple(names))
+
+
+def policy_job(build: Build) -> "TrainingJob":
+    """The training that the config describes. A trial of a search is the same job, replaced."""
+    config = build.config
+    return training_job(
+        build,
+        STAGE.name,
+        policy_task(config),
+        config.train,
+        initial=initial_policy(config),
         rows=margins.STAGE.rows(config),
-        output=build.folder,
-        storage=config.run.folder / "ray",
-        deadline=build.deadline,
     )
 
 
 def make(build: Build) -> dict[str, Any]:
     """Trains the policy; writes `model/` (a LoRA adapter or full weights) and `metrics.jsonl`."""
-    from madpo_ray.training.metrics import read_metrics
-    from madpo_ray.training.trainer import train_on_ray
+    config = build.config
+    return stage.train(
+        build,
+        STAGE.name,
+        policy_task(config),
+        config.train,
+        initial=initial_policy(config),
+        rows=margins.STAGE.rows(config),
+    )
 
-    outcome = train_on_ray(policy_job(build), build.config.cluster)
-    return outcome.evaluation(read_metrics(build.folder / "metrics.jsonl"))
 
-
-def describe(results: Mapping[str, Any]) -> Report:
+def describe(results: Mapping[str, Any]) -> Description:
     return [
         f"step {results['step']}: eval_loss {results['eval_loss']:.4f}, "
         f"eval_rewards/accuracies {results['eval_rewards/accuracies']:.3f}, "
@@ -119,7 +119,7 @@ STAGE = Stage(
     help="Train the policy on the stored margins.",
     settings=_settings,
     upstream=_upstream,
-    content=_content,
+    content=initial_policy_content,
     check=check,
     check_upstream=check_weights,
     make=make,

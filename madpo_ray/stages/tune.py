@@ -5,25 +5,26 @@ A trial is the training of stage `train` with other settings.
 
 import dataclasses
 import functools
+import math
 import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from madpo_ray.artifacts.manifest import write_json
+from madpo_ray.atomic import write_json
 from madpo_ray.config import Config, PolicyConfig, save_config, with_changes
 from madpo_ray.data.order import Order
 from madpo_ray.errors import UserError
 from madpo_ray.stages import margins, train
 from madpo_ray.stages.sft import stages_before_policy
-from madpo_ray.stages.stage import Build, Report, Stage
+from madpo_ray.stages.stage import Build, Description, Stage
 
 if TYPE_CHECKING:
     import ray.tune
 
     from madpo_ray.training.job import TrainingJob
 
-# Torch and Ray take seconds to import, and a dry run does not need them: they are imported inside
-# functions.
+# Torch and Ray are imported inside functions: they take seconds, and neither
+# `--help` nor a wrong config should wait.
 
 METRIC = "eval_rewards/accuracies"
 # Evaluations per trial if the config gives no eval_steps: ASHA can only stop a trial that reports.
@@ -35,6 +36,7 @@ def _settings(config: Config) -> dict[str, Any]:
     return {
         **train.STAGE.settings(config),
         "tune": config.tune.fingerprinted(),
+        "eval_steps": config.train.eval_steps,  # decides when a trial may be stopped
         "search_space": space,
     }
 
@@ -44,7 +46,7 @@ def _upstream(config: Config) -> tuple[Stage, ...]:
 
 
 def _check(config: Config) -> None:
-    """Raises UserError if a range leaves its key's bounds, or trials cannot all be placed."""
+    """Raises UserError if a range exceeds its key's bounds, or trials cannot all be placed."""
     train.check(config)
     for end in ("min", "max"):
         values = {key: getattr(bounds, end) for key, bounds in config.search_space.items()}
@@ -80,7 +82,7 @@ def make(build: Build) -> dict[str, Any]:
     return {"best": best, "trials": len(trials), "failed": found.num_errors}
 
 
-def describe(results: Mapping[str, Any]) -> Report:
+def describe(results: Mapping[str, Any]) -> Description:
     best = results["best"]
     values = ", ".join(f"{key} {value:.4g}" for key, value in best["values"].items())
     return [
@@ -111,11 +113,21 @@ def _trial_job(build: Build) -> "TrainingJob":
     )
     eval_steps = build.config.train.eval_steps
     if eval_steps is None:
-        total_steps = Order(job.order_spec(build.config.cluster.num_workers)).total_steps
-        eval_steps = max(1, total_steps // EVALUATIONS)
+        eval_steps = max(1, _total_steps(job) // EVALUATIONS)
     # A save without an evaluation would report no objective, which is an error to Tune.
     changes = {"save_steps": None, "eval_steps": eval_steps}
     return dataclasses.replace(job, settings=with_changes(build.config.train, "train", changes))
+
+
+def _count_reports(job: "TrainingJob") -> int:
+    """Evaluations of a complete trial: ASHA's default of 100 would end a longer one."""
+    eval_steps = job.settings.eval_steps
+    assert eval_steps is not None
+    return math.ceil(_total_steps(job) / eval_steps)
+
+
+def _total_steps(job: "TrainingJob") -> int:
+    return Order(job.order_spec(num_workers=1)).total_steps
 
 
 def _run_trial(values: dict[str, Any], job: "TrainingJob", config: Config) -> None:
@@ -153,7 +165,9 @@ def _search(job: "TrainingJob", config: Config) -> "ray.tune.ResultGrid":
             # Tune counts only a trial's driver; its workers would wait for each other for ever.
             max_concurrent_trials=config.tune.max_concurrent_trials,
             scheduler=ASHAScheduler(
-                time_attr="training_iteration", grace_period=config.tune.grace_period
+                time_attr="training_iteration",
+                grace_period=config.tune.grace_period,
+                max_t=_count_reports(job),
             ),
             search_alg=OptunaSearch(seed=config.run.seed),
         ),

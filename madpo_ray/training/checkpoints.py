@@ -16,7 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from madpo_ray.artifacts.manifest import hash_file, write_json
+from madpo_ray.artifacts.manifest import hash_file
+from madpo_ray.atomic import write_json
 from madpo_ray.training.collectives import broadcast_object
 from madpo_ray.training.engine import DeepSpeedEngine, make_universal
 

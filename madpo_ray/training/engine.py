@@ -30,7 +30,7 @@ def deepspeed_config(
 ) -> dict[str, Any]:
     """DeepSpeed's own config.
 
-    Accumulation is ours: the loop sets each boundary, so DeepSpeed is told of none.
+    The loop sets each boundary of accumulation, so DeepSpeed's own is 1.
     """
     zero: dict[str, Any] = {
         "stage": settings.zero_stage,

@@ -14,8 +14,8 @@ from madpo_ray.models.loading import (
     TaskType,
     load_policy,
     load_policy_float32,
-    load_reward_model,
     load_tokenizer,
+    new_reward_model,
     prepare_for_training,
 )
 from madpo_ray.models.logprobs import ResponseLogps, ResponseRewards
@@ -237,6 +237,6 @@ class RewardTask:
         return self._classifier(job, job.model.model_copy(update={"dtype": "float32"}))
 
     def _classifier(self, job: TrainingJob, model_config: ModelConfig) -> nn.Module:
-        model: Any = load_reward_model(job.base_folder, model_config)
+        model: Any = new_reward_model(job.base_folder, model_config)
         model.config.pad_token_id = self.tokenizer(job).pad_token_id
         return model  # type: ignore[no-any-return]

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from madpo_ray.artifacts.manifest import write_text
+from madpo_ray.atomic import write_text
 from madpo_ray.training.collectives import gather_tensors
 
 Reduction = Literal[
@@ -116,6 +116,9 @@ def _finish(reduction: Reduction, components: list[float], count: float) -> floa
     return components[0]
 
 
+METRICS_FILE = "metrics.jsonl"
+
+
 class MetricsLog:
     """Metrics as JSON Lines and TensorBoard. A resumed run continues after its step."""
 
@@ -123,7 +126,7 @@ class MetricsLog:
         from torch.utils.tensorboard import SummaryWriter  # takes seconds; only rank 0 writes
 
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / "metrics.jsonl"
+        self.path = folder / METRICS_FILE
         kept = [line for line in read_metrics(self.path) if line["step"] <= start_step]
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)

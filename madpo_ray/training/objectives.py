@@ -161,7 +161,7 @@ def _preference_metrics(pairs: PairBatch, entropy: Tensor, beta: float) -> dict[
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
         "rewards/margins": chosen - rejected,
-        "rewards/accuracies": (chosen > rejected).float(),
+        "rewards/accuracies": _wins(chosen, rejected),
         "logps/chosen": pairs.chosen,
         "logps/rejected": pairs.rejected,
         "entropy": total_entropy / pairs.lengths.view(2, -1).sum(0),
@@ -170,6 +170,11 @@ def _preference_metrics(pairs: PairBatch, entropy: Tensor, beta: float) -> dict[
         metrics["margin/mean"] = pairs.margin
         metrics["margin/negative_fraction"] = (pairs.margin < 0).float()
     return means(metrics)
+
+
+def _wins(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """1 if chosen is greater, 0 if not, and one half for a tie, (B,)."""
+    return (chosen > rejected).float() + 0.5 * (chosen == rejected).float()
 
 
 @dataclass(frozen=True)
@@ -187,7 +192,7 @@ class RewardObjective(Objective):
         return Terms(
             loss,
             {
-                "accuracy": Metric((chosen > rejected).float()),
+                "accuracy": Metric(_wins(chosen, rejected)),
                 "margin": Metric(chosen - rejected),
                 "mean_reward": Metric((chosen + rejected) / 2),
                 "min_reward": Metric(torch.minimum(chosen, rejected), "min"),

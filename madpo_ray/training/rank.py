@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from madpo_ray.artifacts.manifest import model_folder
 from madpo_ray.data.batching import MicroBatch, collate
 from madpo_ray.data.order import Order, decode_micro_batch
 from madpo_ray.models.flops import ModelFlops, peak_flops
@@ -169,7 +170,7 @@ class _Rank:
 def _export(job: TrainingJob, engine: DeepSpeedEngine) -> None:
     """Writes the trained model as a folder that transformers, or peft, loads; all ranks call it."""
     model: Any = engine.module.model
-    folder = job.output / "model"
+    folder = model_folder(job.output)
     is_writer = dist.get_rank() == 0
     tensors = engine.trained_tensors(model)
     if job.settings.use_peft:

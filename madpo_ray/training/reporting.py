@@ -1,4 +1,4 @@
-"""What a rank tells the outside, and what the outside tells the ranks."""
+"""Publishes metrics and checkpoints, and collects requests to save or stop."""
 
 import tempfile
 import time

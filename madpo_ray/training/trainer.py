@@ -21,6 +21,7 @@ from madpo_ray.training.bar import training_bar
 from madpo_ray.training.checkpoints import newest_checkpoint
 from madpo_ray.training.feed import micro_batch_dataset
 from madpo_ray.training.job import TrainingJob
+from madpo_ray.training.metrics import METRICS_FILE
 from madpo_ray.training.protocols import NonFiniteError, Notice
 from madpo_ray.training.rank import Outcome, run_rank
 
@@ -86,7 +87,7 @@ def train_on_ray(
     job.stop_file.write_text("")
     trainer = _trainer(job, cluster, order, callbacks)
     with (
-        training_bar(job.stage, job.metrics / "metrics.jsonl", order.total_steps),
+        training_bar(job.stage, job.metrics / METRICS_FILE, order.total_steps),
         on_sigterm(lambda: _ask_to_stop(job)) as terminated,
     ):
         outcome = trainer.fit().return_value

@@ -17,8 +17,8 @@ from madpo_ray.artifacts.manifest import (
     read_manifest,
     refuse_changed_content,
     require,
-    write_text,
 )
+from madpo_ray.atomic import write_text
 from madpo_ray.errors import UserError
 
 INPUTS = Inputs(

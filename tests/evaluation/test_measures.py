@@ -27,13 +27,13 @@ def test_accuracies_by_hand() -> None:
         name: ranking["accuracy"] for name, ranking in metrics.items() if name != "test_pairs"
     }
     assert accuracies == {
-        "reference": 0.5,
+        "reference": 0.625,  # one tie
         "policy": 0.75,
         "implicit": 0.75,
         "reward_model": 0.75,
     }
     low, high = metrics["reference"]["accuracy_interval"]
-    assert (low, high) == pytest.approx((0.150, 0.850), abs=1e-3)
+    assert (low, high) == pytest.approx((0.2194, 0.9081), abs=1e-3)
     assert metrics["test_pairs"] == 4
 
 
@@ -43,6 +43,33 @@ def test_correlations_by_hand() -> None:
     # Ranks of the reference: 3, 1, 2, 4; sum d^2 = 1 + 4 + 0 + 9 = 14; 1 - 6 * 14 / 60.
     assert metrics["reference"]["rank_correlation"] == pytest.approx(-0.4)
     assert metrics["reward_model"]["rank_correlation"] == pytest.approx(1.0)
+
+
+def test_ties_count_one_half() -> None:
+    table = TABLE.set_column(4, "margin", pa.array([0.0, 2.0, 0.0, -1.0]))
+    assert preference_metrics(table)["reward_model"]["accuracy"] == 0.5
+
+
+def test_pairs_without_a_true_score_are_left_out() -> None:
+    """And counted; the correlation is that of the others."""
+    scores = pa.array([math.nan, 2.0, 1.0, 0.0])
+    table = TABLE.set_column(5, "chosen_score", scores)
+    found = preference_metrics(table, ("chosen_score", "rejected_score"))["reward_model"]
+    assert (found["rank_correlation"], found["pairs_without_score"]) == (pytest.approx(1.0), 1)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "reason"),
+    [
+        ([1.0, 1.0, 1.0, 2.0], "all pairs have the same value"),
+        ([math.nan, math.nan, math.nan, 1.0], "fewer than two pairs have a score"),
+    ],
+)
+def test_undefined_correlation_has_a_reason(chosen: list[float], reason: str) -> None:
+    table = TABLE.set_column(5, "chosen_score", pa.array(chosen))
+    found = preference_metrics(table, ("chosen_score", "rejected_score"))["policy"]
+    assert found["rank_correlation"] is None
+    assert found["reason"] == reason
 
 
 def test_without_margins_there_is_no_reward_model() -> None:

@@ -1,22 +1,27 @@
 """Loading models, and refusing what cannot be trained."""
 
 import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from madpo_ray.config import ModelConfig, PolicyConfig, RewardConfig
 from madpo_ray.errors import UserError
 from madpo_ray.models.loading import (
     check_trainable,
+    check_weights,
     load_policy,
     load_policy_float32,
     load_reward_model,
+    new_reward_model,
     prepare_for_training,
 )
-from support.models import make_model, tiny_config
+from support.models import make_model, make_reward_model, tiny_config
 
 
 @pytest.mark.parametrize(
@@ -65,7 +70,7 @@ def test_policy_has_the_configs_dtype(model_folder: Path) -> None:
 def test_new_reward_head_is_zero(model_folder: Path) -> None:
     """All rewards start at 0, so the first loss is ln 2."""
     model = ModelConfig(model_name_or_path=str(model_folder))
-    loaded: Any = load_reward_model(model_folder, model)
+    loaded: Any = new_reward_model(model_folder, model)
     assert loaded.config.num_labels == 1
     assert not loaded.score.weight.any()
 
@@ -81,3 +86,75 @@ def test_disable_dropout_reaches_every_module() -> None:
     settings = settings.model_copy(update={"disable_dropout": False})
     model = prepare_for_training(make_model(**config_dropout), settings, task_type="CAUSAL_LM")
     assert any(getattr(m, "attention_dropout", 0.0) == 0.3 for m in model.modules())
+
+
+def spoiled(folder: Path, target: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+    """A copy of a model's folder with other weights."""
+    shutil.copytree(folder, target)
+    weights = load_file(target / "model.safetensors")
+    edit(weights)
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+LAYER = "model.layers.0.self_attn.q_proj.weight"
+SPOILED = {
+    "head": (lambda w: w.pop("lm_head.weight"), "1 weights are missing (lm_head.weight)"),
+    "layer": (lambda w: w.pop(LAYER), f"1 weights are missing ({LAYER})"),
+    "shape": (lambda w: w.update({LAYER: w[LAYER][:16].clone()}), "1 weights are of another shape"),
+    "prefix": (
+        lambda w: w.update({f"x.{name}": w.pop(name) for name in list(w)}),
+        "weights are missing (",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SPOILED)
+@pytest.mark.parametrize("load", [load_policy, load_policy_float32, check_weights])
+def test_no_weight_is_filled_in(
+    name: str, load: Callable[..., Any], model_folder: Path, tmp_path: Path
+) -> None:
+    """transformers would draw it at random, and only print a table."""
+    edit, message = SPOILED[name]
+    folder = spoiled(model_folder, tmp_path / "spoiled", edit)
+    model = ModelConfig(model_name_or_path=str(folder))
+    options = {"task_type": "CAUSAL_LM"} if load is check_weights else {}
+    with pytest.raises(UserError, match=re.escape(message)):
+        load(folder, model, **options)
+
+
+def test_complete_model_passes(model_folder: Path) -> None:
+    model = ModelConfig(model_name_or_path=str(model_folder))
+    check_weights(model_folder, model, task_type="CAUSAL_LM")
+    check_weights(model_folder, model, task_type="SEQ_CLS")
+
+
+def test_scoring_needs_the_reward_head(model_folder: Path, tmp_path: Path) -> None:
+    """Only a training may start with a new one."""
+    model = ModelConfig(model_name_or_path=str(model_folder))
+    with pytest.raises(UserError, match=r"1 weights are missing \(score\.weight\)"):
+        load_reward_model(model_folder, model)
+    make_reward_model().save_pretrained(tmp_path / "reward")
+    load_reward_model(tmp_path / "reward", model)
+
+
+def test_tied_head_is_not_missing(tmp_path: Path) -> None:
+    make_model(tie_word_embeddings=True).save_pretrained(tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    load_policy(tmp_path, ModelConfig(model_name_or_path=str(tmp_path)))
+
+
+def test_incomplete_adapter_is_refused(model_folder: Path, tmp_path: Path) -> None:
+    """peft would only warn, and use fresh weights."""
+    settings = PolicyConfig(use_peft=True, lora_r=4)
+    model = ModelConfig(model_name_or_path=str(model_folder))
+    adapted: Any = prepare_for_training(
+        load_policy(model_folder, model), settings, task_type="CAUSAL_LM"
+    )
+    adapted.save_pretrained(tmp_path)
+    load_policy(tmp_path, model)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    weights.pop(next(iter(weights)))
+    save_file(weights, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="is not a complete adapter"):
+        load_policy(tmp_path, model)

@@ -5,11 +5,13 @@ import math
 import numpy as np
 import pytest
 from scipy.special import expit
+from scipy.stats import binomtest
 
 from madpo_ray.scoring.calibration import (
     FOLDS,
     brier_score,
     calibration_report,
+    count_right,
     expected_calibration_error,
     fit_temperature,
     interval,
@@ -71,8 +73,9 @@ def test_errors_after_are_out_of_fold() -> None:
     assert report["validation_pairs"] == 400
 
 
-def test_ties_are_not_right() -> None:
-    assert calibration_report(np.array([0.0, 1.0, -1.0, 2.0]))["accuracy"] == 0.5
+def test_ties_count_one_half() -> None:
+    assert count_right(np.array([0.0, 1.0, -1.0, 2.0])) == 2.5
+    assert calibration_report(np.array([0.0, 1.0, -1.0, 2.0]))["accuracy"] == 0.625
 
 
 @pytest.mark.parametrize(
@@ -81,6 +84,7 @@ def test_ties_are_not_right() -> None:
         (np.array([-1.0, 1.0] * 10), "too close to chance"),
         (np.array([-1.0, -2.0, 1.0]), "too close to chance"),
         (np.full(10, 2.0), "all margins are positive"),
+        (np.array([-1.0] * 40 + [1.0] * 10), "are chosen and rejected swapped"),
     ],
 )
 def test_chance_and_certainty_have_no_temperature(margins: np.ndarray, cause: str) -> None:
@@ -95,3 +99,9 @@ def test_interval_by_hand() -> None:
     (p + z^2/2n ± z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n).
     """
     assert interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+
+
+@pytest.mark.parametrize(("successes", "count"), [(0, 5), (5, 5), (3, 7), (190, 400)])
+def test_interval_is_scipys(successes: int, count: int) -> None:
+    expected = binomtest(successes, count).proportion_ci(method="wilson")
+    assert interval(successes, count) == pytest.approx((expected.low, expected.high), abs=1e-12)

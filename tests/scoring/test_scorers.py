@@ -71,6 +71,7 @@ def test_scores_rewards(model: ModelConfig, tmp_path: Path) -> None:
 class Constant:
     """A scorer of a user's own: nothing but the protocol."""
 
+    reads = ()
     columns = ("chosen_reward", "rejected_reward")
 
     def __init__(self, rejected: list[float]) -> None:

@@ -6,20 +6,21 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-import torch
 
-from madpo_ray.artifacts.tables import read_split, write_table
-from madpo_ray.config import Config
+from madpo_ray import pipeline
+from madpo_ray.artifacts.tables import read_split
+from madpo_ray.config import Config, parse_config
 from madpo_ray.errors import UserError
 from madpo_ray.evaluation.measures import preference_metrics
 from madpo_ray.evaluation.sampling import Sampler
-from madpo_ray.models.loading import load_policy
-from madpo_ray.stages import evaluate, margins, train
+from madpo_ray.stages import evaluate, margins, pairs, sft, train
+from support.pairs import make_rows, write_jsonl
 from support.reference import with_reference
 
-pytestmark = [pytest.mark.ray, pytest.mark.deepspeed]
+pytestmark = [pytest.mark.ray, pytest.mark.deepspeed, pytest.mark.usefixtures("ray_local")]
 
 Run = tuple[Config, list[str]]
+ROWS = make_rows(40)
 
 
 def evaluation(config: Config) -> dict[str, Any]:
@@ -52,15 +53,25 @@ def test_numbers_are_those_of_the_policy(finished_run: Run) -> None:
     assert [len(found["samples"][name]) for name in ("before", "after")] == [2, 2]
 
 
-def test_empty_test_split_is_refused(finished_run: Run, tmp_path: Path) -> None:
-    config, _ = finished_run
-    rows = read_split(margins.STAGE.rows(config), "train", ("pair_id", "split"))
-    moved = config.model_copy(
-        update={"run": config.run.model_copy(update={"storage_path": str(tmp_path)})}
-    )
-    write_table(rows, margins.STAGE.rows(moved))
+def test_empty_test_split_is_refused_early(raw_config: dict[str, Any]) -> None:
+    """Before the first stage, if no pair can be in it."""
+    raw_config["data"]["test_fraction"] = 0.0
     with pytest.raises(UserError, match="split test has no pairs"):
-        evaluate.STAGE.check_upstream(moved)
+        pipeline.run_all(parse_config(raw_config), say=lambda what: None)
+
+
+def test_empty_test_split_is_refused_after_pairs(
+    raw_config: dict[str, Any], tmp_path: Path
+) -> None:
+    """As soon as it is known: nothing is trained."""
+    rows = [{**row, "part": "validation" if i % 4 else "train"} for i, row in enumerate(ROWS)]
+    file = write_jsonl(tmp_path / "in.jsonl", rows)
+    raw_config["data"] |= {"files": [str(file)], "split_column": "part"}
+    config = parse_config(raw_config)
+    with pytest.raises(UserError, match="split test has no pairs"):
+        pipeline.run_all(config, say=lambda what: None)
+    assert pairs.STAGE.is_finished(config)
+    assert not sft.STAGE.folder(config).exists()
 
 
 def sampler(config: Config, seed: int = 0) -> Sampler:
@@ -78,18 +89,13 @@ def prompts(*ids: list[int], first: int = 0) -> pa.Table:
     return pa.table({"index": range(first, first + len(ids)), "prompt_ids": list(ids)})
 
 
-def test_padding_changes_no_distribution(config: Config) -> None:
-    """A prompt alone and next to a longer one: the same most likely first token."""
-    model: Any = load_policy(Path(config.model.model_name_or_path), config.model).eval()
+def test_padding_changes_no_sample(config: Config) -> None:
+    """A prompt first in its batch, by itself and next to longer ones: the same draws."""
+    one = sampler(config)
     short, long = [5, 6], [7, 8, 9, 10, 11]
-    ids = torch.tensor([[0, 0, 0, *short], long])
-    mask = torch.tensor([[0, 0, 0, 1, 1], [1] * 5])
-    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
-    together = model.generate(input_ids=ids, attention_mask=mask, **options)[0, 5:]
-    alone = model.generate(
-        input_ids=torch.tensor([short]), attention_mask=torch.ones(1, 2), **options
-    )[0, 2:]
-    assert together.tolist() == alone.tolist()
+    by_itself = one(prompts(short, short))["sampled_ids"].to_pylist()
+    padded = one(prompts(short, long))["sampled_ids"].to_pylist()
+    assert padded[0] == by_itself[0]
 
 
 def test_samples_follow_seed_and_index(config: Config) -> None:

@@ -150,6 +150,17 @@ def test_reward_objective_by_hand() -> None:
     assert terms.metrics["max_reward"].reduction == "max"
 
 
+def test_ties_count_one_half() -> None:
+    """In both accuracies; TRL counts them as lost."""
+    _, batch, _ = synthetic()
+    outputs = {"rewards": torch.tensor([1.0, 0.0, 1.0, 2.0])}
+    terms = RewardObjective(RewardConfig())(outputs, batch, training=True)
+    assert terms.metrics["accuracy"].values.tolist() == [0.5, 0.0]
+    outputs = {"logps": reference_logps(batch), "entropy": torch.ones(8)}
+    terms = objective()(outputs, batch, training=True)
+    assert terms.metrics["rewards/accuracies"].values.tolist() == [0.5] * 4
+
+
 def test_sft_objective_is_the_mean_over_tokens() -> None:
     """The loop's mean over pairs of it is -sum(logps) / response tokens."""
     pairs = [
