@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -17,6 +17,9 @@ from madpo_ray.config import Config, load_config
 from madpo_ray.config.files import dump_config
 from madpo_ray.errors import ExitCode, Stopped, UserError
 from madpo_ray.stages.stage import Stage
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 console = Console(soft_wrap=not sys.stdout.isatty())
 app = typer.Typer(
@@ -46,7 +49,7 @@ DryRun = Annotated[
 Action = Callable[[Config, float | None], None]
 
 
-def say(what: Any) -> None:
+def say(what: "str | Table") -> None:
     """Prints a line or a table. Text is printed as it is: square brackets are not markup."""
     if isinstance(what, str):
         console.print(what, markup=False, highlight=False)

@@ -148,7 +148,7 @@ def actor_pool(cluster: ClusterConfig) -> dict[str, Any]:
     }
 
 
-def ordered_execution() -> Any:
+def ordered_execution() -> "ray.data.ExecutionOptions":
     """Ray Data options under which rows keep their order, whatever finishes first."""
     import ray.data
 

@@ -66,6 +66,7 @@ def run_all(config: Config, *, say: Say, deadline: float | None = None) -> None:
         UserError: the input or config is wrong, or what the config points to changed under it.
         Stopped: SIGTERM or the deadline came, and what was running has saved.
     """
+    # What is wrong, what is left, and why.
     stages = wanted_stages(config)
     check(config, stages)
     todo = pending(config)

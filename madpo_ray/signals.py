@@ -29,6 +29,8 @@ def on_sigterm(
         prepare()
         yield received
         return
+
+    # For the length of the block, or until the first signal.
     before = signal.getsignal(signal.SIGTERM)
 
     def handle(*_: Any) -> None:

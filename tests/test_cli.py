@@ -110,12 +110,23 @@ def test_gguf_needs_its_package(
     assert "needs the package gguf: pip install" in done.output
 
 
-@pytest.mark.parametrize("command", ["sft", "reward", "margins", "train", "evaluate", "tune"])
-def test_stage_without_its_inputs(command: str, raw_config: dict[str, Any], tmp_path: Path) -> None:
-    """Names the stage to run first."""
+@pytest.mark.parametrize(
+    ("command", "first"),
+    [
+        ("sft", "pairs"),
+        ("reward", "pairs"),
+        ("margins", "pairs"),
+        ("train", "sft"),
+        ("evaluate", "sft"),
+        ("tune", "sft"),
+    ],
+)
+def test_stage_names_the_one_to_run_first(
+    command: str, first: str, raw_config: dict[str, Any], tmp_path: Path
+) -> None:
     done = call(raw_config, tmp_path, command)
     assert done.exit_code == 2, done.output
-    assert "first, or `madpo-ray run`" in done.output
+    assert f"run `madpo-ray {first}` first, or `madpo-ray run`" in done.output
 
 
 def test_sft_without_its_section(raw_config: dict[str, Any], tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def test_weight_by_hand() -> None:
 
 
 def test_weight_is_the_plain_quotient() -> None:
-    """Where that is finite."""
+    """If that is finite."""
     h = torch.linspace(-30, 30, 601, dtype=torch.float64)
     plain = torch.sigmoid(amplifier(h, **PAPER) * h) / torch.sigmoid(h)
     expected = torch.where(h > -TAU, plain, 1.0)
@@ -100,9 +100,9 @@ def test_weight_amplifies_and_dampens(setting: Setting, share: float) -> None:
     tau = setting["tau"]
     margins = f64(share * tau, -share * tau, tau + share)
     inside, negative, above = madpo_weight(margins, **setting)
-    assert inside >= 1
-    assert negative <= 1
-    assert above <= 1
+    assert inside > 1
+    assert negative < 1
+    assert above < 1
     assert madpo_weight(f64(-tau - share), **setting).item() == 1
 
 

@@ -6,7 +6,6 @@ import pytest
 
 from madpo_ray import pipeline, planner
 from madpo_ray.config import Config, parse_config
-from support.pairs import Edit
 
 
 def plan_of(raw: dict[str, Any]) -> planner.Plan:
@@ -33,15 +32,11 @@ def test_counts_pairs_of_a_finished_stage(finished_run: tuple[Config, Any]) -> N
     assert plan.stages == []
 
 
-def without_rewards(raw: dict[str, Any]) -> None:
-    raw["train"]["loss_type"] = "sigmoid"
-
-
-@pytest.mark.parametrize(("edit", "has_reward"), [(without_rewards, False), (dict.copy, True)])
-def test_trains_no_reward_model_without_need(
-    edit: Edit, has_reward: bool, raw_config: dict[str, Any]
+@pytest.mark.parametrize(("loss_type", "has_reward"), [("sigmoid", False), ("madpo", True)])
+def test_reward_model_follows_the_loss(
+    loss_type: str, has_reward: bool, raw_config: dict[str, Any]
 ) -> None:
-    edit(raw_config)
+    raw_config["train"]["loss_type"] = loss_type
     plan = plan_of(raw_config)
     assert ("reward" in plan.stages) is has_reward
     assert ("reward" in [training.stage for training in plan.trainings]) is has_reward

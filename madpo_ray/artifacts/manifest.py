@@ -142,6 +142,8 @@ def require(folder: Path, inputs: Inputs) -> dict[str, Any]:
         raise UserError(
             f"{folder} does not exist yet: run `madpo-ray {inputs.stage}` first, or `madpo-ray run`"
         )
+
+    # Made from what it would be made from now?
     if found := differences(folder, inputs):
         raise UserError(
             f"{folder} was made from other inputs:\n  "
@@ -149,6 +151,8 @@ def require(folder: Path, inputs: Inputs) -> dict[str, Any]:
             + f"\nrun `madpo-ray {inputs.stage}` with this config first, or `madpo-ray run`, "
             "or set another run.name"
         )
+
+    # And complete?
     missing = [name for name in manifest["files"] if not (folder / name).exists()]
     if missing:
         raise UserError(
@@ -189,6 +193,7 @@ def building(folder: Path, inputs: Inputs) -> Iterator[tuple[Path, dict[str, Any
         results: dict[str, Any] = {}
         yield partial, results
 
+        # The manifest is the last file, and the move the last step.
         manifest = {
             "stage": inputs.stage,
             "fingerprint": inputs.fingerprint,

@@ -38,7 +38,7 @@ class EvaluateConfig(Section):
         32, ge=2, description="sampled responses for the KL estimate, two per prompt"
     )
     num_shown: int = Field(5, ge=1, description="samples to print, before and after training")
-    max_new_tokens: int = Field(64, ge=1)
+    max_new_tokens: int = Field(64, ge=1, description="of a sample")
     generation_batch_size: int = Field(16, ge=1, description="prompts sampled at a time")
 
 

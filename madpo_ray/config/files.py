@@ -176,6 +176,7 @@ def _with_absolute_paths(config: Config) -> Config:
     storage_path = _absolute("run.storage_path", config.run.storage_path)
     files = tuple(_absolute("data.files", file) for file in config.data.files)
 
+    # A model's name may be a path or the name of a repository on the hub.
     model = config.model
     name = model.model_name_or_path
     if Path(name).exists() or _is_path(name):

@@ -60,8 +60,12 @@ class ModelConfig(Section):
         description="hub name, folder in transformers' format, or a .gguf file"
     )
     model_revision: str = Field("main", description="branch, tag or commit of a hub name")
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of the weights, in training and scoring"
+    )
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = Field(
+        "sdpa", description="transformers' name; flash_attention_2 reads two rows per pair"
+    )
     trust_remote_code: bool = Field(False, description="run Python code that the model brings")
     chat_template_path: str | None = Field(
         None, description="Jinja file that replaces the tokenizer's chat template"

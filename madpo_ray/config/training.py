@@ -14,7 +14,7 @@ class TrainingConfig(Section):
     # Names that an evaluation measures, without the prefix eval_.
     metrics: ClassVar[frozenset[str]] = frozenset({"loss"})
 
-    learning_rate: float = Field(1e-5, gt=0)
+    learning_rate: float = Field(1e-5, gt=0, description="peak of the schedule")
     global_batch_size: int = Field(
         32, ge=1, description="pairs per optimizer step, over all workers"
     )
@@ -27,19 +27,23 @@ class TrainingConfig(Section):
     max_tokens_per_device: int | None = Field(
         None, ge=1, description="tokens per forward, padding included, instead of a number of pairs"
     )
-    num_train_epochs: int = Field(1, ge=1)
+    num_train_epochs: int = Field(1, ge=1, description="passes over the training pairs")
     max_steps: int = Field(-1, ge=-1, description="optimizer steps; -1: num_train_epochs decides")
     warmup_steps: float = Field(
         0.03, ge=0, description="optimizer steps; below 1 a share of all steps"
     )
-    lr_scheduler_type: Literal["cosine", "linear", "constant_with_warmup", "constant"] = "cosine"
+    lr_scheduler_type: Literal["cosine", "linear", "constant_with_warmup", "constant"] = Field(
+        "cosine", description="of the learning rate, after the warm-up"
+    )
     max_grad_norm: float = Field(1.0, ge=0, description="0: no clipping")
-    weight_decay: float = Field(0.01, ge=0)
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
-    adam_beta2: float = Field(0.95, ge=0, lt=1)
-    adam_epsilon: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.01, ge=0, description="AdamW's, decoupled")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW: decay of the mean")
+    adam_beta2: float = Field(0.95, ge=0, lt=1, description="AdamW: decay of the square")
+    adam_epsilon: float = Field(1e-8, gt=0, description="AdamW: added to the root")
 
-    zero_stage: Literal[0, 1, 2, 3] = 2
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        2, description="what DeepSpeed shards: optimizer (1), gradients (2), parameters (3)"
+    )
     stage3_param_persistence_threshold: int = Field(
         100_000, ge=0, description="elements; smaller parameters are not sharded under ZeRO-3"
     )
@@ -53,19 +57,21 @@ class TrainingConfig(Section):
         False, description="optimizer states in CPU memory; needs zero_stage 2 or 3"
     )
     offload_param: bool = Field(False, description="parameters in CPU memory; needs zero_stage 3")
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = Field(
+        False, description="compute activations again in the backward pass, to save memory"
+    )
 
     disable_dropout: bool = Field(True, description="set every dropout to 0, LoRA's included")
     use_peft: bool = Field(False, description="train LoRA adapters instead of all weights")
-    lora_r: int = Field(16, ge=1)
-    lora_alpha: int = Field(32, ge=1)
+    lora_r: int = Field(16, ge=1, description="rank of the adapters")
+    lora_alpha: int = Field(32, ge=1, description="scale of the adapters, over lora_r")
     lora_dropout: float = Field(0.05, ge=0, lt=1, description="ignored if disable_dropout is true")
     lora_target_modules: Strings = Field(("all-linear",), description="module names, or all-linear")
     lora_layers_to_transform: tuple[int, ...] = Field(
         (), strict=False, description="layers with LoRA; empty: all"
     )
 
-    logging_steps: int = operational(10, ge=1)
+    logging_steps: int = operational(10, ge=1, description="optimizer steps between logs")
     eval_steps: int | None = operational(
         None, ge=1, description="optimizer steps between evaluations; null: only at the end"
     )
@@ -179,7 +185,9 @@ class PolicyConfig(TrainingConfig):
         }
     )
 
-    loss_type: LossType = "madpo"
+    loss_type: LossType = Field(
+        "madpo", description="sigmoid is DPO; only madpo needs a reward model"
+    )
     beta: float = Field(0.1, gt=0, description="base temperature")
     label_smoothing: float = Field(
         0.0, ge=0, lt=0.5, description="cDPO, for loss_type sigmoid (TRL 1.16 ignores it there)"
@@ -192,7 +200,9 @@ class PolicyConfig(TrainingConfig):
         description="madpo: margin at which the weight turns from amplifying to dampening, in "
         "reward units",
     )
-    beta_dpo_variant: Literal["published", "madpo_paper"] = "published"
+    beta_dpo_variant: Literal["published", "madpo_paper"] = Field(
+        "published", description="beta_dpo: its authors' code, or that of the MADPO paper"
+    )
     beta_dpo_a: float = Field(0.6, ge=0, description="how strongly beta follows the mean gap")
     beta_dpo_mode_weight: float = Field(
         0.2, ge=0, lt=1, description="share of the pairs that beta_dpo's filter drops per batch"

@@ -168,6 +168,7 @@ def _separate_rows(pairs: Sequence[Pair], responses: Sequence[str]) -> dict[str,
     input_ids = torch.zeros(len(texts), length, dtype=torch.long)
     attention_mask = torch.zeros(len(texts), length, dtype=torch.long)
 
+    # Fill the rows, and remember where each response is.
     spans = []
     for i, (prompt, response) in enumerate(texts):
         end = len(prompt) + len(response)
@@ -190,6 +191,8 @@ def _target_indices(spans: Sequence[_Span]) -> dict[str, Tensor]:
     target: list[int] = []
     response: list[int] = []
     last: list[int] = []
+
+    # The first token of a response is predicted by the prompt's last.
     for number, span in enumerate(spans):
         end = span.start + len(span.ids)
         predictor += [span.before, *range(span.start, end - 1)]

@@ -64,6 +64,7 @@ def parse_pair(row: Mapping[str, Any], data: DataConfig) -> Pair:
     if isinstance(chosen, list) != isinstance(rejected, list):
         raise BadRowError("chosen and rejected are of different kinds")
 
+    # The prompt has a column, or is what both responses begin with.
     prompt: Content
     repeated = False
     if data.prompt_column in row:
@@ -78,6 +79,7 @@ def parse_pair(row: Mapping[str, Any], data: DataConfig) -> Pair:
     if data.system_column is not None:
         prompt = _with_system(row, prompt, data.system_column)
 
+    # What can be trained on.
     _check_texts({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     if chosen == rejected:
         raise BadRowError("chosen and rejected are identical")

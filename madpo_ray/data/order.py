@@ -90,6 +90,7 @@ def order_epoch(
     order = np.arange(len(lengths)) if rng is None else rng.permutation(len(lengths))
     window = global_batch_size * (1 if rng is None else STEPS_PER_WINDOW)
 
+    # Cut windows of similar lengths into steps.
     steps: list[np.ndarray] = []
     for start in range(0, len(order), window):
         members = order[start : start + window]
@@ -100,6 +101,7 @@ def order_epoch(
             in_window[:num_full] = [in_window[i] for i in rng.permutation(num_full)]
         steps += in_window
 
+    # Cut steps into micro-batches.
     if max_tokens is None:
         return [_chunks(step, micro_batch_size) for step in steps]
     tokens = lengths if tokens_read is None else tokens_read

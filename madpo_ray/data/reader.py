@@ -67,6 +67,7 @@ class PairReader:
         pair = parse_pair(row, data)
         tokens = tokenize_pair(pair, self._tokenizer, data.max_length)
 
+        # Group and split come from the data, or from the prompt.
         group = default_group(pair)
         if data.group_column is not None:
             group = _text(row, data.group_column)
@@ -126,6 +127,7 @@ def _number(row: Row, name: str) -> float:
 
 def pairs_schema(data: DataConfig) -> pa.Schema:
     """Columns of the reader's tables."""
+    # Where a row comes from, and what happened to it.
     fields = [
         (columns.FILE, pa.string()),
         (columns.FILE_NUMBER, pa.int64()),
@@ -135,6 +137,8 @@ def pairs_schema(data: DataConfig) -> pa.Schema:
         (columns.NUM_CUT, pa.int8()),
         (columns.REPEATED_PROMPT, pa.bool_()),
     ]
+
+    # What the pair is.
     fields += [(name, pa.string()) for name in columns.TEXT_COLUMNS]
     fields += [(name, pa.list_(pa.int32())) for name in columns.TOKEN_COLUMNS]
     fields += [

@@ -44,6 +44,7 @@ def tokenize_pair(pair: Pair, tokenizer: "PreTrainedTokenizerBase", max_length: 
     else:
         prompt, chosen, rejected = _tokenize_texts(pair, tokenizer)
 
+    # Where the responses begin.
     start = split_joint(prompt, chosen, rejected)
     if start == 0:
         raise BadRowError("prompt and response share no token")
@@ -53,6 +54,7 @@ def tokenize_pair(pair: Pair, tokenizer: "PreTrainedTokenizerBase", max_length: 
             f"{start} of {max_length} tokens",
         )
 
+    # What of them fits.
     responses = [ids[start:max_length] for ids in (chosen, rejected)]
     if not all(responses):
         raise BadRowError("a response has no tokens of its own")

@@ -27,6 +27,7 @@ def preference_metrics(scored: pa.Table, score_columns: Sequence[str] = ()) -> d
         score_columns: true scores of chosen and rejected; if given, Spearman's rank correlation
             with the true margin is measured, too.
     """
+    # Chosen minus rejected, by each way to rank.
     reference = _difference(scored, REF_LOGPS)
     policy = _difference(scored, POLICY_LOGPS)
     rankings = {"reference": reference, "policy": policy, "implicit": policy - reference}
@@ -34,6 +35,7 @@ def preference_metrics(scored: pa.Table, score_columns: Sequence[str] = ()) -> d
         rankings["reward_model"] = scored[MARGIN].to_numpy()
     true_margin = _difference(scored, score_columns) if score_columns else None
 
+    # How often each is right, and how well it follows the true margin.
     metrics: dict[str, Any] = {"test_pairs": scored.num_rows}
     for name, differences in rankings.items():
         num_right = count_right(differences)

@@ -41,6 +41,8 @@ class Sampler:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._seed = seed
         self._tokenizer = load_tokenizer(next(iter(policies.values())), model)
+
+        # The models, and every token that ends a response of theirs.
         self._models: dict[str, Any] = {}
         self._ends: set[int] = set()
         for name, folder in policies.items():
@@ -70,6 +72,7 @@ class Sampler:
         input_ids = torch.tensor(ids, device=self._device)
         attention_mask = torch.tensor(mask, device=self._device)
 
+        # Each policy, from the same seed.
         for name, model in self._models.items():
             torch.manual_seed(self._seed * 1_000_003 + table[INDEX][0].as_py())
             generated = model.generate(

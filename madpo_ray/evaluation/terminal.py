@@ -17,6 +17,7 @@ RANKINGS = {
 
 def evaluation_tables(results: Mapping[str, Any]) -> list[Table]:
     """The numbers, and samples from before and after the training."""
+    # How well each ranking agrees with the labels.
     numbers = Table(title=f"Test split, {results['test_pairs']} pairs")
     for heading in ("ranked by", "accuracy", "95 % interval", "rank correlation with true margin"):
         numbers.add_column(heading)
@@ -28,6 +29,7 @@ def evaluation_tables(results: Mapping[str, Any]) -> list[Table]:
         f"per response ({results['kl_samples']} samples)"
     )
 
+    # What both models wrote.
     samples = Table(title="Samples for the same prompts", show_lines=True)
     samples.add_column("before")
     samples.add_column("after")

@@ -90,6 +90,7 @@ def attention_masks(model: "PreTrainedModel", batch: MicroBatch) -> Any:
 
 def _mask_for(model: "PreTrainedModel", mask: Tensor) -> Any:
     """A boolean mask (B, 1, L, L) in the form that the model's attention kernel reads."""
+    # transformers passes a mask on as it is, in one form per kernel.
     match model.config._attn_implementation:
         case "eager":  # adds the mask to the scores
             dtype = next(model.parameters()).dtype

@@ -37,6 +37,7 @@ class ModelFlops:
             head = transformer.get_output_embeddings()
         channels = _attention_channels(transformer)
 
+        # In the order of the forward: what comes after a trained weight passes a gradient on.
         self.per_token = 0
         self.per_response_token = 0
         self.per_attended = 0

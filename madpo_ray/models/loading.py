@@ -31,6 +31,7 @@ _AUTO_CLASSES = {
 
 
 def load_tokenizer(folder: Path, model: ModelConfig) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a model's folder, with its chat template."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
@@ -116,6 +117,8 @@ def _load(
             ignore_mismatched_sizes=True,  # reported below, all of them
             **options,
         )
+
+    # transformers has drawn these at random.
     missing = sorted(set(report["missing_keys"]) - set(new))
     mismatched = sorted(str(name) for name, *_ in report["mismatched_keys"])
     if missing or mismatched:
@@ -181,7 +184,7 @@ def transformer_of(model: nn.Module) -> Any:
 def prepare_for_training(
     model: nn.Module, settings: TrainingConfig, *, task_type: TaskType
 ) -> nn.Module:
-    """Adds LoRA, sets dropout and turns on activation checkpointing, as the settings say."""
+    """Adds LoRA, sets dropout and turns on activation checkpointing, according to the settings."""
     if settings.gradient_checkpointing:
         model.activation_checkpointing_enable(  # type: ignore[operator]
             activation_checkpointing_kwargs={"use_reentrant": False}
@@ -237,6 +240,8 @@ def check_trainable(
     kernel: str | None = model.attn_implementation
     if kernel == "flash_attention_2":
         kernel = None  # checked on the workers; the driver may have no GPU
+
+    # The architecture with this head and this attention, without weights.
     try:
         with torch.device("meta"):
             skeleton = getattr(transformers, _AUTO_CLASSES[task_type]).from_config(

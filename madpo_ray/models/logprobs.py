@@ -43,6 +43,7 @@ class ResponseLogps(nn.Module):
         transformer = transformer_of(self.model)
         hidden = _hidden_states(transformer, batch)[batch.predictor_index]  # (N, H)
 
+        # Logits of one chunk of response tokens after another.
         num_tokens = self._max_response_tokens or len(hidden)
         num_chunks = math.ceil(num_tokens / TOKENS_PER_CHUNK)
         chunks = zip(

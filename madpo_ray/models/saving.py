@@ -66,6 +66,7 @@ def save_model(model: Any, tensors: NamedTensors, folder: Path, *, is_writer: bo
             model.save_pretrained(str(folder), state_dict=complete)
         return
 
+    # One file's worth of tensors at a time.
     folder.mkdir(parents=True, exist_ok=True)
     shards = _ShardWriter(folder)
     for name, tensor in tensors:

@@ -33,6 +33,7 @@ def check_model(model: ModelConfig) -> None:
     if template is not None and not Path(template).is_file():
         raise UserError(f"model.chat_template_path: {template} does not exist")
 
+    # The weights.
     if path.suffix == ".gguf":
         if not path.is_file():
             raise UserError(f"model.model_name_or_path: {path} does not exist")
@@ -40,6 +41,7 @@ def check_model(model: ModelConfig) -> None:
     elif path.is_absolute():
         _check_folder(path)
 
+    # Packages for what the config asks for.
     if model.load_in_4bit:
         message = "model.load_in_4bit needs the package bitsandbytes: pip install bitsandbytes"
         _check_package("bitsandbytes", message)
@@ -60,10 +62,14 @@ def _check_folder(path: Path) -> None:
             f"{where} is a LoRA adapter of {base}: merge it into its base (peft's "
             "merge_and_unload) and give the merged folder, or give the base"
         )
+
+    # A complete model.
     if not (path / "config.json").is_file():
         raise UserError(f"{where} is not a folder with a config.json")
     if not any(path.glob("*.safetensors")):
         raise UserError(f"{where} has no safetensors weights, and no others are read")
+
+    # Of the right kind, with its tokenizer.
     names = _read_json(path / "config.json").get("architectures") or []
     if others := [name for name in names if "Classification" in str(name)]:
         raise UserError(
@@ -148,6 +154,7 @@ def fetch_model(model: ModelConfig) -> Path:
         LocalEntryNotFoundError,
     )
 
+    # Everything but weights in other formats and, unless it is trusted, code.
     patterns = [*WEIGHT_FILES, *TOKENIZER_FILES]
     if model.trust_remote_code:
         patterns.append("*.py")

@@ -90,6 +90,7 @@ def calibration_report(margins: Margins) -> dict[str, Any]:
         "brier_before": brier_score(margins),
     }
 
+    # Each pair's temperature is fitted on the other folds.
     fold = np.arange(len(margins)) % FOLDS
     fitted = [fit_temperature(margins[fold != i]) for i in range(FOLDS)]
     if report["temperature"] is None or None in fitted:

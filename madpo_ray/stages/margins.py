@@ -133,6 +133,7 @@ def _passes(config: Config) -> list[_Pass]:
     batch_size = config.scoring.per_device_batch_size
     upstream = {"pairs": pairs.STAGE.inputs(config).fingerprint}
 
+    # The reference's log-probs.
     reference = PolicyLogps(
         initial_policy(config), config.model, columns=columns.REF_LOGPS, batch_size=batch_size
     )
@@ -144,6 +145,7 @@ def _passes(config: Config) -> list[_Pass]:
     )
     passes = [_Pass(reference_inputs, reference, folder / "reference")]
 
+    # The reward model's rewards.
     if reward.uses_rewards(config):
         model = reward.STAGE.model(config)
         rewards = TrainedReward(model, config.model, columns=columns.REWARDS, batch_size=batch_size)

@@ -209,6 +209,7 @@ def _counts(checked: "ray.data.Dataset") -> dict[str, Any]:
     reasons: Counter[str] = Counter()
     repeated_prompts = 0
     names = [columns.SPLIT, columns.NUM_CUT, columns.REPEATED_PROMPT, columns.REASON_KIND]
+
     for table in _tables(checked.select_columns(names)):
         reasons.update(table[columns.REASON_KIND].drop_null().to_pylist())
         good = table.filter(pc.is_null(table[columns.REASON_KIND]))
@@ -217,6 +218,8 @@ def _counts(checked: "ray.data.Dataset") -> dict[str, Any]:
         for split, num_cut in zip(splits, good[columns.NUM_CUT].to_pylist(), strict=True):
             cut[split] += num_cut
         repeated_prompts += pc.sum(good[columns.REPEATED_PROMPT]).as_py() or 0
+
+    # By split, in the order of the splits.
     return {
         "pairs": {split: pairs[split] for split in columns.SPLITS},
         "cut_responses": {split: cut[split] for split in columns.SPLITS},
@@ -263,12 +266,16 @@ def _refuse_empty(results: Mapping[str, Any], data: DataConfig) -> None:
         raise UserError(
             f"no usable pair in {', '.join(data.files)}: {reasons or 'the files are empty'}"
         )
+
+    # Some, but too few.
     num_rows = num_pairs + rejects.total()
     if rejects.total() > data.max_reject_fraction * num_rows:
         raise UserError(
             f"{rejects.total()} of {num_rows} rows are rejected, more than "
             f"data.max_reject_fraction {data.max_reject_fraction:g} allows: {reasons}"
         )
+
+    # None in a split that training needs.
     for split in (columns.TRAIN, columns.VALIDATION):
         if not counts[split]:
             raise UserError(

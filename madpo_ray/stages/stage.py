@@ -187,6 +187,7 @@ def training_job(
     """The job of `train`, without running it."""
     from madpo_ray.training.job import TrainingJob
 
+    # Only the parts of the config that a worker needs.
     config = build.config
     return TrainingJob(
         stage=stage,

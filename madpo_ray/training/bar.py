@@ -37,6 +37,8 @@ def training_bar(stage: str, metrics: Path, total_steps: int) -> Iterator[None]:
         TimeRemainingColumn(),
         console=Console(stderr=True),
     )
+
+    # A thread follows the file until the block ends.
     with bar:
         task = bar.add_task(stage, total=total_steps, loss="")
         done = threading.Event()

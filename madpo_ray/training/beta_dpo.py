@@ -35,6 +35,8 @@ class BetaDPO(Statistics):
     def observe(self, pairs: PairBatch, valid: Tensor) -> PairBatch:
         """The pairs with this micro-batch's beta and filter. A collective. `valid` is (B,) bool."""
         settings = self._settings
+
+        # The gaps of all ranks, and the statistics after them.
         scale = settings.beta if self._is_paper_variant else 1.0
         gaps, own = gather_valid(pairs.logratio.detach() * scale, valid)  # (N,)
         if self._is_paper_variant:
@@ -42,6 +44,7 @@ class BetaDPO(Statistics):
         else:
             self._statistics = self._statistics.updated(gaps)
 
+        # This micro-batch's beta and filter.
         beta, kept = beta_dpo_batch(
             gaps,
             self._statistics,
@@ -54,6 +57,7 @@ class BetaDPO(Statistics):
             shift = gaps.mean() - self._statistics.mean
             beta = settings.beta * (1 + settings.beta_dpo_a * shift)
 
+        # The mean over all pairs becomes the mean over kept ones.
         mask = torch.zeros_like(pairs.chosen)
         mask[valid] = kept[own].to(mask)
         factor = mask * (len(kept) / max(int(kept.sum()), 1))

@@ -53,6 +53,7 @@ def load_checkpoint(engine: DeepSpeedEngine, folder: Path) -> dict[str, Any]:
 
     A checkpoint of another number of ranks is first converted inside its folder, by rank 0.
     """
+    # Weights and optimizer.
     rank = dist.get_rank()
     saved_ranks = _saved_world_size(folder)
     if is_resized(folder, engine.zero_stage):
@@ -63,6 +64,7 @@ def load_checkpoint(engine: DeepSpeedEngine, folder: Path) -> dict[str, Any]:
     else:
         engine.load(folder)
 
+    # Progress, objective and random state of this rank.
     part = folder / f"rank-{rank % saved_ranks}.pt"
     state: dict[str, Any] = torch.load(part, weights_only=False)
     random_state = state.pop("random")

@@ -38,10 +38,13 @@ def deepspeed_config(
         "reduce_bucket_size": settings.reduce_bucket_size,
         "stage3_max_live_parameters": settings.stage3_max_live_parameters,
     }
+
+    # What is kept in CPU memory.
     if settings.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
     if settings.offload_param:
         zero["offload_param"] = {"device": "cpu"}
+
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -73,6 +76,7 @@ class DeepSpeedEngine:
     ) -> None:
         from transformers import get_scheduler
 
+        # The optimizer, over what is trained.
         trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(
             trainable,
@@ -83,6 +87,7 @@ class DeepSpeedEngine:
             fused=True,
         )
 
+        # The schedule of its learning rate.
         warmup_steps = settings.warmup_steps
         if warmup_steps < 1:
             warmup_steps = math.ceil(warmup_steps * total_steps)
@@ -93,6 +98,7 @@ class DeepSpeedEngine:
             num_training_steps=total_steps,
         )
 
+        # DeepSpeed around both.
         self._engine, *_ = _deepspeed().initialize(
             model=module,
             model_parameters=trainable,

@@ -62,6 +62,7 @@ def fit(run: TrainingRun, batches: Iterable[MicroBatch]) -> Notice:
     remaining = iter(batches)
     log = _RunningLog(run)
     while True:
+        # One optimizer step, and what it makes due.
         step = train_step(run, _micro_batches_of_step(remaining))
         log.add(step)
         notice = run.notice()
@@ -70,6 +71,7 @@ def fit(run: TrainingRun, batches: Iterable[MicroBatch]) -> Notice:
         if due.log:
             run.reporter.log(run.progress, log.take())
 
+        # Evaluations and saves do not count as training time.
         with log.paused():
             measured = run.measure_validation() if due.evaluate else {}
             if due.evaluate:
@@ -77,6 +79,7 @@ def fit(run: TrainingRun, batches: Iterable[MicroBatch]) -> Notice:
             if due.evaluate or due.save:
                 run.reporter.publish(run.progress, measured, save=due.save)
 
+        # The end: asked for, reached, or out of patience.
         if notice > Notice.SAVE and not due.is_last:
             return notice
         if due.is_last or run.progress.ran_out_of_patience(run.settings):
@@ -99,6 +102,7 @@ def train_step(run: TrainingRun, micro_batches: Iterable[MicroBatch]) -> StepRes
     step_loss = torch.zeros((), device=run.engine.device)
     pair_ids: list[str] = []
 
+    # Add up the gradients of this rank's micro-batches.
     is_complete = False
     for batch in micro_batches:
         if batch.place.step != progress.step:
@@ -111,6 +115,7 @@ def train_step(run: TrainingRun, micro_batches: Iterable[MicroBatch]) -> StepRes
         total = run.schedule.total_steps
         raise RuntimeError(f"the data ended at step {progress.step} of {total}")
 
+    # Move the weights, unless the gradient is not finite.
     learning_rate = run.engine.learning_rate()
     grad_norm = run.engine.step()
     progress.step += 1
@@ -139,10 +144,12 @@ def _forward_backward(run: TrainingRun, batch: MicroBatch, meter: Meter, step_lo
         shape = tuple(terms.loss.shape)
         raise RuntimeError(f"a loss of shape {shape} for {len(batch.valid)} pairs")
 
+    # This micro-batch's part of the step's mean over pairs.
     loss = (terms.loss * batch.valid).sum() / batch.place.pairs_in_step
     step_loss += loss.detach()
     run.engine.backward(_poisoned_if_not_finite(loss, step_loss), is_last=batch.place.is_last)
 
+    # Its metrics stay on the device until the next log.
     metrics = {
         "loss": Metric(terms.loss),
         **terms.metrics,
@@ -176,6 +183,7 @@ def _skip_or_fail(
     run: TrainingRun, grad_norm: float, step_loss: Tensor, pair_ids: list[str]
 ) -> None:
     """Warns of a skipped step. Raises NonFiniteError, on every rank, after too many of them."""
+    # What happened, with the pairs of all ranks.
     step = run.progress.step
     ranks = gather_objects((float(step_loss), pair_ids))
     loss = sum(share for share, _ in ranks)
@@ -186,6 +194,7 @@ def _skip_or_fail(
         what = f"loss of step {step} is {loss}"
     message = f"the {what}; the optimizer has not moved. Pairs of the step: {', '.join(all_ids)}"
 
+    # Whether the run may continue.
     allowed = run.settings.skip_nonfinite
     if run.progress.skipped > allowed:
         raise NonFiniteError(

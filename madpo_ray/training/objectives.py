@@ -156,6 +156,8 @@ def _preference_metrics(pairs: PairBatch, entropy: Tensor, beta: float) -> dict[
     """TRL's metrics, and those of reward margins; `entropy` is (2B,), a mean over tokens."""
     chosen = beta * (pairs.chosen - pairs.ref_chosen)
     rejected = beta * (pairs.rejected - pairs.ref_rejected)
+
+    # The mean over the tokens of both responses.
     total_entropy = (entropy * pairs.lengths).view(2, -1).sum(0)
     metrics = {
         "rewards/chosen": chosen,
@@ -166,6 +168,7 @@ def _preference_metrics(pairs: PairBatch, entropy: Tensor, beta: float) -> dict[
         "logps/rejected": pairs.rejected,
         "entropy": total_entropy / pairs.lengths.view(2, -1).sum(0),
     }
+
     if pairs.margin is not None:
         metrics["margin/mean"] = pairs.margin
         metrics["margin/negative_fraction"] = (pairs.margin < 0).float()

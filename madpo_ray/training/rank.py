@@ -35,8 +35,11 @@ class Outcome:
     failure: str = ""  # why it cannot continue
 
     def evaluation(self, metrics: list[dict[str, Any]]) -> dict[str, Any]:
-        """The line of that step's evaluation."""
-        return next(line for line in metrics if line["step"] == self.step and "eval_loss" in line)
+        """The line of that step's evaluation. Raises RuntimeError if it was lost."""
+        for line in metrics:
+            if line["step"] == self.step and "eval_loss" in line:
+                return line
+        raise RuntimeError(f"the metrics have no evaluation of step {self.step}")
 
 
 def run_rank(job: TrainingJob, site: Site) -> Outcome:

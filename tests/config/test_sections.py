@@ -67,6 +67,12 @@ def test_defaults() -> None:
     assert (settings.learning_rate, settings.global_batch_size) == (1e-5, 32)
 
 
+@pytest.mark.parametrize("section", [name for name in Config.model_fields if name != "sft"])
+def test_every_key_is_described(section: str, config: Config) -> None:
+    fields = type(getattr(config, section)).model_fields
+    assert [name for name, field in fields.items() if not field.description] == []
+
+
 def test_is_frozen(config: Config) -> None:
     with pytest.raises(ValueError, match="frozen"):
         config.train.beta = 1.0  # type: ignore[misc]

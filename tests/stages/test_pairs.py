@@ -1,5 +1,6 @@
 """Stage pairs on a real Ray: ids, splits and rejects."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from madpo_ray.artifacts.tables import read_columns, read_split
+from madpo_ray.artifacts.tables import column_names, read_columns, read_split
 from madpo_ray.config import parse_config
 from madpo_ray.errors import UserError
 from madpo_ray.stages import pairs
@@ -98,7 +99,8 @@ def test_conversations_with_a_split_column(raw_config: dict[str, Any], tmp_path:
         "keep_columns": [],
     }
     test = read_split(Result(raw_config).rows, "test", ("prompt", "chosen"))
-    assert test["prompt"].to_pylist() == [row["prompt"] for row in rows[2::3]]
+    stored = [json.loads(prompt) for prompt in test["prompt"].to_pylist()]
+    assert stored == [row["prompt"] for row in rows[2::3]]
 
 
 def test_messages_need_a_chat_template(
@@ -110,6 +112,69 @@ def test_messages_need_a_chat_template(
     raw_config["model"]["model_name_or_path"] = str(bare)
     with pytest.raises(UserError, match=r"set model\.chat_template_path"):
         run(raw_config, make_rows(10, conversational=True), tmp_path)
+
+
+def test_unusual_rows_are_counted_and_shown(raw_config: dict[str, Any], tmp_path: Path) -> None:
+    """Cut responses by split, removed prompts, and reasons without the rows' values."""
+    rows = make_rows(60)
+    for row in rows[:3]:
+        row |= {name: row["prompt"] + row[name] for name in ("chosen", "rejected")}
+    for i in range(3, 9):
+        rows[i] |= {"chosen": " good" * 90}
+    bad = [{**rows[20], "prompt": "film " * n} for n in (80, 90)]
+    result = run(raw_config, [*rows, *bad], tmp_path)
+    assert result.results["repeated_prompts"] == 3
+    assert sum(result.results["cut_responses"].values()) == 6
+    assert result.results["rejects"] == {
+        "the prompt leaves no room for a response in max_length": 2
+    }
+    lines = pairs.describe(result.results)
+    assert str(lines[1]).startswith("responses cut at data.max_length: ")
+    assert str(lines[2]).startswith("3 pairs repeated the prompt")
+
+
+def test_description_has_few_lines() -> None:
+    """The tenth stands for all other reasons."""
+    results = {
+        "pairs": {"train": 1, "validation": 1, "test": 1},
+        "cut_responses": {"train": 0, "validation": 0, "test": 0},
+        "repeated_prompts": 0,
+        "rejects": {f"reason {i}": 20 - i for i in range(15)},
+    }
+    lines = list(pairs.describe(results))
+    assert lines[1] == "195 rows rejected, listed in rejects.parquet:"
+    assert lines[2] == "  20 x reason 0"
+    assert lines[-1] == "  51 for 6 other reasons"
+    assert len(lines) == 12
+
+
+def test_share_of_rejects_is_limited(raw_config: dict[str, Any], tmp_path: Path) -> None:
+    rows = [*make_rows(20), *[{"prompt": "", "chosen": "a", "rejected": "b"}] * 10]
+    message = r"10 of 30 rows are rejected, more than data\.max_reject_fraction 0\.3 allows: 10 x"
+    with pytest.raises(UserError, match=message):
+        run(raw_config, rows, tmp_path, max_reject_fraction=0.3)
+    run(raw_config, rows, tmp_path, max_reject_fraction=0.4)
+
+
+def test_path_with_an_equals_sign_is_no_column(raw_config: dict[str, Any], tmp_path: Path) -> None:
+    """Neither in the data's path nor in the run's."""
+    raw_config["run"]["storage_path"] = str(tmp_path / "split=all" / "beta=0.1")
+    result = run(raw_config, make_rows(30), tmp_path)
+    assert set(result.table["split"].to_pylist()) <= {"train", "validation", "test"}
+    assert "beta" not in column_names(result.rows)
+
+
+def test_tokenizer_beyond_the_vocabulary_is_refused(
+    raw_config: dict[str, Any], model_folder: Path, tmp_path: Path
+) -> None:
+    """Before a worker looks up an embedding that does not exist."""
+    small = tmp_path / "small"
+    shutil.copytree(model_folder, small)
+    config = json.loads((small / "config.json").read_text())
+    (small / "config.json").write_text(json.dumps({**config, "vocab_size": 200}))
+    raw_config["model"]["model_name_or_path"] = str(small)
+    with pytest.raises(UserError, match="the model has 200 embeddings"):
+        run(raw_config, make_rows(10), tmp_path)
 
 
 def test_no_usable_pair_is_refused(raw_config: dict[str, Any], tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
 import torch
 
@@ -118,10 +117,3 @@ def test_reward_model_learns_its_pairs(policy_job: MakeJob, train_on: TrainOn) -
     model = ModelConfig(model_name_or_path=str(job.output / "model"))
     tokenizer: Any = load_tokenizer(job.output / "model", model)
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
-
-
-def test_scored_table_is_what_training_reads(scored_pairs: Path) -> None:
-    """The fixture has what stage margins writes."""
-    table = read_columns(scored_pairs, ("pair_id", "split", "margin", "ref_chosen_logps"))
-    assert table.num_rows == 90
-    assert pa.types.is_float64(table["ref_chosen_logps"].type)
