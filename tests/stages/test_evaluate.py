@@ -1,5 +1,6 @@
 """Stage evaluate of a finished run."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from madpo_ray.artifacts.tables import read_split
 from madpo_ray.config import Config, parse_config
 from madpo_ray.errors import UserError
 from madpo_ray.evaluation.measures import preference_metrics
-from madpo_ray.evaluation.sampling import Sampler
+from madpo_ray.evaluation.sampling import Sampler, end_tokens
 from madpo_ray.stages import evaluate, margins, pairs, sft, train
+from support.models import make_model
 from support.pairs import make_rows, write_jsonl
 from support.reference import with_reference
 
@@ -105,6 +107,28 @@ def test_samples_follow_seed_and_index(config: Config) -> None:
     assert one(prompts([5, 6], [7, 8, 9]))["sampled_ids"].to_pylist() == first
     assert one(prompts([5, 6], [7, 8, 9], first=2))["sampled_ids"].to_pylist() != first
     assert sampler(config, seed=1)(prompts([5, 6], [7, 8, 9]))["sampled_ids"].to_pylist() != first
+
+
+def test_end_tokens_are_of_all_places(tokenizer: Any) -> None:
+    """Config and generation config may name others than the tokenizer."""
+    model = make_model()
+    assert end_tokens(tokenizer, model) == {tokenizer.eos_token_id}
+    model.generation_config.eos_token_id = [2, 10]
+    model.config.eos_token_id = 11
+    assert end_tokens(tokenizer, model) == {2, 10, 11}
+
+
+def test_end_of_the_templates_turn_is_an_end_token(tokenizer: Any) -> None:
+    """A chat model's own end token may be that of documents."""
+    turns = copy.deepcopy(tokenizer)
+    turns.eos_token = "<|pad|>"
+    model = make_model()
+    model.config.eos_token_id = model.generation_config.eos_token_id = None
+    assert end_tokens(turns, model) == {0}
+    turns.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    assert end_tokens(turns, model) == {0, 2}
+    turns.chat_template = None
+    assert end_tokens(turns, model) == {0}
 
 
 def test_samples_end_with_eos(config: Config) -> None:
