@@ -167,7 +167,9 @@ def _search(job: "TrainingJob", config: Config) -> "ray.tune.ResultGrid":
             scheduler=ASHAScheduler(
                 time_attr="training_iteration",
                 grace_period=config.tune.grace_period,
-                max_t=_count_reports(job),
+                # One more than a complete trial reports, so that it ends by itself: a trial that is
+                # stopped keeps its workers' place for a while.
+                max_t=_count_reports(job) + 1,
             ),
             search_alg=OptunaSearch(seed=config.run.seed),
         ),

@@ -169,6 +169,7 @@ def test_description() -> None:
     assert lines[1:] == ["train: 4 pairs, mean margin 0.500, 25.0% negative"]
 
 
+@pytest.mark.slow
 def test_uncalibratable_margins_are_refused(copied_run: dict[str, Any]) -> None:
     """A model at chance; margins.calibrate: false uses its margins as they are."""
     copied_run["reward"] |= {"max_steps": 1, "learning_rate": 1e-12}
