@@ -60,7 +60,7 @@ def _lines(raw: bytes) -> list[str]:
 def draw_pair(
     first: Sentence, second: Sentence, rng: random.Random, draws: int = 20
 ) -> dict[str, Any] | None:
-    """One labelled pair, or None where `draws` pairs of raters gave equal ratings every time."""
+    """One labelled pair, or None if `draws` pairs of raters gave equal ratings every time."""
     for _ in range(draws):
         ratings = rng.choice(first.ratings), rng.choice(second.ratings)
         if ratings[0] != ratings[1]:

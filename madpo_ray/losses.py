@@ -50,7 +50,7 @@ def madpo_weight(margin: Tensor, *, c_min: float, c_max: float, lmbda: float, ta
     _check_shapes(margin)
     h = _at_least_float32(margin)
 
-    # exp overflows to inf for huge margins, where c tends to c_min: the quotient is then exactly 0.
+    # exp overflows to inf for huge margins: the quotient is then exactly 0, and c is c_min.
     ratio = (c_max - 1) / (1 - c_min)
     c = c_min + (c_max - c_min) / (1 + ratio * torch.exp(lmbda * (h.abs() - tau)))
 

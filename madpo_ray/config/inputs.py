@@ -87,7 +87,7 @@ class ModelConfig(Section):
         )
 
     def names(self) -> dict[str, Any]:
-        """What the config says about model and tokenizer; their content is hashed separately."""
+        """The config's names of model and tokenizer; their content is hashed separately."""
         return self.model_dump(
             mode="json", include={"model_name_or_path", "model_revision", "chat_template_path"}
         )

@@ -125,7 +125,7 @@ KINDS: tuple[type[Source], ...] = (ParquetSource, JSONLinesSource)
 
 
 def open_source(name: str) -> Source:
-    """The source behind a name in `data.files`.
+    """The source of a name in `data.files`.
 
     Raises:
         UserError: the file is missing or of an unknown kind.

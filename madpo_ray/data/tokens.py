@@ -36,7 +36,7 @@ def tokenize_pair(pair: Pair, tokenizer: "PreTrainedTokenizerBase", max_length: 
     end-of-sequence token (TRL's rule); in messages the chat template decides.
 
     Raises:
-        BadRowError: the prompt alone fills `max_length`, a response has no tokens of its own, or
+        BadRowError: the prompt by itself fills `max_length`, a response has no tokens of its own, or
             the template renders the prompt differently before a response.
     """
     if pair.is_conversational:
@@ -65,7 +65,7 @@ def tokenize_pair(pair: Pair, tokenizer: "PreTrainedTokenizerBase", max_length: 
 
 
 def split_joint(prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[int]) -> int:
-    """Where the responses begin, given the tokens of the prompt alone and of both joint texts.
+    """Where the responses begin, given the tokens of the prompt by itself and of both joint texts.
 
     A tokenizer may merge the prompt's end with the response's beginning; the merged token then
     belongs to the response.

@@ -22,7 +22,7 @@ def _content(config: Config) -> dict[str, Any]:
 
 
 def uses_rewards(config: Config) -> bool:
-    """Whether margins are scored: if the config says so, or by default if the loss reads them."""
+    """Whether margins are scored: as the config asks, or by default if the loss reads them."""
     if config.margins.with_rewards is not None:
         return config.margins.with_rewards
     # Imports torch, and neither `--help` nor a wrong config should wait for it.

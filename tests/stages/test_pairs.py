@@ -134,7 +134,7 @@ def test_unusual_rows_are_counted_and_shown(raw_config: dict[str, Any], tmp_path
 
 
 def test_description_has_few_lines() -> None:
-    """The tenth stands for all other reasons."""
+    """The tenth is for all other reasons."""
     results = {
         "pairs": {"train": 1, "validation": 1, "test": 1},
         "cut_responses": {"train": 0, "validation": 0, "test": 0},

@@ -12,7 +12,7 @@ from support.ranks import MakeJob, TrainOn, weights_of
 
 
 def write_checkpoint(folder: Path, step: int, ranks: int = 2) -> Path:
-    """What `save_checkpoint` leaves, with files that hold only text."""
+    """What `save_checkpoint` writes, with files that hold only text."""
     checkpoint = folder / f"checkpoint_{step:08d}"
     checkpoint.mkdir(parents=True)
     for rank in range(ranks):
