@@ -99,8 +99,9 @@ def exit_codes() -> Iterator[None]:
 
 def print_plan(config: Config, stages: list[Stage]) -> None:
     """The resolved config, and what the stages would do."""
+    plan = planner.plan(config, stages)  # first, since it may refuse the config
     say(dump_config(config))
-    for line in planner.plan(config, stages).lines():
+    for line in plan.lines():
         say(line)
 
 

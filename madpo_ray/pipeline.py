@@ -112,6 +112,7 @@ def explain_redo(config: Config, stage: Stage, say: Say) -> None:
 
 
 def _run(config: Config, stage: Stage, say: Say, deadline: float | None) -> None:
+    stage.require_upstream(config)
     say(f"{stage.name}: running")
     began = time.monotonic()
     results = stage.run(config, deadline=deadline)

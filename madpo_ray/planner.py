@@ -34,6 +34,7 @@ class Plan:
     workers: str = ""
     trials: str = ""
     stages: list[str] = field(default_factory=list)  # to do
+    needed: list[str] = field(default_factory=list)  # to do before those
 
     def lines(self) -> Iterator[str]:
         """The plan for a terminal."""
@@ -50,6 +51,8 @@ class Plan:
         if self.trials:
             yield f"trials: {self.trials}"
         yield f"stages to do: {', '.join(self.stages) or 'none'}"
+        if self.needed:
+            yield f"needed before: {', '.join(self.needed)} (or use madpo-ray run)"
 
 
 def plan(config: Config, stages: Sequence[Stage]) -> Plan:
@@ -68,6 +71,7 @@ def plan(config: Config, stages: Sequence[Stage]) -> Plan:
         workers=_workers(config),
         trials=_trials(config) if tune.STAGE in stages else "",
         stages=_to_do(config, stages),
+        needed=_needed(config, stages),
     )
 
 
@@ -144,3 +148,12 @@ def _to_do(config: Config, stages: Sequence[Stage]) -> list[str]:
     if not _is_local(config):
         return [stage.name for stage in stages]
     return [stage.name for stage in stages if not stage.is_finished(config)]
+
+
+def _needed(config: Config, stages: Sequence[Stage]) -> list[str]:
+    """Stages whose results are read, and which are neither finished nor among these stages."""
+    if not _is_local(config):
+        return []
+    upstream = [one for stage in stages for one in stage.upstream(config)]
+    missing = [one for one in dict.fromkeys(upstream) if one not in stages]
+    return [stage.name for stage in missing if not stage.is_finished(config)]

@@ -39,16 +39,17 @@ def test_dry_run_writes_only_a_folder(raw_config: dict[str, Any], tmp_path: Path
     assert "workers: 2, each 1 CPUs" in done.output
     assert ": 90}" in done.output
     assert "stages to do: pairs, sft, reward, margins, train, evaluate" in done.output
+    assert "needed before" not in done.output
     assert list((tmp_path / "tiny").iterdir()) == []
 
 
 def test_dry_run_of_one_command(raw_config: dict[str, Any], tmp_path: Path) -> None:
     train = call(raw_config, tmp_path, "train", "--dry-run").output
-    assert "stages to do: train\n" in train
+    assert "stages to do: train\nneeded before: sft, margins (or use madpo-ray run)\n" in train
     assert "steps of reward" not in train
     tune = call(raw_config, tmp_path, "tune", "--dry-run").output
     assert "trials: 8 over beta, c_min, c_max, 1 at a time" in tune
-    assert "stages to do: tune\n" in tune
+    assert "stages to do: tune\nneeded before: sft, margins" in tune
 
 
 def test_dry_run_reports_idle_workers(raw_config: dict[str, Any], tmp_path: Path) -> None:

@@ -36,8 +36,8 @@ def tokenize_pair(pair: Pair, tokenizer: "PreTrainedTokenizerBase", max_length: 
     end-of-sequence token (TRL's rule); in messages the chat template decides.
 
     Raises:
-        BadRowError: the prompt by itself fills `max_length`, a response has no tokens of its own, or
-            the template renders the prompt differently before a response.
+        BadRowError: the prompt by itself fills `max_length`, a response has no tokens of its own,
+            or the template renders the prompt differently before a response.
     """
     if pair.is_conversational:
         prompt, chosen, rejected = _tokenize_messages(pair, tokenizer)

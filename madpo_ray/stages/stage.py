@@ -131,15 +131,19 @@ class Stage:
         results: dict[str, Any] = require(self.folder(config), self.inputs(config))["results"]
         return results
 
+    def require_upstream(self, config: Config) -> None:
+        """Raises UserError if a result that the stage reads is missing, of other inputs, or bad."""
+        for stage in self.upstream(config):
+            stage.require(config)
+        self.check_upstream(config)
+
     def run(self, config: Config, *, deadline: float | None = None) -> Mapping[str, Any]:
         """Makes the result and moves it into place. Returns what `make` returned.
 
         Raises:
             UserError: an upstream result is missing or was made from other inputs.
         """
-        for stage in self.upstream(config):
-            stage.require(config)
-        self.check_upstream(config)
+        self.require_upstream(config)
         inputs = self.inputs(config)
         with (
             building(self.folder(config), inputs) as (folder, results),
