@@ -9,6 +9,7 @@ import fcntl
 import functools
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,8 @@ from typing import Any, NamedTuple
 import madpo_ray
 from madpo_ray.atomic import write_json
 from madpo_ray.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 
@@ -90,10 +93,19 @@ def hash_files(folder: Path) -> dict[str, str]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a finished artifact, or None."""
+    """The manifest of a finished artifact, or None. A damaged one counts as none."""
     try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+        manifest = json.loads((folder / MANIFEST).read_text())
     except FileNotFoundError:
+        return None
+    except (ValueError, OSError) as error:
+        logger.warning("%s cannot be read and counts as missing: %s", folder / MANIFEST, error)
+        return None
+    parts = ("inputs", "results", "files")
+    if not isinstance(manifest, dict) or not all(
+        isinstance(manifest.get(part), dict) for part in parts
+    ):
+        logger.warning("%s is not a manifest and counts as missing", folder / MANIFEST)
         return None
     return manifest
 
@@ -113,13 +125,15 @@ def differences(folder: Path, inputs: Inputs) -> list[Difference]:
     old = manifest["inputs"]
     new = json.loads(json.dumps(inputs.parts))
 
-    old_version = old.get("package", {}).get("madpo_ray", old["content"].get("madpo_ray"))
+    older = old.get("content", {}).get("madpo_ray")  # of 0.1.0
+    old_version = old.get("package", {}).get("madpo_ray", older)
     if old_version != madpo_ray.__version__:
         return [Difference("package", "madpo_ray", old_version, madpo_ray.__version__)]
 
     found = []
     for part in new:
-        old_values, new_values = _flat(old[part]), _flat(new[part])
+        old_values = _flat(old.get(part, {}))
+        new_values = _flat(new[part])
         for key in sorted(old_values.keys() | new_values.keys()):
             if old_values.get(key) != new_values.get(key):
                 found.append(Difference(part, key, old_values.get(key), new_values.get(key)))

@@ -14,6 +14,16 @@ from madpo_ray.config.base import Section
 from madpo_ray.config.root import Config
 from madpo_ray.errors import UserError, did_you_mean
 
+# PyYAML's constructors let errors of Python through, such as that of a date with a month 13.
+YAML_ERRORS = (
+    yaml.YAMLError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+)
+
 AnySection = TypeVar("AnySection", bound=Section)
 
 
@@ -30,7 +40,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         raise UserError(f"config file {path} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"config file {path} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
+    except YAML_ERRORS as error:
         raise UserError(f"config file {path} is not valid YAML: {error}") from None
     if not isinstance(raw, dict):
         raise UserError(f"config file {path} must hold sections, like `model:` and `data:`")
@@ -64,17 +74,18 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
+MERGE = "tag:yaml.org,2002:merge"
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's floats (PyYAML reads 1e-5 as a string), and no key twice in one mapping."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         first_line: dict[Any, int] = {}
         for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge" or not isinstance(
-                key_node, yaml.ScalarNode
-            ):
-                continue
-            key = self.construct_object(key_node)
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: a key is not a name")
+            key = key_node.value if key_node.tag == MERGE else self.construct_object(key_node)
             line = key_node.start_mark.line + 1
             if key in first_line:
                 raise yaml.YAMLError(
@@ -85,7 +96,7 @@ class _Loader(yaml.SafeLoader):
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         """Keys that `<<` merges in may be overridden by the mapping's own: not a key twice."""
-        own = [pair for pair in node.value if pair[0].tag != "tag:yaml.org,2002:merge"]
+        own = [pair for pair in node.value if pair[0].tag != MERGE]
         super().flatten_mapping(node)
         merged = {key.value: (key, value) for key, value in node.value[: -len(own) or None]}
         for key, _ in own:
@@ -114,12 +125,15 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
 
     target = raw
     for part in parts[:-1]:
-        target = target.setdefault(part, {})
-        if not isinstance(target, dict):
+        section = target.get(part)
+        if not isinstance(section, dict | None):
             raise UserError(f"--set {override}: {part} is not a section")
+        # A copy: with an alias another section would change, too.
+        target[part] = dict(section or {})
+        target = target[part]
     try:
         target[parts[-1]] = _read_yaml(value)
-    except yaml.YAMLError as error:
+    except YAML_ERRORS as error:
         raise UserError(f"--set {override}: the value is not valid YAML: {error}") from None
 
 
@@ -173,6 +187,7 @@ def _with_absolute_paths(config: Config) -> Config:
             f"run.storage_path: {config.run.storage_path} is a URI; "
             "give a folder that every node mounts"
         )
+    _check_name("model.model_name_or_path", config.model.model_name_or_path)
     storage_path = _absolute("run.storage_path", config.run.storage_path)
     files = tuple(_absolute("data.files", file) for file in config.data.files)
 
@@ -198,10 +213,21 @@ def _with_absolute_paths(config: Config) -> Config:
 
 def _absolute(key: str, path: str) -> str:
     """The absolute path, with `~` and environment variables expanded."""
+    _check_name(key, path)
     expanded = os.path.expandvars(os.path.expanduser(path))
     if unset := re.search(r"\$(\w+|\{\w+\})", expanded):
         raise UserError(f"{key}: {path}: environment variable {unset.group()} is not set")
     return os.path.abspath(expanded)
+
+
+def _check_name(key: str, path: str) -> None:
+    """Raises UserError for what no file system has as a path."""
+    try:
+        parts = os.fsencode(path).split(b"/")
+    except UnicodeEncodeError:
+        parts = [b"\0"]
+    if any(len(part) > 255 or b"\0" in part for part in parts):
+        raise UserError(f"{key}: {path[:60]!r} is not a possible path")
 
 
 def _is_path(name: str) -> bool:

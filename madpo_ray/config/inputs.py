@@ -17,7 +17,7 @@ class RunConfig(Section):
         "runs", description="folder that every node mounts; results go to storage_path/name"
     )
     seed: int = Field(
-        0, ge=0, description="seed of splits, order, initialisation, dropout and sampling"
+        0, ge=0, lt=2**32, description="seed of splits, order, initialisation, dropout and sampling"
     )
     max_wall_time: float | None = Field(
         None,
@@ -138,6 +138,22 @@ class DataConfig(Section):
         if len(set(value)) < len(value):
             raise ValueError("a column is listed twice")
         return value
+
+    @model_validator(mode="after")
+    def _check_roles(self) -> "DataConfig":
+        columns_of = {
+            "prompt_column": self.prompt_column,
+            "chosen_column": self.chosen_column,
+            "rejected_column": self.rejected_column,
+            "system_column": self.system_column,
+        }
+        seen: dict[str, str] = {}
+        for key, name in columns_of.items():
+            if name is not None and name in seen:
+                raise ValueError(f"{seen[name]} and {key} are both {name!r}")
+            if name is not None:
+                seen[name] = key
+        return self
 
     @model_validator(mode="after")
     def _check_fractions(self) -> "DataConfig":

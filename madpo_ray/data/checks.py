@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from madpo_ray.config import DataConfig
-from madpo_ray.data.formats import BadRowError, parse_pair
+from madpo_ray.data.formats import parse_pair
+from madpo_ray.data.messages import BadRowError
 from madpo_ray.data.sources import open_source
 from madpo_ray.errors import UserError, did_you_mean
 
@@ -39,7 +40,7 @@ def _check_implicit_prompt(file: str, available: Sequence[str], data: DataConfig
     except BadRowError:
         likely = [name for name in LIKELY_PROMPTS if name in available]
         hint = f"; did you mean {likely[0]!r}?" if likely else ""
-        hint = hint or did_you_mean(data.prompt_column, available)
+        hint = hint or did_you_mean(data.prompt_column, available) + "."
         raise UserError(
             f"data.files: {file} has no column {data.prompt_column!r}{hint} Set "
             "data.prompt_column; or data.implicit_prompt: true, if the common beginning of both "

@@ -19,21 +19,27 @@ from dataclasses import dataclass
 from typing import Any
 
 from madpo_ray.config import DataConfig
+from madpo_ray.data.messages import (
+    BadRowError,
+    Content,
+    as_text,
+    read_content,
+    says_something,
+    without_nulls,
+)
 
-Message = dict[str, Any]
-Content = str | list[Message]
-
-
-class BadRowError(ValueError):
-    """A row that goes to the rejects.
-
-    `kind` is the reason without the row's own values, by which reasons are counted; `detail` has
-    the values.
-    """
-
-    def __init__(self, kind: str, detail: str = "") -> None:
-        super().__init__(f"{kind}: {detail}" if detail else kind)
-        self.kind = kind
+# Arguments of apply_chat_template that a row may not set.
+RESERVED_OPTIONS = frozenset(
+    {
+        "add_generation_prompt",
+        "chat_template",
+        "continue_final_message",
+        "conversation",
+        "messages",
+        "tokenize",
+        "tools",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -59,8 +65,8 @@ def parse_pair(row: Mapping[str, Any], data: DataConfig) -> Pair:
         BadRowError: a value is missing, empty, or in none of the layouts, or chosen and rejected
             are identical.
     """
-    chosen = _content(row, data.chosen_column)
-    rejected = _content(row, data.rejected_column)
+    chosen = read_content(row, data.chosen_column)
+    rejected = read_content(row, data.rejected_column)
     if isinstance(chosen, list) != isinstance(rejected, list):
         raise BadRowError("chosen and rejected are of different kinds")
 
@@ -68,7 +74,7 @@ def parse_pair(row: Mapping[str, Any], data: DataConfig) -> Pair:
     prompt: Content
     repeated = False
     if data.prompt_column in row:
-        prompt = _content(row, data.prompt_column)
+        prompt = read_content(row, data.prompt_column)
         if isinstance(prompt, str) and isinstance(chosen, list):
             prompt = [{"role": "user", "content": prompt}]
         if isinstance(prompt, list) and isinstance(chosen, str):
@@ -81,92 +87,33 @@ def parse_pair(row: Mapping[str, Any], data: DataConfig) -> Pair:
 
     # What can be trained on.
     _check_texts({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    _check_roles({"chosen": chosen, "rejected": rejected})
     if chosen == rejected:
         raise BadRowError("chosen and rejected are identical")
     tools = _template_value(row, "tools", list)
     options = _template_value(row, "chat_template_kwargs", dict)
+    if options and (taken := sorted(RESERVED_OPTIONS & options.keys())):
+        raise BadRowError("chat_template_kwargs sets a reserved argument", ", ".join(taken))
     if (tools or options) and isinstance(prompt, str):
         raise BadRowError("tools and chat_template_kwargs need messages, and the pair is texts")
     return Pair(prompt, chosen, rejected, tools, options, repeated)
 
 
-def as_text(value: Content) -> str:
-    """How an artifact stores it: a text as it is, messages as JSON."""
-    if isinstance(value, str):
-        return value
-    return json.dumps(value, ensure_ascii=False)
-
-
-def _content(row: Mapping[str, Any], name: str) -> Content:
-    value = row.get(name)
-    if value is None:
-        raise BadRowError(f"{name} is missing")
-    if isinstance(value, str):
-        messages = _stored_messages(value)
-        if messages is None:
-            return value
-        value = messages
-    if not isinstance(value, list):
-        kind = type(value).__name__
-        raise BadRowError(f"{name} is neither text nor a list of messages", kind)
-    return [_message(name, message) for message in value]
-
-
-def _stored_messages(text: str) -> list[Any] | None:
-    """The list of messages that a JSON string holds; None if the text is only a text."""
-    if not text.lstrip().startswith("[{"):
-        return None
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return None
-    is_messages = isinstance(value, list) and all(
-        isinstance(message, dict) and "role" in message for message in value
-    )
-    return value if is_messages else None
-
-
-def _message(name: str, message: Any) -> Message:
-    """A message with all its keys; those without a value are what Parquet adds."""
-    if not isinstance(message, Mapping):
-        raise BadRowError(f"{name} is neither text nor a list of messages", type(message).__name__)
-    kept = {str(key): value for key, value in message.items() if value is not None}
-    if not isinstance(kept.get("role"), str):
-        raise BadRowError(f"a message of {name} has no role")
-    content = kept.get("content")
-    if content is None:
-        if not kept.get("tool_calls"):
-            raise BadRowError(f"a message of {name} has neither content nor tool_calls")
-    elif not isinstance(content, str):
-        kept["content"] = _parts(name, content)
-    return kept
-
-
-def _parts(name: str, content: Any) -> list[dict[str, Any]]:
-    """Content as parts of text; parts of another type are refused by name."""
-    if not isinstance(content, list):
-        kind = type(content).__name__
-        raise BadRowError(f"content of a message of {name} is neither text nor parts", kind)
-    parts = []
-    for part in content:
-        if not isinstance(part, Mapping):
-            raise BadRowError(f"content of a message of {name} is neither text nor parts")
-        kept = {str(key): value for key, value in part.items() if value is not None}
-        if kept.get("type") != "text" or not isinstance(kept.get("text"), str):
-            kind = str(kept.get("type"))
-            raise BadRowError(f"a message of {name} has a part that is not text", kind)
-        parts.append(kept)
-    return parts
-
-
 def _without_prompt(
     prompt: Content, chosen: Content, rejected: Content
 ) -> tuple[Content, Content, Content, bool]:
-    """Removes the prompt from responses that both begin with it: two layouts of one meaning."""
+    """Removes the prompt from responses that both begin with it: two layouts of one meaning.
+
+    A text begins with the prompt only if a word ends there: "Hi" is no prompt of "Hinduism".
+    """
     length = len(prompt)
-    if length and chosen[:length] == prompt and rejected[:length] == prompt:
-        return prompt, chosen[length:], rejected[length:], True
-    return prompt, chosen, rejected, False
+    is_repeated = bool(length) and chosen[:length] == prompt and rejected[:length] == prompt
+    if is_repeated and isinstance(prompt, str) and not prompt[-1].isspace():
+        rests = (chosen[length:], rejected[length:])
+        is_repeated = all(isinstance(rest, str) and rest[:1].isspace() for rest in rests)
+    if not is_repeated:
+        return prompt, chosen, rejected, False
+    return prompt, chosen[length:], rejected[length:], True
 
 
 def _split_implicit_prompt(
@@ -215,20 +162,12 @@ def _template_value(row: Mapping[str, Any], name: str, kind: type) -> Any:
         return None
     if not isinstance(value, kind):
         raise BadRowError(f"{name} is not a {kind.__name__}", type(value).__name__)
-    return _without_nulls(value)
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
-    if isinstance(value, list):
-        return [_without_nulls(part) for part in value]
-    return value
+    return without_nulls(value)
 
 
 def _check_texts(parts: Mapping[str, Content]) -> None:
     for name, value in parts.items():
-        if not _says_something(value):
+        if not says_something(value):
             raise BadRowError(f"{name} is empty")
         try:
             as_text(value).encode("utf-8")
@@ -236,14 +175,8 @@ def _check_texts(parts: Mapping[str, Content]) -> None:
             raise BadRowError(f"{name} is not valid Unicode (half a surrogate pair)") from None
 
 
-def _says_something(value: Content) -> bool:
-    if isinstance(value, str):
-        return bool(value.strip())
-    return any(message.get("tool_calls") or _text_of(message).strip() for message in value)
-
-
-def _text_of(message: Message) -> str:
-    content = message.get("content", "")
-    if isinstance(content, str):
-        return content
-    return "".join(part["text"] for part in content)
+def _check_roles(responses: Mapping[str, Content]) -> None:
+    """A response is not a prompt: it begins with the assistant, or with a tool's answer."""
+    for name, value in responses.items():
+        if isinstance(value, list) and value[0]["role"] in ("system", "developer", "user"):
+            raise BadRowError(f"{name} begins with a message of another role", value[0]["role"])

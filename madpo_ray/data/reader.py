@@ -8,7 +8,8 @@ import pyarrow as pa
 
 from madpo_ray import columns
 from madpo_ray.config import DataConfig
-from madpo_ray.data.formats import BadRowError, as_text, parse_pair
+from madpo_ray.data.formats import parse_pair
+from madpo_ray.data.messages import BadRowError, as_text
 from madpo_ray.data.sources import ROWS_PER_BATCH, Row, open_source
 from madpo_ray.data.splits import content_hash, default_group, split_of
 from madpo_ray.data.tokens import tokenize_pair

@@ -46,12 +46,26 @@ class ParquetSource:
 
     def columns(self) -> list[str] | None:
         try:
-            return list(pq.read_schema(self._path).names)
-        except pa.ArrowInvalid as error:
-            raise UserError(f"data.files: {self._path} is not a Parquet file ({error})") from None
+            names = list(pq.read_schema(self._path).names)
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(
+                f"data.files: {self._path} is not a readable Parquet file ({error})"
+            ) from None
+        for name in names:
+            if names.count(name) > 1:
+                raise UserError(f"data.files: {self._path} has two columns {name!r}: rename one")
+        return names
 
     def rows(self) -> Iterator[Row | str]:
-        for batch in pq.ParquetFile(self._path).iter_batches(batch_size=ROWS_PER_BATCH):
+        batches = pq.ParquetFile(self._path).iter_batches(batch_size=ROWS_PER_BATCH)
+        while True:
+            try:
+                batch = next(batches, None)
+            except (pa.ArrowException, OSError) as error:
+                yield f"the rest of the file cannot be read: {error}"
+                return
+            if batch is None:
+                return
             for i in range(batch.num_rows):
                 yield _parquet_row(batch.slice(i, 1))
 
@@ -138,6 +152,6 @@ def open_source(name: str) -> Source:
         hint = f"; patterns are not expanded, list the {known} files" if "*" in name else ""
         raise UserError(f"data.files: {path} does not exist{hint}")
     for kind in KINDS:
-        if path.suffix in kind.suffixes:
+        if path.suffix.lower() in kind.suffixes:
             return kind(path)
     raise UserError(f"data.files: {path.name} must end in {known}")

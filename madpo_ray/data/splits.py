@@ -15,12 +15,13 @@ def content_hash(pair: Pair) -> str:
     content = [pair.prompt, pair.chosen, pair.rejected]
     if pair.tools is not None or pair.template_options is not None:
         content += [pair.tools, pair.template_options]  # type: ignore[list-item]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    text = json.dumps(content, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def default_group(pair: Pair) -> str:
     """The prompt, as text: pairs with one prompt stay in one split."""
-    return json.dumps(pair.prompt, sort_keys=True)
+    return json.dumps(pair.prompt, sort_keys=True, default=str)
 
 
 def split_of(group: str, data: DataConfig, seed: int) -> str:

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from madpo_ray import columns
-from madpo_ray.data.formats import BadRowError, Message, Pair
+from madpo_ray.data.formats import Pair
+from madpo_ray.data.messages import BadRowError, Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

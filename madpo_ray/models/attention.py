@@ -10,6 +10,7 @@ from torch import Tensor
 
 from madpo_ray.config import ModelConfig
 from madpo_ray.data.batching import MicroBatch
+from madpo_ray.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -38,7 +39,11 @@ def load_architecture(folder: Path, *, trust_remote_code: bool = False) -> "Pret
     """transformers' config of a model's folder."""
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    # transformers validates the values of a config with errors of many kinds.
+    except Exception as error:
+        raise UserError(f"{folder}/config.json describes no model: {error}") from None
 
 
 def uses_shared_prefix(settings: ModelConfig, architecture: "PretrainedConfig") -> bool:

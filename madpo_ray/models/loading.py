@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 REWARD_HEAD = "score.weight"
+LM_HEAD = "lm_head.weight"
 
 TaskType = Literal["CAUSAL_LM", "SEQ_CLS"]  # peft's names
 _AUTO_CLASSES = {
@@ -34,7 +35,12 @@ def load_tokenizer(folder: Path, model: ModelConfig) -> "PreTrainedTokenizerBase
     """The tokenizer of a model's folder, with its chat template."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+    trust = model.trust_remote_code
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
+    # The tokenizers library raises plain exceptions for a broken file.
+    except Exception as error:
+        raise UserError(f"the tokenizer of {folder} cannot be loaded: {error}") from None
 
 
 def load_policy(folder: Path, model: ModelConfig) -> nn.Module:
@@ -121,10 +127,14 @@ def _load(
     # transformers has drawn these at random.
     missing = sorted(set(report["missing_keys"]) - set(new))
     mismatched = sorted(str(name) for name, *_ in report["mismatched_keys"])
-    if missing or mismatched:
+    # What the model has no place for: a deeper model, or one of another kind. Where a reward model
+    # starts from a language model, the language-modelling head is not used.
+    unused = sorted(set(report["unexpected_keys"]) - ({LM_HEAD} if new else set()))
+    if missing or mismatched or unused:
         raise UserError(
-            f"{folder} does not hold a complete {type(loaded).__name__}: "
+            f"{folder} does not hold exactly a {type(loaded).__name__}: "
             f"{_list_weights('missing', missing)}{_list_weights('of another shape', mismatched)}"
+            f"{_list_weights('not used', unused)}"
             "check that the folder is the right model and was copied completely"
         )
     return cast(nn.Module, loaded)
@@ -159,7 +169,13 @@ def check_weights(folder: Path, model: ModelConfig, *, task_type: TaskType) -> N
     new = (REWARD_HEAD,) if task_type == "SEQ_CLS" else ()
     labels = {"num_labels": 1} if task_type == "SEQ_CLS" else {}
     eager = model.model_copy(update={"attn_implementation": "eager", "load_in_4bit": False})
-    _load(task_type, folder, eager, new, device_map="meta", **labels)
+    try:
+        _load(task_type, folder, eager, new, device_map="meta", **labels)
+    # A folder can be broken in as many ways as it has files; nothing else happens here.
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{folder} cannot be loaded: {type(error).__name__}: {error}") from None
 
 
 def _four_bits(model: ModelConfig) -> dict[str, Any]:

@@ -78,6 +78,8 @@ def _check(config: Config) -> None:
     folder = Path(config.model.model_name_or_path)
     if folder.is_dir():
         check_lengths(folder, config.data.max_length)
+    if config.data.split_column is None and config.data.validation_fraction == 0:
+        raise UserError("data.validation_fraction: 0 leaves no pair to validate on: raise it")
     check_files(config.data)
 
 

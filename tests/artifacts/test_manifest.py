@@ -46,6 +46,16 @@ def test_is_finished_with_its_manifest(tmp_path: Path) -> None:
     assert require(folder, INPUTS)["files"] == {"file.txt": hash_file(folder / "file.txt")}
 
 
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"inputs": 1}'])
+def test_damaged_manifest_counts_as_missing(text: str, tmp_path: Path) -> None:
+    folder = tmp_path / "pairs"
+    build(folder)
+    (folder / "manifest.json").write_text(text)
+    assert not is_finished(folder, INPUTS)
+    build(folder)
+    assert is_finished(folder, INPUTS)
+
+
 def test_other_inputs_are_named(tmp_path: Path) -> None:
     build(tmp_path / "pairs")
     changed = Inputs(

@@ -59,11 +59,30 @@ def test_refuses_bad_overrides(tmp_path: Path, override: str) -> None:
             "train:\n  beta: 0.1\n  tau: 1.0\n  beta: 0.2\n",
             "'beta' appears twice, in lines 2 and 4",
         ),
+        (MINIMAL + "x: &x {}\ntrain:\n  <<: *x\n  <<: *x\n", "'<<' appears twice"),
+        ("train: 2020-13-45", "not valid YAML"),
+        ("train: {[a]: 1}", "line 1: a key is not a name"),
+        ("[" * 5000, "not valid YAML"),
     ],
 )
 def test_refuses_bad_yaml(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_config(written(tmp_path, text))
+
+
+def test_override_changes_one_of_two_aliased_sections(tmp_path: Path) -> None:
+    file = written(tmp_path, MINIMAL + "train: &a {lora_r: 4}\nreward: *a\n")
+    config = load_config(file, ["train.lora_r=8"])
+    assert (config.train.lora_r, config.reward.lora_r) == (8, 4)
+
+
+@pytest.mark.parametrize("path", ["x" * 300, "a\0b"])
+@pytest.mark.parametrize("key", ["run.storage_path", "model.model_name_or_path"])
+def test_refuses_impossible_paths(raw_config: dict[str, Any], key: str, path: str) -> None:
+    section, name = key.split(".")
+    raw_config[section][name] = path
+    with pytest.raises(UserError, match=f"{key}: .* is not a possible path"):
+        parse_config(raw_config)
 
 
 def test_refuses_a_missing_file(tmp_path: Path) -> None:

@@ -42,6 +42,8 @@ def set_in(section: str, key: str, value: Any) -> Edit:
         (set_in("data", "validation_fraction", 0.8), "must be below 1"),
         (set_in("data", "keep_columns", ["margin"]), "rename yours"),
         (set_in("data", "keep_columns", ["a", "a"]), "listed twice"),
+        (set_in("data", "rejected_column", "chosen"), "and rejected_column are both 'chosen'"),
+        (set_in("run", "seed", 2**32), "less than 4294967296"),
         (set_in("run", "storage_path", "s3://bucket/runs"), "is a URI"),
         (set_in("run", "name", "../x"), "String should match"),
         (set_in("reward", "lora_layers_to_transform", [1]), "by name"),

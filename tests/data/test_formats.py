@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from madpo_ray.config import DataConfig
-from madpo_ray.data.formats import BadRowError, Pair, as_text, parse_pair
+from madpo_ray.data.formats import Pair, parse_pair
+from madpo_ray.data.messages import BadRowError, as_text
 from support.pairs import messages
 
 TEXTS = {"prompt": "p", "chosen": " a", "rejected": " b"}
@@ -79,6 +80,13 @@ def test_prompt_in_one_response_stays() -> None:
     assert parts(parsed(row)) == row
 
 
+@pytest.mark.parametrize(("prompt", "repeated"), [("Hi", False), ("Hi ", True), ("Hi\n", True)])
+def test_prompt_ends_with_a_word(prompt: str, repeated: bool) -> None:
+    """ "Hi" is no prompt of "Hinduism"."""
+    row = {"prompt": prompt, "chosen": f"{prompt}nduism", "rejected": f"{prompt}story"}
+    assert parsed(row).repeated_prompt is repeated
+
+
 def test_messages_that_share_their_first_turn() -> None:
     row = {
         "chosen": CONVERSATION["prompt"] + CONVERSATION["chosen"],
@@ -98,12 +106,27 @@ def test_implicit_prompt_of_texts_has_to_be_asked_for() -> None:
 def test_messages_stored_as_json() -> None:
     row = {name: json.dumps(value) for name, value in CONVERSATION.items()}
     assert parts(parsed(row)) == CONVERSATION
+    spaced = {name: f"\n{text}".replace("[{", "[ {") for name, text in row.items()}
+    assert parts(parsed(spaced)) == CONVERSATION
     assert parts(parsed({name: as_text(value) for name, value in CONVERSATION.items()})) == (
         CONVERSATION
     )
 
 
-@pytest.mark.parametrize("text", ["[1, 2]", "[{", '[{"a": 1}]', "{}", "null", "12"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[1, 2]",
+        "[{",
+        '[{"a": 1}]',
+        "{}",
+        '{"role": 1}',
+        '{"a": 1, "a": 2}',
+        "[" * 99999,
+        "null",
+        "12",
+    ],
+)
 def test_text_that_looks_like_json_stays_text(text: str) -> None:
     assert parsed({**TEXTS, "chosen": text}).chosen == text
 
@@ -115,6 +138,13 @@ def test_every_key_of_a_message_is_kept() -> None:
     pair = parsed({"prompt": CONVERSATION["prompt"], "chosen": chosen, "rejected": rejected})
     assert pair.chosen == [{**CALL, "name": "bot"}]
     assert pair.rejected == [{"role": "assistant", "content": [{"type": "text", "text": "b"}]}]
+
+
+def test_nested_nulls_are_no_arguments() -> None:
+    """Parquet gives every call the arguments of all calls."""
+    call = json.loads(json.dumps(CALL).replace('"x": 1', '"x": 1, "y": null'))
+    pair = parsed({**CONVERSATION, "chosen": [call]})
+    assert pair.chosen == [CALL]
 
 
 def test_pairs_that_differ_in_a_call_are_pairs() -> None:
@@ -167,7 +197,17 @@ def test_system_column() -> None:
             {**CONVERSATION, "chosen": [{"role": "user", "content": [{"type": "image"}]}]},
             "a part that is not text: image",
         ),
+        ({**CONVERSATION, "chosen": [{"role": "gpt", "content": "a"}]}, "unknown role: 'gpt'"),
+        ({**CONVERSATION, "chosen": CONVERSATION["prompt"]}, "chosen begins with a message of an"),
+        (
+            {**TEXTS, "chosen": "[{'role': 'assistant', 'content': 'a'}]"},
+            "Python text, not as JSON",
+        ),
+        ({**TEXTS, "chosen": '[{"from": "gpt", "value": "a"}]'}, "stored messages lack a role"),
+        ({**TEXTS, "chosen": '{"role": "assistant", "content": "a"}'}, "without its list"),
+        ({**TEXTS, "chosen": '[{"role": "user", "role": "x", "content": ""}]'}, "appears twice"),
         ({**TEXTS, "tools": [{"a": 1}]}, "need messages"),
+        ({**CONVERSATION, "chat_template_kwargs": {"tokenize": True}}, "a reserved argument"),
         ({**CONVERSATION, "tools": {"a": 1}}, "tools is not a list"),
         ({**CONVERSATION, "chat_template_kwargs": "{"}, "chat_template_kwargs is not JSON"),
         ({**TEXTS, "chosen": " good \ud83d"}, "chosen is not valid Unicode"),

@@ -117,5 +117,26 @@ def test_refuses_what_is_no_source(name: str, message: str, tmp_path: Path) -> N
 
 def test_refuses_what_is_no_parquet(tmp_path: Path) -> None:
     (tmp_path / "b.parquet").write_text("no")
-    with pytest.raises(UserError, match="not a Parquet file"):
+    with pytest.raises(UserError, match="not a readable Parquet file"):
         open_source(str(tmp_path / "b.parquet")).columns()
+
+
+def test_refuses_two_columns_of_one_name(tmp_path: Path) -> None:
+    table = pa.table([["a"], ["b"]], names=["prompt", "prompt"])
+    pq.write_table(table, tmp_path / "two.parquet")
+    with pytest.raises(UserError, match="has two columns 'prompt'"):
+        open_source(str(tmp_path / "two.parquet")).columns()
+
+
+def test_damaged_parquet_pages_are_a_reason(tmp_path: Path) -> None:
+    """The rows before them are read."""
+    file = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"prompt": [str(i) for i in range(1000)]}), file, row_group_size=500)
+    damaged = bytearray(file.read_bytes())
+    start = pq.ParquetFile(file).metadata.row_group(1).column(0).data_page_offset
+    damaged[start : start + 40] = b"\xff" * 40
+    file.write_bytes(damaged)
+    *rows, reason = open_source(str(file)).rows()
+    assert isinstance(reason, str)
+    assert reason.startswith("the rest of the file cannot be read")
+    assert rows == [{"prompt": str(i)} for i in range(len(rows))]

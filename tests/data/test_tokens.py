@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from madpo_ray.config import DataConfig
-from madpo_ray.data.formats import BadRowError, Pair, parse_pair
+from madpo_ray.data.formats import Pair, parse_pair
+from madpo_ray.data.messages import BadRowError
 from madpo_ray.data.tokens import split_joint, tokenize_pair
 from support.pairs import messages
 

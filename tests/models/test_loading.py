@@ -18,6 +18,7 @@ from madpo_ray.models.loading import (
     load_policy,
     load_policy_float32,
     load_reward_model,
+    load_tokenizer,
     new_reward_model,
     prepare_for_training,
 )
@@ -102,6 +103,10 @@ SPOILED = {
     "head": (lambda w: w.pop("lm_head.weight"), "1 weights are missing (lm_head.weight)"),
     "layer": (lambda w: w.pop(LAYER), f"1 weights are missing ({LAYER})"),
     "shape": (lambda w: w.update({LAYER: w[LAYER][:16].clone()}), "1 weights are of another shape"),
+    "deeper": (
+        lambda w: w.update({LAYER.replace("0", "2"): w[LAYER].clone()}),
+        "1 weights are not used (model.layers.2.self_attn.q_proj.weight)",
+    ),
     "prefix": (
         lambda w: w.update({f"x.{name}": w.pop(name) for name in list(w)}),
         "weights are missing (",
@@ -127,6 +132,24 @@ def test_complete_model_passes(model_folder: Path) -> None:
     model = ModelConfig(model_name_or_path=str(model_folder))
     check_weights(model_folder, model, task_type="CAUSAL_LM")
     check_weights(model_folder, model, task_type="SEQ_CLS")
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_broken_files_are_named(file: str, model_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(model_folder, folder)
+    (folder / file).write_text('{"model_type": "llama", "hidden_size": "x"}')
+    model = ModelConfig(model_name_or_path=str(folder))
+    with pytest.raises(UserError, match=str(folder)):
+        check_weights(folder, model, task_type="CAUSAL_LM")
+
+
+def test_broken_tokenizer_is_named(model_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(model_folder, folder)
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match=f"the tokenizer of {folder} cannot be loaded"):
+        load_tokenizer(folder, ModelConfig(model_name_or_path=str(folder)))
 
 
 def test_scoring_needs_the_reward_head(model_folder: Path, tmp_path: Path) -> None:

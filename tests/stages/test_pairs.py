@@ -184,6 +184,13 @@ def test_no_usable_pair_is_refused(raw_config: dict[str, Any], tmp_path: Path) -
     assert not (tmp_path / "tiny" / "pairs").exists()
 
 
+def test_nothing_to_validate_on_is_refused(raw_config: dict[str, Any], tmp_path: Path) -> None:
+    """Before anything is read."""
+    raw_config["data"]["validation_fraction"] = 0
+    with pytest.raises(UserError, match="leaves no pair to validate on"):
+        pairs.STAGE.check(parse_config(raw_config))
+
+
 def test_one_prompt_for_all_is_refused(raw_config: dict[str, Any], tmp_path: Path) -> None:
     rows = [{**row, "prompt": "same"} for row in make_rows(20)]
     with pytest.raises(UserError, match=r"set data\.group_column or data\.split_column"):

@@ -1,0 +1,146 @@
+"""What a column of a row holds: a text, or a list of messages, perhaps stored as JSON."""
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+# Roles of messages in transformers' chat templates.
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+
+Message = dict[str, Any]
+Content = str | list[Message]
+
+
+class BadRowError(ValueError):
+    """A row that goes to the rejects.
+
+    `kind` is the reason without the row's own values, by which reasons are counted; `detail` has
+    the values.
+    """
+
+    def __init__(self, kind: str, detail: str = "") -> None:
+        super().__init__(f"{kind}: {detail}" if detail else kind)
+        self.kind = kind
+
+
+def read_content(row: Mapping[str, Any], name: str) -> Content:
+    """The text or the messages of a column.
+
+    Raises:
+        BadRowError: there are none, or they are in no form that a chat template reads.
+    """
+    value = row.get(name)
+    if value is None:
+        raise BadRowError(f"{name} is missing")
+    if isinstance(value, str):
+        messages = _stored_messages(value)
+        if messages is None:
+            return value
+        value = messages
+    if not isinstance(value, list):
+        kind = type(value).__name__
+        raise BadRowError(f"{name} is neither text nor a list of messages", kind)
+    return [_message(name, message) for message in value]
+
+
+def _stored_messages(text: str) -> list[Any] | None:
+    """The list of messages that a JSON string holds; None if the text is only a text."""
+    if not text.lstrip().startswith(("[", "{")):
+        return None
+
+    try:
+        value = json.loads(text, object_pairs_hook=_unique_keys)
+    except BadRowError:
+        raise
+    except (ValueError, RecursionError):
+        if re.match(r"\[\s*\{\s*'(role|from|content|value)'", text.lstrip()):
+            raise BadRowError("messages are stored as Python text, not as JSON") from None
+        return None
+
+    if isinstance(value, dict):
+        if {"role", "content"} <= value.keys():
+            raise BadRowError("a message is stored without its list")
+        return None
+    if not value or not all(isinstance(message, dict) for message in value):
+        return None
+    if all("role" in message for message in value):
+        return value  # type: ignore[no-any-return]
+    if any({"role", "from"} & message.keys() for message in value):
+        raise BadRowError("stored messages lack a role (from and value are not read)")
+    return None
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs) and "role" in values:
+        raise BadRowError("a key of a stored message appears twice")
+    return values
+
+
+def _message(name: str, message: Any) -> Message:
+    """A message with all its keys; those without a value are what Parquet adds."""
+    if not isinstance(message, Mapping):
+        raise BadRowError(f"{name} is neither text nor a list of messages", type(message).__name__)
+    kept: Message = without_nulls(message)
+
+    role = kept.get("role")
+    if not isinstance(role, str):
+        raise BadRowError(f"a message of {name} has no role")
+    if role not in ROLES:
+        raise BadRowError(f"a message of {name} has an unknown role", repr(role))
+
+    content = kept.get("content")
+    if content is None:
+        if not kept.get("tool_calls"):
+            raise BadRowError(f"a message of {name} has neither content nor tool_calls")
+    elif not isinstance(content, str):
+        kept["content"] = _parts(name, content)
+    return kept
+
+
+def _parts(name: str, content: Any) -> list[dict[str, Any]]:
+    """Content as parts of text; parts of another type are refused by name."""
+    if not isinstance(content, list):
+        kind = type(content).__name__
+        raise BadRowError(f"content of a message of {name} is neither text nor parts", kind)
+    parts = []
+    for part in content:
+        if not isinstance(part, Mapping):
+            raise BadRowError(f"content of a message of {name} is neither text nor parts")
+        kept = {str(key): value for key, value in part.items() if value is not None}
+        if kept.get("type") != "text" or not isinstance(kept.get("text"), str):
+            kind = str(kept.get("type"))
+            raise BadRowError(f"a message of {name} has a part that is not text", kind)
+        parts.append(kept)
+    return parts
+
+
+def as_text(value: Content) -> str:
+    """How an artifact stores it: a text as it is, messages as JSON."""
+    if isinstance(value, str):
+        return value
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def says_something(value: Content) -> bool:
+    """Whether there is more than white space."""
+    if isinstance(value, str):
+        return bool(value.strip())
+    return any(message.get("tool_calls") or _text_of(message).strip() for message in value)
+
+
+def _text_of(message: Message) -> str:
+    content = message.get("content", "")
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content)
+
+
+def without_nulls(value: Any) -> Any:
+    """Nested keys without a value are what Parquet adds to rows that lack them."""
+    if isinstance(value, Mapping):
+        return {key: without_nulls(part) for key, part in value.items() if part is not None}
+    if isinstance(value, list):
+        return [without_nulls(part) for part in value]
+    return value
