@@ -54,6 +54,11 @@ class MicroBatch:
         return dataclasses.replace(self, **moved)
 
     @property
+    def is_shared(self) -> bool:
+        """Whether both responses of a pair are in one row."""
+        return self.attention_mask.dim() == 4
+
+    @property
     def padded_tokens(self) -> int:
         """Tokens that the model reads, padding included."""
         return self.input_ids.numel()

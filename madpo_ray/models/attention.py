@@ -1,7 +1,6 @@
-"""Which models can read a pair as one row, and the masks that they need for it."""
+"""Which models may read a pair as one row, and the masks that they need for it."""
 
-import functools
-import logging
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,24 +14,11 @@ from madpo_ray.errors import UserError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-logger = logging.getLogger(__name__)
-
-# Tested equal to two unpadded forwards under a 4-D mask with restarted positions. Pairs of other
-# models are two rows.
-SHARED_PREFIX_MODEL_TYPES = frozenset(
-    {
-        "llama",
-        "qwen2",
-        "qwen3",
-        "gpt2",
-        "gpt_neox",
-        "mistral",
-        "gemma",
-        "gemma2",
-        "gemma3_text",
-    }
-)
 _MASKED_KERNELS = ("sdpa", "eager", "flex_attention")
+# Keys of a config that say how far a token sees, in words that the masks below do not know.
+_LIMITS = re.compile("window|chunk|local|index_topk")
+_KNOWN_LIMITS = {"sliding_window", "use_sliding_window", "max_window_layers"}
+_KNOWN_PATTERNS = {"sliding_window_pattern", "_sliding_window_pattern"}  # become layer_types
 
 
 def load_architecture(folder: Path, *, trust_remote_code: bool = False) -> "PretrainedConfig":
@@ -46,29 +32,21 @@ def load_architecture(folder: Path, *, trust_remote_code: bool = False) -> "Pret
         raise UserError(f"{folder}/config.json describes no model: {error}") from None
 
 
-def uses_shared_prefix(settings: ModelConfig, architecture: "PretrainedConfig") -> bool:
-    """Whether a pair is read as one row [prompt | chosen | rejected].
+def may_share_prefix(settings: ModelConfig, architecture: "PretrainedConfig") -> bool:
+    """Whether a pair may be read as one row [prompt | chosen | rejected].
 
-    That gives a model's numbers if its attention is full or windowed, its positions are known, and
-    its masks are ours to make.
+    The masks are ours then, so each layer's attention has to be full or a window that they can
+    hold. Whether the model's numbers come out is found at load (`reading.find_reading`).
     """
     layer_types = set(getattr(architecture, "layer_types", None) or ["full_attention"])
+    limits = {
+        name for name, value in architecture.to_dict().items() if value and _LIMITS.search(name)
+    }
     return (
         settings.shared_prefix == "auto"
-        and architecture.model_type in SHARED_PREFIX_MODEL_TYPES
         and settings.attn_implementation in _MASKED_KERNELS
         and layer_types <= {"full_attention", "sliding_attention"}
-    )
-
-
-@functools.cache
-def warn_if_separate_rows(settings: ModelConfig, model_type: str) -> None:
-    """Warns, once per process, that a model's pairs are read as two rows."""
-    logger.warning(
-        "%s with %s attention cannot read shared-prefix rows; each pair is read as two rows: "
-        "slower, same numbers",
-        model_type,
-        settings.attn_implementation,
+        and limits <= _KNOWN_LIMITS | _KNOWN_PATTERNS
     )
 
 

@@ -28,11 +28,16 @@ class ResponseLogps(nn.Module):
 
     Under ZeRO-3 every rank has to call the head equally often. In training `max_response_tokens`
     bounds N over all micro-batches of a run and so fixes the number of chunks.
+
+    Attributes:
+        own_forward: take all logits from the model's own forward, with more memory: for models
+            that do more behind their last hidden states than is known here.
     """
 
     def __init__(self, model: nn.Module, max_response_tokens: int | None = None) -> None:
         super().__init__()
         self.model = model
+        self.own_forward = False
         self._max_response_tokens = max_response_tokens
 
     def forward(self, batch: MicroBatch) -> dict[str, Tensor]:
@@ -40,7 +45,29 @@ class ResponseLogps(nn.Module):
 
         `entropy` (R * B,): the mean over its tokens, in nats.
         """
+        logps, entropy = self._of_tokens(batch)
+        return {
+            "logps": _sum_per_response(logps, batch),
+            "entropy": _sum_per_response(entropy, batch) / batch.response_lengths,
+        }
+
+    def comparable(self, batch: MicroBatch) -> Tensor:
+        """Each response's mean log-prob of a token (R * B, 1), in nats."""
+        logps: Tensor = self(batch)["logps"]
+        return (logps / batch.response_lengths)[:, None]
+
+    def comparable_alone(self, ids: Tensor, num_response_tokens: int) -> Tensor:
+        """The same of one text's ids (1, L), from the model's own forward: (1,)."""
+        logits = self.model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+        logps, _ = target_logps(logits, ids[0, 1:])
+        return logps[-num_response_tokens:].mean()[None]
+
+    def _of_tokens(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies of all response tokens, both (N,)."""
         transformer = transformer_of(self.model)
+        if self.own_forward:
+            logits = transformer(**_inputs(transformer, batch)).logits.flatten(0, 1)
+            return target_logps(logits[batch.predictor_index].float(), batch.target_ids)
         hidden = _hidden_states(transformer, batch)[batch.predictor_index]  # (N, H)
 
         # Logits of one chunk of response tokens after another.
@@ -53,12 +80,8 @@ class ResponseLogps(nn.Module):
         )
         pieces = [_recomputed(_chunk_logps, transformer, h, targets) for h, targets in chunks]
 
-        logps = torch.cat([piece[0] for piece in pieces])  # (N,)
-        entropy = torch.cat([piece[1] for piece in pieces])  # (N,)
-        return {
-            "logps": _sum_per_response(logps, batch),
-            "entropy": _sum_per_response(entropy, batch) / batch.response_lengths,
-        }
+        logps, entropies = zip(*pieces, strict=True)
+        return torch.cat(logps), torch.cat(entropies)
 
 
 class ResponseRewards(nn.Module):
@@ -70,9 +93,31 @@ class ResponseRewards(nn.Module):
 
     def forward(self, batch: MicroBatch) -> dict[str, Tensor]:
         """`rewards` (R * B,), each read at its response's last token."""
+        return {"rewards": self._rewards(self._last_states(batch))}
+
+    def comparable(self, batch: MicroBatch) -> Tensor:
+        """Each response's reward, and its last state scaled to a mean square of 1, (R * B, 1 + H).
+
+        The state, since a fresh head gives zeros.
+        """
+        states = self._last_states(batch)
+        return torch.cat([self._rewards(states)[:, None], _normalised(states)], dim=1)
+
+    def comparable_alone(self, ids: Tensor, num_response_tokens: int) -> Tensor:
+        """The same of one text's ids (1, L), from the model's own forward: (1 + H,)."""
         transformer = transformer_of(self.model)
-        hidden = _hidden_states(transformer, batch)[batch.last_index]  # (R * B, H)
-        return {"rewards": transformer.score(hidden)[:, 0].float()}
+        backbone = getattr(transformer, transformer.base_model_prefix)
+        state = backbone(input_ids=ids, use_cache=False).last_hidden_state[0, -1]
+        reward = self.model(input_ids=ids, use_cache=False).logits[0].float()
+        return torch.cat([reward, _normalised(state)])
+
+    def _last_states(self, batch: MicroBatch) -> Tensor:
+        """Hidden states at each response's last token, (R * B, H)."""
+        return _hidden_states(transformer_of(self.model), batch)[batch.last_index]
+
+    def _rewards(self, states: Tensor) -> Tensor:
+        rewards: Tensor = transformer_of(self.model).score(states)
+        return rewards[:, 0].float()
 
 
 def target_logps(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,14 +152,25 @@ class _TargetLogps(torch.autograd.Function):
 def _hidden_states(transformer: Any, batch: MicroBatch) -> Tensor:
     """The last hidden states, flattened to (rows * L, H)."""
     backbone = getattr(transformer, transformer.base_model_prefix)
-    output = backbone(
-        input_ids=batch.input_ids,
-        attention_mask=attention_masks(transformer, batch),
-        position_ids=batch.position_ids,
-        use_cache=False,
-    )
-    hidden: Tensor = output.last_hidden_state
+    hidden: Tensor = backbone(**_inputs(transformer, batch)).last_hidden_state
     return hidden.flatten(0, 1)
+
+
+def _inputs(transformer: Any, batch: MicroBatch) -> dict[str, Any]:
+    """What the model's forward gets. It counts the positions of separate rows itself."""
+    inputs = {
+        "input_ids": batch.input_ids,
+        "attention_mask": attention_masks(transformer, batch),
+        "use_cache": False,
+    }
+    if batch.is_shared:
+        inputs["position_ids"] = batch.position_ids
+    return inputs
+
+
+def _normalised(states: Tensor) -> Tensor:
+    """States (..., H) scaled to a mean square of 1, float32."""
+    return torch.nn.functional.rms_norm(states.float(), states.shape[-1:])
 
 
 def _recomputed(function: Any, *arguments: Any) -> Any:

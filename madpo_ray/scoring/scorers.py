@@ -16,9 +16,9 @@ from torch import nn
 from madpo_ray.columns import PROMPT_IDS, RESPONSE_IDS
 from madpo_ray.config import ModelConfig
 from madpo_ray.data.batching import collate
-from madpo_ray.models.attention import uses_shared_prefix
-from madpo_ray.models.loading import load_policy, load_reward_model, transformer_of
+from madpo_ray.models.loading import load_policy, load_reward_model
 from madpo_ray.models.logprobs import ResponseLogps, ResponseRewards
+from madpo_ray.models.reading import find_reading
 
 
 class Scorer(Protocol):
@@ -67,8 +67,9 @@ class ModelScorer(abc.ABC):
     def load(self, device: torch.device) -> None:
         self._device = device
         self._module = self._load_module().to(device).eval()
-        architecture = transformer_of(self._module.model).config  # type: ignore[arg-type]
-        self._shared_prefix = uses_shared_prefix(self._model_config, architecture)
+        self._reading = find_reading(
+            self._module, device, self._model_config, num_responses=len(self._responses)
+        )
 
     @torch.no_grad()
     def __call__(self, rows: pa.Table) -> np.ndarray:
@@ -85,7 +86,7 @@ class ModelScorer(abc.ABC):
         return scores
 
     def _score(self, pairs: Sequence[dict[str, Any]]) -> np.ndarray:
-        batch = collate(pairs, shared_prefix=self._shared_prefix, responses=self._responses)
+        batch = collate(pairs, shared_prefix=self._reading.shared_prefix, responses=self._responses)
         values = self._values(self._module(batch.to(self._device)))
         return values.double().cpu().view(len(self._responses), -1).numpy()
 

@@ -9,7 +9,7 @@ from torch import nn
 from madpo_ray.columns import CHOSEN_IDS, RESPONSE_IDS, TRAIN, VALIDATION
 from madpo_ray.config import ModelConfig, PolicyConfig, RewardConfig, TrainingConfig
 from madpo_ray.data.order import OrderSpec
-from madpo_ray.models.attention import load_architecture, uses_shared_prefix
+from madpo_ray.models.attention import load_architecture, may_share_prefix
 from madpo_ray.models.loading import (
     TaskType,
     load_policy,
@@ -100,13 +100,13 @@ class TrainingJob:
     def is_asked_to_stop(self) -> bool:
         return self.stop_file.exists() and bool(self.stop_file.read_bytes())
 
-    def uses_shared_prefix(self) -> bool:
-        """Whether a pair is one row [prompt | chosen | rejected]."""
+    def may_share_prefix(self) -> bool:
+        """Whether a pair may be one row [prompt | chosen | rejected]; ranks find out at load."""
         if len(self.task.responses) < 2:
             return False
         trust = self.model.trust_remote_code
         architecture = load_architecture(self.base_folder, trust_remote_code=trust)
-        return uses_shared_prefix(self.model, architecture)
+        return may_share_prefix(self.model, architecture)
 
     def order_spec(self, num_workers: int) -> OrderSpec:
         """The order of the pairs to train on."""
@@ -120,7 +120,7 @@ class TrainingJob:
             micro_batch_size=settings.per_device_train_batch_size,
             num_workers=num_workers,
             max_tokens=settings.max_tokens_per_device,
-            shared_prefix=self.uses_shared_prefix(),
+            shared_prefix=self.may_share_prefix(),
             responses=self.task.responses,
             num_epochs=settings.num_train_epochs,
             max_steps=settings.max_steps,
@@ -138,7 +138,7 @@ class TrainingJob:
             micro_batch_size=settings.per_device_eval_batch_size,
             num_workers=num_workers,
             max_tokens=settings.max_tokens_per_device,
-            shared_prefix=self.uses_shared_prefix(),
+            shared_prefix=self.may_share_prefix(),
             responses=self.task.responses,
             is_shuffled=False,
         )

@@ -12,8 +12,10 @@ import torch.distributed as dist
 from madpo_ray.artifacts.manifest import model_folder
 from madpo_ray.data.batching import MicroBatch, collate
 from madpo_ray.data.order import Order, decode_micro_batch
+from madpo_ray.errors import UserError
 from madpo_ray.models.flops import ModelFlops, peak_flops
 from madpo_ray.models.loading import DTYPES
+from madpo_ray.models.reading import find_reading
 from madpo_ray.models.saving import merge_adapter, save_model, saved_tensors
 from madpo_ray.training.checkpoints import agreed_checkpoint, is_resized, load_checkpoint
 from madpo_ray.training.collectives import sum_over_ranks
@@ -72,7 +74,6 @@ class _Rank:
         self._validation_order = Order(job.validation_order_spec(site.world_size))
         self._collate = functools.partial(
             collate,
-            shared_prefix=job.uses_shared_prefix(),
             column_names=job.task.columns,
             responses=job.task.responses,
         )
@@ -81,6 +82,10 @@ class _Rank:
         """An engine around the task's module, ready to load the checkpoint.
 
         All ranks have the same weights, and each its own dropout.
+
+        Raises:
+            UserError: the model's numbers are not those of its own forward, whichever way the pairs
+                are read, or only in a way that exceeds max_tokens_per_device.
         """
         job = self._job
         max_response_tokens = max(
@@ -90,13 +95,27 @@ class _Rank:
         with sharded_construction(job.settings, dtype=job.model.dtype):
             module = job.task.load(job, max_response_tokens)
         torch.manual_seed(job.seed + dist.get_rank())
-        return DeepSpeedEngine(
+        engine = DeepSpeedEngine(
             module,
             job.settings,
             dtype=job.model.dtype,
             total_steps=self._order.total_steps,
             resized=is_resized(checkpoint, job.settings.zero_stage),
         )
+        self._read_pairs_as_the_model_does(engine)
+        return engine
+
+    def _read_pairs_as_the_model_does(self, engine: DeepSpeedEngine) -> None:
+        job = self._job
+        engine.eval()
+        num_responses = len(job.task.responses)
+        reading = find_reading(engine.module, engine.device, job.model, num_responses=num_responses)
+        if job.settings.max_tokens_per_device and reading.shared_prefix != job.may_share_prefix():
+            raise UserError(
+                "max_tokens_per_device: the model does not read a pair as one row, for which the "
+                "budget was planned: set model.shared_prefix: off"
+            )
+        self._shared_prefix = reading.shared_prefix
 
     def engine_at(self, step: int) -> DeepSpeedEngine:
         """An engine with the weights of an earlier step.
@@ -160,14 +179,14 @@ class _Rank:
         for row in self._site.micro_batches(start_step):
             pairs, place = decode_micro_batch(row)
             if place.step >= start_step:
-                yield self._collate(pairs, place=place)
+                yield self._collate(pairs, shared_prefix=self._shared_prefix, place=place)
 
     def _validation_batches(self) -> Iterator[MicroBatch]:
         """This rank's share, filled up so that every rank has equally many micro-batches."""
         order = self._validation_order
         for number in range(self._site.rank, order.num_micro_batches, self._site.world_size):
             pairs, place = decode_micro_batch(order.micro_batch(number))
-            yield self._collate(pairs, place=place)
+            yield self._collate(pairs, shared_prefix=self._shared_prefix, place=place)
 
 
 def _export(job: TrainingJob, engine: DeepSpeedEngine) -> None:

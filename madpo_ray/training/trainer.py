@@ -14,7 +14,6 @@ from madpo_ray.cluster import ordered_execution, worker_resources
 from madpo_ray.config import ClusterConfig
 from madpo_ray.data.order import Order
 from madpo_ray.errors import ExitCode, Stopped, UserError
-from madpo_ray.models.attention import load_architecture, warn_if_separate_rows
 from madpo_ray.models.loading import check_trainable, check_weights
 from madpo_ray.signals import on_sigterm
 from madpo_ray.training.bar import training_bar
@@ -77,10 +76,6 @@ def train_on_ray(
     check_weights(job.base_folder, job.model, task_type=job.task.task_type)
     order = Order(job.order_spec(cluster.num_workers))
     Order(job.validation_order_spec(cluster.num_workers))
-    if len(job.task.responses) > 1 and not job.uses_shared_prefix():
-        trust = job.model.trust_remote_code
-        architecture = load_architecture(job.base_folder, trust_remote_code=trust)
-        warn_if_separate_rows(job.model, architecture.model_type)
 
     # SIGTERM makes the workers save and exit.
     job.stop_file.parent.mkdir(parents=True, exist_ok=True)

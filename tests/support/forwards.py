@@ -26,7 +26,7 @@ PAIRS = [
 def separate_logp(model: Any, prompt: list[int], response: list[int]) -> torch.Tensor:
     """Log-prob of a response, from full logits of one unpadded row."""
     ids = torch.tensor([prompt + response])
-    logps = model(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
+    logps = model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
     own: torch.Tensor = logps.gather(1, ids[0, 1:, None])[len(prompt) - 1 :]
     return own.sum()
 

@@ -63,13 +63,15 @@ def tiny_config(model_type: str, **changes: Any) -> Any:
     return AutoConfig.for_model(model_type, **{**common, **sizes, **changes})
 
 
-def make_model(model_type: str = "llama", seed: int = 0, **changes: Any) -> Any:
+def make_model(
+    model_type: str = "llama", seed: int = 0, attention: str = "", **changes: Any
+) -> Any:
     """A causal language model with larger weights than usual, so that attention matters."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
     # Gemma 2 has no SDPA in transformers.
-    attention = "eager" if model_type == "gemma2" else "sdpa"
+    attention = attention or ("eager" if model_type == "gemma2" else "sdpa")
     model = AutoModelForCausalLM.from_config(
         tiny_config(model_type, **changes), attn_implementation=attention
     )

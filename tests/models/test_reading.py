@@ -1,0 +1,204 @@
+"""The self-check at load: pairs are read only in ways that give the model's own numbers."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from madpo_ray.config import ModelConfig, PolicyConfig
+from madpo_ray.data.batching import collate
+from madpo_ray.errors import UserError
+from madpo_ray.models.loading import prepare_for_training
+from madpo_ray.models.logprobs import ResponseLogps, ResponseRewards
+from madpo_ray.models.reading import TOLERANCES, Reading, find_reading
+from support.forwards import PAIRS, separate_logps
+from support.models import make_model, make_reward_model
+
+CPU = torch.device("cpu")
+SHARED = Reading(shared_prefix=True)
+SEPARATE = Reading(shared_prefix=False)
+
+# What no list of names would have to know.
+SHARING = [
+    *("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma3_text", "gpt2", "gpt_neox", "phi"),
+    *("phi3", "olmo", "olmo2", "olmo3", "granite", "cohere", "cohere2", "starcoder2", "opt"),
+    *("smollm3", "glm", "glm4", "exaone4", "qwen2_moe", "hunyuan_v1_dense", "ernie4_5"),
+    *("seed_oss", "helium", "arcee", "ministral", "stablelm", "nemotron", "biogpt", "persimmon"),
+]
+
+
+def settings(**changes: Any) -> ModelConfig:
+    return ModelConfig(model_name_or_path="x", **changes)
+
+
+def reading_of(module: Any, num_responses: int = 2, **changes: Any) -> Reading:
+    return find_reading(module, CPU, settings(**changes), num_responses=num_responses)
+
+
+@pytest.mark.parametrize("model_type", SHARING)
+@pytest.mark.parametrize("dtype", list(TOLERANCES), ids=str)
+def test_models_that_share(model_type: str, dtype: torch.dtype) -> None:
+    """And the reading gives the model's own log-probs for other pairs."""
+    model = make_model(model_type).to(dtype)
+    module = ResponseLogps(model)
+    assert reading_of(module) == SHARED
+    if dtype is torch.float32:
+        with torch.no_grad():
+            logps = module(collate(PAIRS, shared_prefix=True))["logps"]
+            torch.testing.assert_close(logps, separate_logps(model), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", ["bloom", "mpt"])
+def test_positions_by_distance_are_not_shared(
+    model_type: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """ALiBi counts the distance along the row, so a rejected response would be too far away."""
+    sizes = {"n_layer": 2, "hidden_size": 32, "n_head": 4, "n_heads": 4, "n_layers": 2}
+    model = make_model(model_type, attention="eager", **sizes)
+    module = ResponseLogps(model)
+    with caplog.at_level("WARNING"):
+        reading = reading_of(module, attn_implementation="eager")
+    assert reading == SEPARATE
+    assert f"{model_type} reads one row per response: slower, same numbers" in caplog.text
+    with torch.no_grad():
+        logps = module(collate(PAIRS, shared_prefix=False))["logps"]
+        torch.testing.assert_close(logps, separate_logps(model), rtol=0, atol=1e-4)
+
+
+class Scaled(torch.nn.Module):
+    """A model that multiplies its logits behind the head, as Falcon-H1 does, by no known name."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.wrapped = model
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("wrapped"), name)
+
+    def forward(self, **inputs: Any) -> Any:
+        output = self.wrapped(**inputs)
+        output.logits = output.logits * 0.5
+        return output
+
+
+def test_a_factor_behind_the_head_is_not_lost(caplog: pytest.LogCaptureFixture) -> None:
+    model = Scaled(make_model())
+    module = ResponseLogps(model)
+    with caplog.at_level("WARNING"):
+        assert reading_of(module) == Reading(shared_prefix=True, own_forward=True)
+    assert "one row per pair, all logits" in caplog.text
+    outputs = module(collate(PAIRS, shared_prefix=True))
+    torch.testing.assert_close(outputs["logps"], separate_logps(model), rtol=0, atol=1e-4)
+
+    # Gradients as well.
+    parameters = list(model.parameters())
+    ours = torch.autograd.grad(outputs["logps"].sum(), parameters)
+    theirs = torch.autograd.grad(separate_logps(model).sum(), parameters)
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model_type", "changes", "expected"),
+    [
+        ("falcon_h1", {"lm_head_multiplier": 0.5}, Reading(False, own_forward=True)),
+        ("qwen3_next", {}, SEPARATE),
+        ("jamba", {}, SEPARATE),
+        ("minimax", {}, SEPARATE),
+    ],
+)
+def test_recurrent_layers_read_separate_rows(
+    model_type: str, changes: dict[str, Any], expected: Reading
+) -> None:
+    model = make_model(model_type, **changes)
+    module = ResponseLogps(model)
+    assert reading_of(module) == expected
+    with torch.no_grad():
+        logps = module(collate(PAIRS, shared_prefix=False))["logps"]
+    torch.testing.assert_close(logps, separate_logps(model), rtol=0, atol=1e-3)
+
+
+def test_a_window_that_short_pairs_would_not_show_is_compared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Masks without the window: windows are narrowed for the check, and put back."""
+    model = make_model("mistral", sliding_window=4096)
+    monkeypatch.setattr(
+        "madpo_ray.models.logprobs.attention_masks", lambda _, batch: batch.attention_mask
+    )
+    assert reading_of(ResponseLogps(model)) == SEPARATE
+    assert model.config.sliding_window == 4096
+
+
+def test_a_model_that_no_way_can_read_is_refused() -> None:
+    """Log-probs that depend on the neighbours: the padding is not masked."""
+    model = make_model()
+    embed = model.model.embed_tokens
+    embed.register_forward_hook(lambda _, inputs, output: output + output.mean(1, keepdim=True))
+    message = r"llama model cannot be read as it reads a text alone: .*one row per response: 0\.\d"
+    with pytest.raises(UserError, match=message):
+        reading_of(ResponseLogps(model))
+
+
+def test_weights_that_are_not_finite_are_refused() -> None:
+    model = make_model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
+    with pytest.raises(UserError, match="own numbers are not finite"):
+        reading_of(ResponseLogps(model))
+
+
+def test_what_a_model_raises_is_shown() -> None:
+    model = make_model()
+
+    def only_single_rows(_: Any, inputs: Any) -> None:
+        assert len(inputs[0]) == 1, "one row at a time"
+
+    model.model.embed_tokens.register_forward_pre_hook(only_single_rows)
+    with pytest.raises(UserError, match="AssertionError: one row at a time"):
+        reading_of(ResponseLogps(model))
+
+
+@pytest.mark.parametrize("num_responses", [1, 2])
+def test_single_responses_share_nothing(
+    num_responses: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    reading = reading_of(ResponseLogps(make_model()), num_responses)
+    assert reading.shared_prefix == (num_responses == 2)
+    assert not caplog.text
+
+
+def test_sharing_can_be_turned_off(caplog: pytest.LogCaptureFixture) -> None:
+    assert reading_of(ResponseLogps(make_model()), shared_prefix="off") == SEPARATE
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("is_fresh", [True, False])
+def test_reward_models_are_compared_too(is_fresh: bool) -> None:
+    """Also one whose head is still zero: its last states are compared."""
+    model = make_reward_model()
+    if is_fresh:
+        torch.nn.init.zeros_(model.score.weight)
+    assert reading_of(ResponseRewards(model)) == SHARED
+    model.model.norm.register_forward_hook(
+        lambda _, inputs, output: (
+            output * (1 + output.shape[0])  # batches differ from single rows
+            + torch.arange(output.shape[0])[:, None, None]
+        )
+    )
+    with pytest.raises(UserError, match="cannot be read"):
+        reading_of(ResponseRewards(model))
+
+
+def test_the_random_state_and_the_model_are_left_alone() -> None:
+    model = prepare_for_training(
+        make_model(), PolicyConfig(use_peft=True, lora_r=4), task_type="CAUSAL_LM"
+    ).eval()
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    assert reading_of(ResponseLogps(model)) == SHARED
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(parameter.grad is None for parameter in model.parameters())
