@@ -28,7 +28,7 @@ REASON = "reason"
 REASON_KIND = "reason_kind"  # the reason without the row's own values
 CONTENT_HASH = "content_hash"
 NUM_CUT = "num_cut"  # responses that were cut at max_length
-REPEATED_PROMPT = "repeated_prompt"  # whether both responses began with the prompt
+PROMPT_REPEATS = "prompt_repeats"  # responses that began with the prompt
 
 # Columns of the user's that are carried along must not have one of these names.
 RESERVED = frozenset(
@@ -49,7 +49,7 @@ RESERVED = frozenset(
         REASON_KIND,
         CONTENT_HASH,
         NUM_CUT,
-        REPEATED_PROMPT,
+        PROMPT_REPEATS,
     }
 )
 

@@ -1,5 +1,6 @@
 """The command: help, exit codes, and one message for each kind of bad input."""
 
+import copy
 import importlib.util
 import subprocess
 import sys
@@ -8,10 +9,13 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from madpo_ray import pipeline
 from madpo_ray.cli import app
+from madpo_ray.config import Config, SFTConfig
 from support.pairs import Edit, write_jsonl
 
 runner = CliRunner()
@@ -93,6 +97,70 @@ def test_bad_input_exits_with_2(name: str, raw_config: dict[str, Any], tmp_path:
     assert message in done.output
     assert "Traceback" not in done.output
     assert not (tmp_path / "tiny" / "pairs").exists()
+
+
+SECTIONS = {
+    name: list(section.model_fields)
+    for name, field in Config.model_fields.items()
+    for section in [field.annotation if name != "sft" else SFTConfig]
+}
+KEYS = st.sampled_from([(name, key) for name, keys in SECTIONS.items() for key in keys])
+WORDS = [
+    *("", "~", "$HOME", "${NOT_SET}/x", "a/b", "../x", "x" * 300, "a\0b", "\ud83d", "naïve", "1e5"),
+    *("all-linear", "bfloat16", "eager", "sigmoid", "ipo", "beta_dpo", "cosine", "eval_loss"),
+    *("prompt", "chosen", "q_proj", "lm_head", "/proc/x", "/nowhere.jsonl", "x.parquet"),
+]
+SCALARS = st.one_of(
+    st.sampled_from(WORDS),
+    st.sampled_from([0, 1, 2, 3, 7, -1, 10**9, 2**63, 10**400, 0.5, 1e-8, 1e308, -0.0]),
+    st.booleans(),
+    st.none(),
+    st.floats(),
+    st.text(max_size=8),
+)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=4,
+)
+
+
+@settings(
+    max_examples=200,
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(
+    changes=st.lists(st.tuples(KEYS, VALUES), min_size=1, max_size=3),
+    spoil=st.sampled_from(
+        ["", "", "", "\t", "train: {}\n", ": [", "- x\n", "&a *a", "x: !!python/x\n"]
+    ),
+    place=st.integers(0, 40),
+)
+def test_any_config_exits_with_0_or_2(
+    changes: list[tuple[tuple[str, str], Any]],
+    spoil: str,
+    place: int,
+    raw_config: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Odd values of any keys, or a spoiled file: a plan or one message, never a traceback."""
+    monkeypatch.chdir(tmp_path)
+    raw = copy.deepcopy(raw_config)
+    for (section, key), value in changes:
+        raw.setdefault(section, {})[key] = value
+    lines = yaml.safe_dump(raw, allow_unicode=True).splitlines(keepends=True)
+    lines.insert(min(place, len(lines)), spoil)
+    file = tmp_path / "config.yaml"
+    file.write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
+
+    done = runner.invoke(app, ["run", "--config", str(file), "--dry-run"])
+    assert done.exit_code in (0, 2), (changes, done.output, done.exception)
+    assert isinstance(done.exception, SystemExit | None), done.exception
+    assert "Traceback" not in done.output
+    assert done.exit_code == 0 or done.output.startswith("error: ")
 
 
 def test_gguf_needs_its_package(

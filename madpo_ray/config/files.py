@@ -71,14 +71,14 @@ def save_config(config: Config, path: Path) -> None:
 
 def dump_config(config: Config) -> str:
     """The resolved config as YAML."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
 
 
 MERGE = "tag:yaml.org,2002:merge"
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's floats (PyYAML reads 1e-5 as a string), and no key twice in one mapping."""
+    """YAML 1.2's scalars, and no key twice in one mapping."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         first_line: dict[Any, int] = {}
@@ -104,13 +104,38 @@ class _Loader(yaml.SafeLoader):
         node.value = [*merged.values(), *own]
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"
+class _Dumper(yaml.SafeDumper):
+    """Quotes what `_Loader` would not read as a text."""
+
+
+# PyYAML's are YAML 1.1's: 1e-5 is a text, 1:30 is 90, 010 is 8, on is true, 2026-01-01 is a date.
+_SCALARS = {
+    "null": (r"null|Null|NULL|~|", "nN~"),
+    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    "int": (r"[-+]?\d+|0o[0-7]+|0x[\da-fA-F]+", "-+0123456789"),
+    "float": (
+        r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+0123456789.",
     ),
-    list("-+0123456789."),
-)
+    "merge": ("<<", "<"),
+}
+
+
+def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
+    text = str(loader.construct_scalar(node))
+    return int(text, 0) if text.startswith(("0o", "0x")) else int(text)
+
+
+def _use_scalars_of_yaml_1_2() -> None:
+    for kind in (_Loader, _Dumper):
+        kind.yaml_implicit_resolvers = {}
+        for name, (pattern, first) in _SCALARS.items():
+            resolver = re.compile(rf"^(?:{pattern})$")
+            kind.add_implicit_resolver(f"tag:yaml.org,2002:{name}", resolver, [*first, ""])
+    _Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+
+
+_use_scalars_of_yaml_1_2()
 
 
 def _read_yaml(text: str) -> Any:

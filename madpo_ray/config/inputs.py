@@ -6,7 +6,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from madpo_ray import columns
-from madpo_ray.config.base import Section, Strings
+from madpo_ray.config.base import Section, Strings, operational
 
 
 class RunConfig(Section):
@@ -108,6 +108,11 @@ class DataConfig(Section):
         description="texts without a prompt column: their common beginning is the prompt. "
         "(Messages that share their first turns need no setting)",
     )
+    ignore_columns: Strings = Field(
+        (),
+        description="columns that may be left out, although their names (system, history, images, "
+        "input, ...) say that they belong to the prompt",
+    )
     split_column: str | None = Field(
         None, description="column with train, validation or test; null: split by hash of the group"
     )
@@ -126,9 +131,17 @@ class DataConfig(Section):
     keep_columns: Strings = Field(
         (), description="numeric columns to carry along to the margins artifact"
     )
-    max_reject_fraction: float = Field(
+    max_reject_fraction: float = operational(
         0.5, ge=0, le=1, description="share of rejected rows above which the run stops"
     )
+
+    @field_validator("files")
+    @classmethod
+    def _check_files(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for file in value:
+            if value.count(file) > 1:
+                raise ValueError(f"{file} is listed twice: all of its pairs would be doubled")
+        return value
 
     @field_validator("keep_columns")
     @classmethod

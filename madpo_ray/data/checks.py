@@ -1,13 +1,16 @@
 """What the config's files must have, checked before any row is tokenised."""
 
+import itertools
 from collections.abc import Sequence
 
 from madpo_ray.config import DataConfig
 from madpo_ray.data.formats import parse_pair
-from madpo_ray.data.messages import BadRowError
+from madpo_ray.data.messages import BadRowError, UnreadColumnError
 from madpo_ray.data.sources import open_source
 from madpo_ray.errors import UserError, did_you_mean
 
+# Rows of a file that are read to find out what the prompt is.
+NUM_FIRST_ROWS = 100
 # What other data sets call the prompt.
 LIKELY_PROMPTS = ("question", "instruction", "query", "input", "context", "problem", "user")
 
@@ -26,26 +29,31 @@ def check_files(data: DataConfig) -> None:
                 raise UserError(
                     f"data.files: {file} has no column {name!r}{did_you_mean(name, available)}"
                 )
-        if data.prompt_column not in available:
-            _check_implicit_prompt(file, available, data)
+        _check_first_rows(file, available, data)
 
 
-def _check_implicit_prompt(file: str, available: Sequence[str], data: DataConfig) -> None:
-    """Raises UserError unless the prompt is certain without its column."""
-    first = next((row for row in open_source(file).rows() if isinstance(row, dict)), None)
-    if first is None or data.implicit_prompt:
+def _check_first_rows(file: str, available: Sequence[str], data: DataConfig) -> None:
+    """Raises UserError unless it is certain what the prompt is."""
+    has_prompt = data.implicit_prompt or data.prompt_column in available
+    rows = (row for row in open_source(file).rows() if isinstance(row, dict))
+    num_pairs = 0
+    for row in itertools.islice(rows, NUM_FIRST_ROWS):
+        try:
+            parse_pair(row, data)
+            num_pairs += 1
+        except BadRowError as error:
+            if has_prompt and isinstance(error, UnreadColumnError):
+                raise UserError(f"data.files: {file}: {error}") from None
+    if num_pairs or has_prompt:
         return
-    try:
-        parse_pair(first, data)
-    except BadRowError:
-        likely = [name for name in LIKELY_PROMPTS if name in available]
-        hint = f"; did you mean {likely[0]!r}?" if likely else ""
-        hint = hint or did_you_mean(data.prompt_column, available) + "."
-        raise UserError(
-            f"data.files: {file} has no column {data.prompt_column!r}{hint} Set "
-            "data.prompt_column; or data.implicit_prompt: true, if the common beginning of both "
-            "responses is the prompt"
-        ) from None
+
+    likely = [name for name in LIKELY_PROMPTS if name in available]
+    hint = f"; did you mean {likely[0]!r}?" if likely else ""
+    hint = hint or did_you_mean(data.prompt_column, available) + "."
+    raise UserError(
+        f"data.files: {file} has no column {data.prompt_column!r}{hint} Set data.prompt_column; or "
+        "data.implicit_prompt: true, if the common beginning of both responses is the prompt"
+    )
 
 
 def holds_messages(data: DataConfig) -> bool:

@@ -5,7 +5,7 @@ The layouts that are read, with the columns' names from the config:
 - texts: `prompt`, `chosen`, `rejected` (TRL's standard format);
 - messages: all three as lists of messages (TRL's conversational format);
 - a text as `prompt`, messages as `chosen` and `rejected`: the prompt is the first user message;
-- messages that begin with the prompt, or share their first turns and have no `prompt` column;
+- messages that begin with the prompt, or share their first turns and have no `prompt`;
 - texts that begin with the prompt; or, only if `data.implicit_prompt` is set, texts without a
   `prompt` column, whose common beginning is the prompt.
 
@@ -13,7 +13,6 @@ A list of messages may be stored as a JSON string. Everything else is refused wi
 is guessed.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,10 +21,19 @@ from madpo_ray.config import DataConfig
 from madpo_ray.data.messages import (
     BadRowError,
     Content,
+    UnreadColumnError,
     as_text,
+    parse_json,
     read_content,
     says_something,
     without_nulls,
+)
+
+# Columns whose names say that they belong to the prompt. They are mapped (data.prompt_column,
+# data.system_column), named in data.ignore_columns, or empty: never left out silently.
+PROMPT_PARTS = (
+    *("system", "system_prompt", "history", "context", "instruction", "input", "documents"),
+    *("functions", "image", "images", "video", "videos", "audio", "audios"),
 )
 
 # Arguments of apply_chat_template that a row may not set.
@@ -51,7 +59,8 @@ class Pair:
     rejected: Content
     tools: list[Any] | None = None  # for the chat template
     template_options: dict[str, Any] | None = None  # for the chat template
-    repeated_prompt: bool = False  # both responses began with the prompt; it was removed
+    # Responses that began with the prompt. It was removed if both did.
+    prompt_repeats: int = 0
 
     @property
     def is_conversational(self) -> bool:
@@ -62,9 +71,10 @@ def parse_pair(row: Mapping[str, Any], data: DataConfig) -> Pair:
     """The pair of a row.
 
     Raises:
-        BadRowError: a value is missing, empty, or in none of the layouts, or chosen and rejected
-            are identical.
+        BadRowError: a value is missing, empty, or in none of the layouts, chosen and rejected are
+            identical, or another column belongs to the prompt.
     """
+    _check_prompt_parts(row, data)
     chosen = read_content(row, data.chosen_column)
     rejected = read_content(row, data.rejected_column)
     if isinstance(chosen, list) != isinstance(rejected, list):
@@ -72,14 +82,14 @@ def parse_pair(row: Mapping[str, Any], data: DataConfig) -> Pair:
 
     # The prompt has a column, or is what both responses begin with.
     prompt: Content
-    repeated = False
-    if data.prompt_column in row:
+    repeats = 0
+    if row.get(data.prompt_column) is not None:
         prompt = read_content(row, data.prompt_column)
         if isinstance(prompt, str) and isinstance(chosen, list):
             prompt = [{"role": "user", "content": prompt}]
         if isinstance(prompt, list) and isinstance(chosen, str):
             raise BadRowError("the prompt is messages and the responses are texts")
-        prompt, chosen, rejected, repeated = _without_prompt(prompt, chosen, rejected)
+        prompt, chosen, rejected, repeats = _without_prompt(prompt, chosen, rejected)
     else:
         prompt, chosen, rejected = _split_implicit_prompt(chosen, rejected, data)
     if data.system_column is not None:
@@ -90,30 +100,61 @@ def parse_pair(row: Mapping[str, Any], data: DataConfig) -> Pair:
     _check_roles({"chosen": chosen, "rejected": rejected})
     if chosen == rejected:
         raise BadRowError("chosen and rejected are identical")
-    tools = _template_value(row, "tools", list)
-    options = _template_value(row, "chat_template_kwargs", dict)
+    tools = _template_value(row, "tools", list, data)
+    options = _template_value(row, "chat_template_kwargs", dict, data)
     if options and (taken := sorted(RESERVED_OPTIONS & options.keys())):
         raise BadRowError("chat_template_kwargs sets a reserved argument", ", ".join(taken))
     if (tools or options) and isinstance(prompt, str):
         raise BadRowError("tools and chat_template_kwargs need messages, and the pair is texts")
-    return Pair(prompt, chosen, rejected, tools, options, repeated)
+    return Pair(prompt, chosen, rejected, tools, options, repeats)
+
+
+def _check_prompt_parts(row: Mapping[str, Any], data: DataConfig) -> None:
+    """Raises UnreadColumnError if a column that belongs to the prompt would be left out."""
+    read = {data.prompt_column, data.chosen_column, data.rejected_column, data.system_column}
+    read |= {data.split_column, data.group_column, *data.keep_columns, *data.ignore_columns}
+    for name in PROMPT_PARTS:
+        if name in read or row.get(name) in (None, "", [], {}):
+            continue
+        key = "data.system_column" if name.startswith("system") else "data.prompt_column"
+        raise UnreadColumnError(
+            f"column {name!r} is not read: name it in data.ignore_columns if it may be left out, "
+            f"or in {key}"
+        )
 
 
 def _without_prompt(
     prompt: Content, chosen: Content, rejected: Content
-) -> tuple[Content, Content, Content, bool]:
+) -> tuple[Content, Content, Content, int]:
     """Removes the prompt from responses that both begin with it: two layouts of one meaning.
 
-    A text begins with the prompt only if a word ends there: "Hi" is no prompt of "Hinduism".
+    Also returns how many did. One response that begins with the prompt may well quote it.
     """
-    length = len(prompt)
-    is_repeated = bool(length) and chosen[:length] == prompt and rejected[:length] == prompt
-    if is_repeated and isinstance(prompt, str) and not prompt[-1].isspace():
-        rests = (chosen[length:], rejected[length:])
-        is_repeated = all(isinstance(rest, str) and rest[:1].isspace() for rest in rests)
-    if not is_repeated:
-        return prompt, chosen, rejected, False
-    return prompt, chosen[length:], rejected[length:], True
+    rests = [_behind(prompt, response) for response in (chosen, rejected)]
+    repeats = sum(rest is not None for rest in rests)
+    if repeats < 2:
+        return prompt, chosen, rejected, repeats
+    chosen, rejected = (rest for rest in rests if rest is not None)
+    return prompt, chosen, rejected, repeats
+
+
+def _behind(prompt: Content, response: Content) -> Content | None:
+    """What follows the prompt in a response; None if the response does not begin with it.
+
+    White space around the prompt does not count, and a text begins with the prompt only if a word
+    ends there: "Hi" is no prompt of "Hinduism".
+    """
+    if isinstance(prompt, list):
+        begins = bool(prompt) and response[: len(prompt)] == prompt
+        return response[len(prompt) :] if begins else None
+    assert isinstance(response, str)
+    if prompt and prompt[-1].isspace() and response.startswith(prompt):
+        return response[len(prompt) :]
+    bare = prompt.strip()
+    if not bare or not response.lstrip().startswith(bare):
+        return None
+    rest = response.lstrip()[len(bare) :]
+    return rest if rest[:1].isspace() else None
 
 
 def _split_implicit_prompt(
@@ -150,15 +191,17 @@ def _with_system(row: Mapping[str, Any], prompt: Content, name: str) -> Content:
     return [{"role": "system", "content": system}, *prompt]
 
 
-def _template_value(row: Mapping[str, Any], name: str, kind: type) -> Any:
+def _template_value(row: Mapping[str, Any], name: str, kind: type, data: DataConfig) -> Any:
     """`tools` or `chat_template_kwargs` of a row, perhaps as JSON, without Parquet's nulls."""
-    value = row.get(name)
+    value = None if name in data.ignore_columns else row.get(name)
     if isinstance(value, str):
         try:
-            value = json.loads(value)
-        except ValueError:
-            raise BadRowError(f"{name} is not JSON") from None
-    if value is None or len(value) == 0:
+            value = parse_json(value) if value.strip() else None
+        except (ValueError, RecursionError):
+            raise BadRowError(
+                f"{name} is not JSON: data.ignore_columns leaves the column out"
+            ) from None
+    if value in (None, "", [], {}):
         return None
     if not isinstance(value, kind):
         raise BadRowError(f"{name} is not a {kind.__name__}", type(value).__name__)

@@ -24,6 +24,10 @@ class BadRowError(ValueError):
         self.kind = kind
 
 
+class UnreadColumnError(BadRowError):
+    """A column belongs to the prompt and is not read: the config decides, not the row."""
+
+
 def read_content(row: Mapping[str, Any], name: str) -> Content:
     """The text or the messages of a column.
 
@@ -50,9 +54,7 @@ def _stored_messages(text: str) -> list[Any] | None:
         return None
 
     try:
-        value = json.loads(text, object_pairs_hook=_unique_keys)
-    except BadRowError:
-        raise
+        value = json.loads(text)
     except (ValueError, RecursionError):
         if re.match(r"\[\s*\{\s*'(role|from|content|value)'", text.lstrip()):
             raise BadRowError("messages are stored as Python text, not as JSON") from None
@@ -65,16 +67,29 @@ def _stored_messages(text: str) -> list[Any] | None:
     if not value or not all(isinstance(message, dict) for message in value):
         return None
     if all("role" in message for message in value):
-        return value  # type: ignore[no-any-return]
+        try:
+            return parse_json(text)  # type: ignore[no-any-return]
+        except RepeatedKeyError as error:
+            raise BadRowError("a key of a stored message appears twice", str(error)) from None
     if any({"role", "from"} & message.keys() for message in value):
         raise BadRowError("stored messages lack a role (from and value are not read)")
     return None
 
 
+class RepeatedKeyError(ValueError):
+    """An object of JSON has a key twice; Python's parser would keep the last value, silently."""
+
+
+def parse_json(text: str) -> Any:
+    """A JSON value. Raises RepeatedKeyError, and what json.loads raises."""
+    return json.loads(text, object_pairs_hook=_unique_keys)
+
+
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
-    if len(values) < len(pairs) and "role" in values:
-        raise BadRowError("a key of a stored message appears twice")
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise RepeatedKeyError(repr(next(key for key in keys if keys.count(key) > 1)))
     return values
 
 

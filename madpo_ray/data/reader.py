@@ -89,7 +89,7 @@ class PairReader:
             columns.GROUP: group,
             columns.SPLIT: split,
             columns.NUM_CUT: tokens.num_cut,
-            columns.REPEATED_PROMPT: pair.repeated_prompt,
+            columns.PROMPT_REPEATS: pair.prompt_repeats,
         }
 
 
@@ -103,8 +103,10 @@ def _reject(kind: str, reason: str) -> Row:
 
 def _text(row: Row, name: str) -> str:
     value = row.get(name)
-    if value is None:
+    if value is None or value == "" or value != value:  # NaN is not equal to itself
         raise BadRowError(f"{name} is missing")
+    if not isinstance(value, str | int | float):
+        raise BadRowError(f"{name} is neither text nor a number", type(value).__name__)
     text = str(value)
     try:
         text.encode("utf-8")
@@ -136,7 +138,7 @@ def pairs_schema(data: DataConfig) -> pa.Schema:
         (columns.REASON_KIND, pa.string()),
         (columns.REASON, pa.string()),
         (columns.NUM_CUT, pa.int8()),
-        (columns.REPEATED_PROMPT, pa.bool_()),
+        (columns.PROMPT_REPEATS, pa.int8()),
     ]
 
     # What the pair is.

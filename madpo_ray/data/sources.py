@@ -1,6 +1,5 @@
 """Files of preference pairs: one class per kind of file, and `open_source` as the only door."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -8,12 +7,22 @@ from typing import Any, ClassVar, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from madpo_ray.data.messages import RepeatedKeyError, parse_json
 from madpo_ray.errors import UserError
 
 ROWS_PER_BATCH = 1024
 # A line without an end is not read into memory completely.
 MAX_LINE_BYTES = 64 * 2**20
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# How files begin that are not JSON Lines.
+_OTHER_KINDS = {
+    b"\x1f\x8b": "is compressed with gzip: unpack it first",
+    b"\x28\xb5\x2f\xfd": "is compressed with zstd: unpack it first",
+    b"PK\x03\x04": "is a zip archive: unpack it first",
+    b"PAR1": "is a Parquet file: name it .parquet",
+    b"\xff\xfe": "is UTF-16 text: save it as UTF-8",
+    b"\xfe\xff": "is UTF-16 text: save it as UTF-8",
+}
 
 Row = dict[str, Any]
 
@@ -89,8 +98,22 @@ class JSONLinesSource:
 
     def columns(self) -> list[str] | None:
         """The keys of the first line that is a JSON object."""
+        self._check_kind()
         first = next((row for row in self.rows() if isinstance(row, dict)), None)
         return None if first is None else list(first)
+
+    def _check_kind(self) -> None:
+        """Raises UserError for a file of another kind under this suffix."""
+        with self._path.open("rb") as stream:
+            head = stream.read(1024).removeprefix(BYTE_ORDER_MARK)
+        for start, what in _OTHER_KINDS.items():
+            if head.startswith(start):
+                raise UserError(f"data.files: {self._path} {what}")
+        if head.lstrip().startswith(b"["):
+            raise UserError(
+                f"data.files: {self._path} is a JSON array, not JSON Lines: write one object per "
+                f"line (jq -c '.[]' {self._path.name})"
+            )
 
     def rows(self) -> Iterator[Row | str]:
         with self._path.open("rb") as stream:
@@ -115,24 +138,12 @@ def _skip_line(stream: Any) -> None:
 
 def _json_row(line: bytes) -> Row | str:
     try:
-        row = json.loads(line.decode("utf-8"), object_pairs_hook=_unique_keys)
-    except _RepeatedKeyError as error:
+        row = parse_json(line.decode("utf-8"))
+    except RepeatedKeyError as error:
         return f"a key appears twice: {error}"
     except (ValueError, RecursionError) as error:
         return f"line is not JSON: {error}"
     return row if isinstance(row, dict) else "line is not a JSON object"
-
-
-class _RepeatedKeyError(ValueError):
-    """Python's parser would keep the last of two values, silently."""
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> Row:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise _RepeatedKeyError(repr(next(key for key in keys if keys.count(key) > 1)))
-    return row
 
 
 KINDS: tuple[type[Source], ...] = (ParquetSource, JSONLinesSource)

@@ -54,7 +54,7 @@ ONLY_WHILE_READING = [
     columns.REASON_KIND,
     columns.CONTENT_HASH,
     columns.NUM_CUT,
-    columns.REPEATED_PROMPT,
+    columns.PROMPT_REPEATS,
 ]
 
 
@@ -117,6 +117,11 @@ def describe(results: Mapping[str, Any]) -> Description:
         lines.append(
             f"{results['repeated_prompts']} pairs repeated the prompt in both responses; it was "
             "removed there"
+        )
+    if results["quoted_prompts"]:
+        lines.append(
+            f"{results['quoted_prompts']} pairs repeat the prompt in one response only; they are "
+            "kept as they are"
         )
     rejects = Counter(results["rejects"])
     if rejects:
@@ -209,8 +214,8 @@ def _counts(checked: "ray.data.Dataset") -> dict[str, Any]:
     pairs: Counter[str] = Counter()
     cut: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
-    repeated_prompts = 0
-    names = [columns.SPLIT, columns.NUM_CUT, columns.REPEATED_PROMPT, columns.REASON_KIND]
+    repeats: Counter[int] = Counter()
+    names = [columns.SPLIT, columns.NUM_CUT, columns.PROMPT_REPEATS, columns.REASON_KIND]
 
     for table in _tables(checked.select_columns(names)):
         reasons.update(table[columns.REASON_KIND].drop_null().to_pylist())
@@ -219,13 +224,14 @@ def _counts(checked: "ray.data.Dataset") -> dict[str, Any]:
         pairs.update(splits)
         for split, num_cut in zip(splits, good[columns.NUM_CUT].to_pylist(), strict=True):
             cut[split] += num_cut
-        repeated_prompts += pc.sum(good[columns.REPEATED_PROMPT]).as_py() or 0
+        repeats.update(good[columns.PROMPT_REPEATS].to_pylist())
 
     # By split, in the order of the splits.
     return {
         "pairs": {split: pairs[split] for split in columns.SPLITS},
         "cut_responses": {split: cut[split] for split in columns.SPLITS},
-        "repeated_prompts": repeated_prompts,
+        "repeated_prompts": repeats[2],
+        "quoted_prompts": repeats[1],
         "rejects": dict(reasons),
     }
 

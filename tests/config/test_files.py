@@ -60,7 +60,7 @@ def test_refuses_bad_overrides(tmp_path: Path, override: str) -> None:
             "'beta' appears twice, in lines 2 and 4",
         ),
         (MINIMAL + "x: &x {}\ntrain:\n  <<: *x\n  <<: *x\n", "'<<' appears twice"),
-        ("train: 2020-13-45", "not valid YAML"),
+        ("train: 2020-13-45", r"train: Input should be a valid dictionary.*2020-13-45"),
         ("train: {[a]: 1}", "line 1: a key is not a name"),
         ("[" * 5000, "not valid YAML"),
     ],
@@ -68,6 +68,44 @@ def test_refuses_bad_overrides(tmp_path: Path, override: str) -> None:
 def test_refuses_bad_yaml(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_config(written(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-5", 1e-5),
+        ("1:30", "1:30"),  # YAML 1.1's 90
+        ("010", 10),  # its 8
+        ("1_000", "1_000"),  # its 1000
+        ("on", "on"),  # its true
+        ("2026-01-01", "2026-01-01"),  # its date
+        ("0o17", 15),
+        ("0x1F", 31),
+        ("-.inf", float("-inf")),
+        ("~", None),
+        ("", None),
+        ("TRUE", True),
+    ],
+)
+def test_scalars_are_those_of_yaml_1_2(tmp_path: Path, text: str, value: object) -> None:
+    """A text where a number is wanted is an error; it never becomes another number."""
+    file = written(tmp_path, MINIMAL + f"train: {{beta: {text}}}\n")
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 100:
+        assert load_config(file).train.beta == value
+    else:
+        with pytest.raises(UserError, match=r"train\.beta: .*") as error:
+            load_config(file)
+        assert f"(given: {value!r})" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["1e5", "010", "on", "null", "0x1", "2026-01-01", "1.5"])
+def test_names_that_look_like_numbers_are_saved_as_texts(
+    name: str, raw_config: dict[str, Any], tmp_path: Path
+) -> None:
+    raw_config["run"]["name"] = name
+    config = parse_config(raw_config)
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
 
 
 def test_override_changes_one_of_two_aliased_sections(tmp_path: Path) -> None:

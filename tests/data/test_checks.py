@@ -31,7 +31,7 @@ def test_names_every_configured_column(name: str, tmp_path: Path) -> None:
         check_files(data(tmp_path, {**PAIR, "score": 1.0}, **{name: value}))
 
 
-@pytest.mark.parametrize("name", ["question", "instruction", "input"])
+@pytest.mark.parametrize("name", ["question", "query", "problem"])
 def test_invents_no_prompt(name: str, tmp_path: Path) -> None:
     """The common beginning of two texts is not certain to be the prompt."""
     row = {name: "q", "chosen": "The first", "rejected": "The second"}
@@ -40,6 +40,29 @@ def test_invents_no_prompt(name: str, tmp_path: Path) -> None:
         check_files(data(tmp_path, row))
     check_files(data(tmp_path, row, prompt_column=name))
     check_files(data(tmp_path, row, implicit_prompt=True))
+
+
+def test_names_the_likely_prompt(tmp_path: Path) -> None:
+    row = {"input": "q", "chosen": "The first", "rejected": "The second"}
+    with pytest.raises(UserError, match="no column 'prompt'; did you mean 'input'"):
+        check_files(data(tmp_path, row))
+
+
+def test_names_a_column_that_belongs_to_the_prompt(tmp_path: Path) -> None:
+    """Although only some rows fill it."""
+    rows = [{**PAIR, "system": ""}, {**PAIR, "system": "be brief"}]
+    with pytest.raises(UserError, match=r"a\.jsonl: column 'system' is not read.*system_column"):
+        check_files(data(tmp_path, *rows))
+    check_files(data(tmp_path, *rows, ignore_columns=("system",)))
+    row = {"instruction": "q", "chosen": "The first", "rejected": "The second"}
+    with pytest.raises(UserError, match="column 'instruction' is not read"):
+        check_files(data(tmp_path, row, implicit_prompt=True))
+
+
+def test_one_bad_row_does_not_decide_what_the_prompt_is(tmp_path: Path) -> None:
+    first = [{"role": "user", "content": "p"}]
+    good = {name: first + messages(chosen=name)["chosen"] for name in ("chosen", "rejected")}
+    check_files(data(tmp_path, {"chosen": "a", "rejected": "b"}, good))
 
 
 def test_messages_may_share_their_prompt(tmp_path: Path) -> None:

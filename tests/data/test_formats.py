@@ -28,7 +28,7 @@ def test_explicit_prompts_stay_as_they_are(row: dict[str, Any]) -> None:
     pair = parsed(row)
     assert parts(pair) == row
     assert pair.is_conversational is isinstance(row["prompt"], list)
-    assert not pair.repeated_prompt
+    assert pair.prompt_repeats == 0
 
 
 def test_columns_are_mapped() -> None:
@@ -46,8 +46,8 @@ def test_text_prompt_with_messages() -> None:
         "rejected": CONVERSATION["prompt"] + CONVERSATION["rejected"],
     }
     assert parts(parsed(plain)) == parts(parsed(repeated)) == CONVERSATION
-    assert parsed(repeated).repeated_prompt
-    assert not parsed(plain).repeated_prompt
+    assert parsed(repeated).prompt_repeats == 2
+    assert parsed(plain).prompt_repeats == 0
 
 
 @pytest.mark.parametrize(
@@ -65,26 +65,83 @@ def test_text_prompt_with_messages() -> None:
             },
             CONVERSATION,
         ),
+        # With other white space around it.
+        (
+            {"prompt": "say hi\n", "chosen": " say hi there", "rejected": "say hi\nno"},
+            {"prompt": "say hi\n", "chosen": " there", "rejected": "no"},
+        ),
+        # Before the messages of an answer.
+        (
+            {
+                "prompt": "p",
+                "chosen": CONVERSATION["prompt"] + CONVERSATION["chosen"],
+                "rejected": CONVERSATION["prompt"] + CONVERSATION["rejected"],
+            },
+            CONVERSATION,
+        ),
     ],
 )
 def test_repeated_prompt_is_removed(row: dict[str, Any], expected: dict[str, Any]) -> None:
     """Two layouts of one meaning."""
     pair = parsed(row)
     assert parts(pair) == expected
-    assert pair.repeated_prompt
+    assert pair.prompt_repeats == 2
 
 
 def test_prompt_in_one_response_stays() -> None:
-    """Then it is what that response says."""
+    """Then it may be what that response says; it is counted."""
     row = {"prompt": "hi", "chosen": "hi you", "rejected": "no"}
     assert parts(parsed(row)) == row
+    assert parsed(row).prompt_repeats == 1
 
 
-@pytest.mark.parametrize(("prompt", "repeated"), [("Hi", False), ("Hi ", True), ("Hi\n", True)])
-def test_prompt_ends_with_a_word(prompt: str, repeated: bool) -> None:
+@pytest.mark.parametrize(("prompt", "repeats"), [("Hi", 0), ("Hi ", 2), ("Hi\n", 2)])
+def test_prompt_ends_with_a_word(prompt: str, repeats: int) -> None:
     """ "Hi" is no prompt of "Hinduism"."""
     row = {"prompt": prompt, "chosen": f"{prompt}nduism", "rejected": f"{prompt}story"}
-    assert parsed(row).repeated_prompt is repeated
+    assert parsed(row).prompt_repeats == repeats
+
+
+@pytest.mark.parametrize("empty", [{"prompt": None}, {}])
+def test_null_prompt_is_none(empty: dict[str, Any]) -> None:
+    """As some rows of a mixed file have it: their messages hold the prompt."""
+    row = {
+        "chosen": CONVERSATION["prompt"] + CONVERSATION["chosen"],
+        "rejected": CONVERSATION["prompt"] + CONVERSATION["rejected"],
+    }
+    assert parts(parsed({**row, **empty})) == CONVERSATION
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("system", "be brief"),
+        ("history", [["hi", "hello"]]),
+        ("images", [{"bytes": "x"}]),
+        ("input", "a table"),
+    ],
+)
+def test_what_belongs_to_the_prompt_is_not_left_out(name: str, value: Any) -> None:
+    row = {**CONVERSATION, name: value}
+    with pytest.raises(BadRowError, match=f"column '{name}' is not read: .*data.ignore_columns"):
+        parsed(row)
+    assert parts(parsed(row, ignore_columns=(name,))) == CONVERSATION
+    for empty in (None, "", []):
+        assert parts(parsed({**row, name: empty})) == CONVERSATION
+
+
+def test_mapped_columns_are_read() -> None:
+    row = {"input": "p", "chosen": " a", "rejected": " b", "context": "web"}
+    pair = parsed(row, prompt_column="input", group_column="context")
+    assert parts(pair) == TEXTS
+
+
+def test_tools_that_are_names_can_be_left_out() -> None:
+    row = {**CONVERSATION, "tools": "calculator, search"}
+    with pytest.raises(BadRowError, match=r"tools is not JSON: data\.ignore_columns leaves"):
+        parsed(row)
+    assert parsed(row, ignore_columns="tools").tools is None
+    assert parsed({**row, "tools": " "}).tools is None
 
 
 def test_messages_that_share_their_first_turn() -> None:

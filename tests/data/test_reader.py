@@ -28,7 +28,7 @@ def test_reads_a_pair(tokenizer: Any) -> None:
     assert pair["split"] in ("train", "validation", "test")
     assert pair["score"] == 1.5
     assert pair["chosen_ids"][-1] == tokenizer.eos_token_id
-    assert (pair["num_cut"], pair["repeated_prompt"]) == (0, False)
+    assert (pair["num_cut"], pair["prompt_repeats"]) == (0, 0)
 
 
 def test_messages_are_stored_as_json(tokenizer: Any) -> None:

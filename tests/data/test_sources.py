@@ -1,6 +1,7 @@
 """Files of pairs: what is read, and what is refused by name."""
 
 import datetime
+import gzip
 from pathlib import Path
 
 import pyarrow as pa
@@ -63,7 +64,7 @@ def test_endless_line_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_json_lines_without_a_row(tmp_path: Path) -> None:
-    assert open_source(str(write_jsonl(tmp_path / "a.jsonl", ["[1]"]))).columns() is None
+    assert open_source(str(write_jsonl(tmp_path / "a.jsonl", ["1", "x"]))).columns() is None
 
 
 def test_parquet(tmp_path: Path) -> None:
@@ -113,6 +114,23 @@ def test_refuses_what_is_no_source(name: str, message: str, tmp_path: Path) -> N
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(UserError, match=message):
         open_source(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'[{"a": 1}]', "is a JSON array, not JSON Lines"),
+        (b'\xef\xbb\xbf\n  [\n{"a": 1}]', "is a JSON array, not JSON Lines"),
+        (gzip.compress(b'{"a": 1}\n'), "compressed with gzip"),
+        (b"\x28\xb5\x2f\xfd\x00", "compressed with zstd"),
+        ('{"a": 1}\n'.encode("utf-16"), "UTF-16 text"),
+        (b"PAR1", "is a Parquet file: name it .parquet"),
+    ],
+)
+def test_refuses_other_files_named_jsonl(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        open_source(str(tmp_path / "a.jsonl")).columns()
 
 
 def test_refuses_what_is_no_parquet(tmp_path: Path) -> None:

@@ -139,6 +139,7 @@ def test_description_has_few_lines() -> None:
         "pairs": {"train": 1, "validation": 1, "test": 1},
         "cut_responses": {"train": 0, "validation": 0, "test": 0},
         "repeated_prompts": 0,
+        "quoted_prompts": 0,
         "rejects": {f"reason {i}": 20 - i for i in range(15)},
     }
     lines = list(pairs.describe(results))
