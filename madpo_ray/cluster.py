@@ -79,6 +79,8 @@ def _start_or_connect(cluster: ClusterConfig, *, dashboard: bool) -> None:
         return
 
     _check_local(cluster)
+    # Workers without a GPU of their own see none: PyTorch and DeepSpeed would take the first.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
     # Parquet footers are read by up to 32 one-CPU actors, which would starve a small machine.
     os.environ.setdefault("RAY_DATA_PARQUET_FOOTER_NUM_ACTORS", "1")
     # "local": never a cluster that happens to run on this machine; its address has to be given.
