@@ -3,7 +3,7 @@
 Each measurement is a process of its own, ours and TRL's in turn, so that a peak of memory is that
 of one side and noise affects both. Same random Llama, pairs, threads, dtype and pairs per step;
 gradient checkpointing off; TRL with `precompute_ref_log_probs` and its own defaults otherwise.
-Needs `pip install -c cluster/constraints.txt -e '.[benchmark]'`.
+Needs TRL, which `make setup` installs.
 """
 
 import argparse

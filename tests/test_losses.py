@@ -301,3 +301,53 @@ def test_beta_dpo_has_a_floor() -> None:
         generator=torch.Generator(),
     )
     assert beta.item() == pytest.approx(1e-3)
+
+
+MATRIX = torch.zeros(2, 2)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: madpo_weight(MATRIX, **PAPER),
+        lambda: ipo_loss(MATRIX, beta=0.1),
+        lambda: beta_dpo_batch(MATRIX, statistics(0.0, 0.0), generator=generator(), **BETA_DPO),
+    ],
+)
+def test_refuses_matrices(call: Callable[[], object]) -> None:
+    with pytest.raises(ValueError, match="one length"):
+        call()
+
+
+BETA_DPO = {"beta": 0.1, "a": 0.6, "mode_weight": 0.5}
+
+
+def statistics(mean: float, std: float) -> BetaStatistics:
+    return BetaStatistics(torch.tensor(mean), torch.tensor(std))
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def test_beta_statistics_carry_no_gradient() -> None:
+    updated = statistics(0.0, 0.0).updated(torch.tensor([1.0, 2.0, 4.0]).requires_grad_())
+    assert not updated.mean.requires_grad
+    assert not updated.std.requires_grad
+
+
+def test_beta_dpo_of_one_pair_keeps_it() -> None:
+    """Also where statistics could draw. In the gaps' own precision."""
+    gaps = f64(5.0)
+    beta, kept = beta_dpo_batch(gaps, statistics(0.0, 1.0), generator=generator(), **BETA_DPO)
+    assert beta.item() == 0.1
+    assert kept.tolist() == [True]
+
+
+def test_beta_dpo_keeps_what_is_near_the_mean() -> None:
+    """Not what is near its negative."""
+    gaps = torch.tensor([0.0, 3.0])
+    for seed in range(20):
+        draw = torch.Generator().manual_seed(seed)
+        _, kept = beta_dpo_batch(gaps, statistics(3.0, 0.5), generator=draw, **BETA_DPO)
+        assert kept.tolist() == [False, True]

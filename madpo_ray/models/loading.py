@@ -276,10 +276,10 @@ def check_trainable(
             "score"
         )
     if settings.use_peft:
-        _check_lora(skeleton, settings)
+        _check_lora(skeleton, settings, task_type)
 
 
-def _check_lora(skeleton: Any, settings: TrainingConfig) -> None:
+def _check_lora(skeleton: Any, settings: TrainingConfig, task_type: TaskType) -> None:
     names = {name.rsplit(".", 1)[-1] for name, _ in skeleton.named_modules() if name}
     for target in settings.lora_target_modules:
         if target != "all-linear" and target.rsplit(".", 1)[-1] not in names:
@@ -293,3 +293,8 @@ def _check_lora(skeleton: Any, settings: TrainingConfig) -> None:
         raise UserError(
             f"lora_layers_to_transform: the model has layers 0 to {num_layers - 1}, not {beyond}"
         )
+    try:
+        with torch.device("meta"):
+            _with_lora(skeleton, settings, task_type)
+    except ValueError as error:  # such as a target that is no linear layer
+        raise UserError(f"lora_target_modules: {error}") from None

@@ -30,13 +30,16 @@ def check_model(model: ModelConfig) -> None:
     """
     path = Path(model.model_name_or_path)
     template = model.chat_template_path
-    if template is not None and not Path(template).is_file():
-        raise UserError(f"model.chat_template_path: {template} does not exist")
+    if template is not None:
+        _read_template(Path(template))
 
     # The weights.
     if path.suffix == ".gguf":
         if not path.is_file():
             raise UserError(f"model.model_name_or_path: {path} does not exist")
+        with path.open("rb") as stream:
+            if stream.read(4) != b"GGUF":
+                raise UserError(f"model.model_name_or_path: {path} is not a GGUF file")
         _check_package("gguf", f"{path.name} needs the package gguf: pip install gguf")
     elif path.is_absolute():
         _check_folder(path)
@@ -80,10 +83,19 @@ def _check_folder(path: Path) -> None:
         raise UserError(f"{where} has no tokenizer: save it into the same folder")
 
 
+def _read_template(path: Path) -> str:
+    """Raises UserError if the chat template is missing or not a text."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"model.chat_template_path: {path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"model.chat_template_path: {path} cannot be read: {error}") from None
+
+
 def check_lengths(folder: Path, max_length: int) -> None:
     """Raises UserError if a model cannot read `max_length` tokens, or not always alike."""
-    architecture = _read_json(folder / "config.json")
-    architecture = architecture.get("text_config") or architecture
+    architecture = _text_config(folder)
     positions = architecture.get("max_position_embeddings") or architecture.get("n_positions")
     if positions is not None and max_length > positions:
         raise UserError(
@@ -108,9 +120,7 @@ def check_lengths(folder: Path, max_length: int) -> None:
 
 def check_vocabulary(folder: Path, token_ids: Mapping[str, int]) -> None:
     """Raises UserError if the tokenizer has a token that the model has no embedding for."""
-    architecture = _read_json(folder / "config.json")
-    architecture = architecture.get("text_config") or architecture
-    size = architecture.get("vocab_size")
+    size = _text_config(folder).get("vocab_size")
     beyond = [token for token, number in token_ids.items() if size and number >= size]
     if beyond:
         raise UserError(
@@ -118,6 +128,13 @@ def check_vocabulary(folder: Path, token_ids: Mapping[str, int]) -> None:
             f"{size} embeddings ({len(beyond)} such tokens): resize the model's embeddings, or "
             "use the tokenizer that it was trained with"
         )
+
+
+def _text_config(folder: Path) -> dict[str, Any]:
+    """What config.json says of the language model, also of a model that reads images as well."""
+    config = _read_json(folder / "config.json")
+    text: dict[str, Any] = config.get("text_config") or config
+    return text
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -207,7 +224,8 @@ def _convert(source: Path, model: ModelConfig, folder: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(parent, **options)
     if model.chat_template_path is not None:
-        tokenizer.chat_template = Path(model.chat_template_path).read_text()
+        tokenizer.chat_template = _read_template(Path(model.chat_template_path))
+        _check_template(tokenizer, model.chat_template_path)
 
     if is_gguf:
         logger.info("converting %s to float weights", source.name)
@@ -215,6 +233,18 @@ def _convert(source: Path, model: ModelConfig, folder: Path) -> None:
     else:
         _link_weights(source, folder)
     tokenizer.save_pretrained(folder)
+
+
+def _check_template(tokenizer: Any, path: str) -> None:
+    """Raises UserError if the chat template is not Jinja."""
+    from jinja2 import TemplateSyntaxError
+
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+    except TemplateSyntaxError as error:
+        raise UserError(f"model.chat_template_path: {path}, line {error.lineno}: {error}") from None
+    except Exception:  # a template is a program of the model's; this one needs other messages
+        return
 
 
 def _convert_gguf(parent: Path, options: dict[str, Any], folder: Path) -> None:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import torch
 
 from madpo_ray.data.batching import collate
 from madpo_ray.data.order import StepPlace
@@ -77,3 +78,12 @@ def test_keeps_its_place() -> None:
     place = StepPlace(step=3, pairs_in_step=8, response_tokens_in_step=40, is_last=False)
     batch = collate([pair([1], [2], [3])], shared_prefix=True, place=place)
     assert batch.place == place
+
+
+def test_moves_every_tensor() -> None:
+    pairs = [pair([1], [2], [3], margin=0.5, pair_id="a")]
+    moved = collate(pairs, shared_prefix=True, column_names=["margin"]).to(torch.device("meta"))
+    tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
+    assert len(tensors) == 9
+    assert all(tensor.is_meta for tensor in [*tensors, moved.columns["margin"]])
+    assert moved.pair_ids == ("a",)

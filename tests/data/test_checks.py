@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from madpo_ray.config import DataConfig
@@ -81,3 +83,36 @@ def test_finds_messages(tmp_path: Path) -> None:
     mapped = {"question": "p", "a": conversation["chosen"], "b": conversation["rejected"]}
     columns = {"prompt_column": "question", "chosen_column": "a", "rejected_column": "b"}
     assert holds_messages(data(tmp_path, "{", mapped, **columns))
+
+
+LIKELY = ["question", "instruction", "query", "input", "context", "problem", "user"]
+
+
+@pytest.mark.parametrize("name", LIKELY)
+def test_names_what_others_call_the_prompt(name: str, tmp_path: Path) -> None:
+    row = {name: "q", "chosen": "The first", "rejected": "The second"}
+    with pytest.raises(UserError, match=f"no column 'prompt'; did you mean '{name}'"):
+        check_files(data(tmp_path, row))
+
+
+def test_names_a_misspelt_prompt(tmp_path: Path) -> None:
+    row = {"promt": "q", "chosen": "a", "rejected": "b"}
+    with pytest.raises(UserError, match=r"'prompt'; did you mean 'promt'\?\. Set data"):
+        check_files(data(tmp_path, row))
+
+
+def test_files_without_a_row_pass(tmp_path: Path) -> None:
+    """What they lack shows when they have rows."""
+    check_files(data(tmp_path, "1"))
+    empty = pa.array([], pa.string())
+    pq.write_table(pa.table({"chosen": empty, "rejected": empty}), tmp_path / "e.parquet")
+    with pytest.raises(UserError, match="no column 'prompt'"):
+        check_files(DataConfig(files=(str(tmp_path / "e.parquet"),)))
+
+
+def test_asked_for_implicit_prompts_pass(tmp_path: Path) -> None:
+    check_files(data(tmp_path, {"chosen": "same", "rejected": "same"}, implicit_prompt=True))
+
+
+def test_no_good_row_holds_no_messages(tmp_path: Path) -> None:
+    assert holds_messages(data(tmp_path, "{")) is False

@@ -281,3 +281,47 @@ def test_kind_of_a_reason_has_no_values() -> None:
         parsed({**TEXTS, "chosen": 3})
     assert str(error.value) == "chosen is neither text nor a list of messages: int"
     assert error.value.kind == "chosen is neither text nor a list of messages"
+
+
+@pytest.mark.parametrize("role", ["system", "developer", "user"])
+def test_responses_are_the_assistants(role: str) -> None:
+    row = {**CONVERSATION, "chosen": [{"role": role, "content": "a"}]}
+    with pytest.raises(BadRowError, match=f"chosen begins with a message of another role: {role}"):
+        parsed(row)
+
+
+@pytest.mark.parametrize(
+    "role", ["system", "developer", "user", "assistant", "tool", "function", "ipython"]
+)
+def test_roles_of_chat_templates(role: str) -> None:
+    prompt = [{"role": role, "content": "p"}]
+    assert parsed({**CONVERSATION, "prompt": prompt}).prompt == prompt
+
+
+RESERVED = ["add_generation_prompt", "chat_template", "continue_final_message", "conversation"]
+
+
+@pytest.mark.parametrize("name", [*RESERVED, "messages", "tokenize", "tools"])
+def test_rows_set_no_reserved_argument(name: str) -> None:
+    row = {**CONVERSATION, "chat_template_kwargs": {name: 1}}
+    with pytest.raises(BadRowError, match=f"a reserved argument: {name}"):
+        parsed(row)
+
+
+def test_empty_tools_are_none() -> None:
+    row = {**CONVERSATION, "tools": [], "chat_template_kwargs": {}}
+    assert parsed(row) == parsed(CONVERSATION)
+
+
+@pytest.mark.parametrize(
+    ("parts_of_content", "reason"),
+    [
+        ([{"type": "text", "text": 1}], "a part that is not text: text"),
+        ([{"type": "image", "text": "a"}], "a part that is not text: image"),
+        ([{"type": "text", "text": " "}, {"type": "text", "text": " "}], "chosen is empty"),
+    ],
+)
+def test_parts_of_content(parts_of_content: list[Any], reason: str) -> None:
+    row = {**CONVERSATION, "chosen": [{"role": "assistant", "content": parts_of_content}]}
+    with pytest.raises(BadRowError, match=reason):
+        parsed(row)

@@ -160,3 +160,21 @@ def test_separate_rows_count_the_prompt_twice(policy_job: MakeJob) -> None:
     assert shared.tokens_read.tolist() == [p + c + r for p, c, r in sizes]
     assert separate.tokens_read.tolist() == [2 * (p + max(c, r)) for p, c, r in sizes]
     assert [separate.micro_batch(i) for i in range(4)] == [shared.micro_batch(i) for i in range(4)]
+
+
+def test_budget_by_hand() -> None:
+    """Two pairs of five tokens fill ten."""
+    steps = order_epoch(
+        np.full(6, 5),
+        seed=0,
+        epoch=None,
+        global_batch_size=6,
+        micro_batch_size=1,
+        max_tokens=10,
+    )
+    assert [[len(members) for members in step] for step in steps] == [[2, 2, 2]]
+
+
+def test_place_of_a_pair_on_its_own() -> None:
+    expected = {"step": 0, "pairs_in_step": 1, "response_tokens_in_step": 1, "is_last": True}
+    assert dataclasses.asdict(StepPlace()) == expected

@@ -170,3 +170,24 @@ def test_any_row_is_a_pair_or_a_reject(tokenizer: Any) -> None:
             for text in texts_of(result[name]):
                 assert text in source or json.dumps(text)[1:-1] in source
     assert accepted > 1000
+
+
+def test_tables_are_of_a_thousand_rows(tokenizer: Any, tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", make_rows(2100))
+    sizes = [table.num_rows for table in reader(tokenizer).tables(str(file), 0)]
+    assert sizes == [1024, 1024, 52]
+
+
+@pytest.mark.parametrize("value", ["", None, float("nan")])
+def test_pairs_without_a_group_are_rejects(value: Any, tokenizer: Any) -> None:
+    """They would all be one group."""
+    read = reader(tokenizer, group_column="source").read({**ROW, "source": value})
+    assert read["reason"] == "source is missing"
+
+
+def test_group_is_text_or_number(tokenizer: Any) -> None:
+    group = reader(tokenizer, group_column="source")
+    assert group.read({**ROW, "source": 7})["group"] == "7"
+    assert group.read({**ROW, "source": [7]})["reason"] == (
+        "source is neither text nor a number: list"
+    )

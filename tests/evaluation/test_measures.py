@@ -89,3 +89,31 @@ def test_policy_equal_to_reference_has_no_divergence() -> None:
     samples = pa.table({"policy_logps": [-1.0, -2.0], "ref_logps": [-1.0, -2.0]})
     found = divergence(samples, "policy_logps", "ref_logps")
     assert (found["kl"], found["kl_standard_error"]) == (0.0, 0.0)
+
+
+def test_implicit_reward_is_a_difference() -> None:
+    """Both rank the pair right, and the policy has come nearer to the rejected response."""
+    table = pa.table(
+        {
+            "ref_chosen_logps": [-1.0],
+            "ref_rejected_logps": [-3.0],
+            "policy_chosen_logps": [-1.0],
+            "policy_rejected_logps": [-2.0],
+        }
+    )
+    metrics = preference_metrics(table)
+    accuracies = {name: metrics[name]["accuracy"] for name in ("reference", "policy", "implicit")}
+    assert accuracies == {"reference": 1.0, "policy": 1.0, "implicit": 0.0}
+
+
+def test_two_scored_pairs_have_a_correlation() -> None:
+    table = TABLE.set_column(5, "chosen_score", pa.array([math.nan, math.nan, 1.0, 0.0]))
+    found = preference_metrics(table, ("chosen_score", "rejected_score"))["reward_model"]
+    assert found["rank_correlation"] == pytest.approx(1.0)
+
+
+def test_constant_margins_have_no_correlation() -> None:
+    table = TABLE.set_column(4, "margin", pa.array([1.0] * 4))
+    found = preference_metrics(table, ("chosen_score", "rejected_score"))["reward_model"]
+    assert found["rank_correlation"] is None
+    assert found["reason"] == "all pairs have the same value"

@@ -36,6 +36,8 @@ from support.models import make_model, make_reward_model, tiny_config
             {"lora_target_modules": ["q_proj"], "lora_layers_to_transform": [1, 2]},
             "lora_layers_to_transform: the model has layers 0 to 1, not [2]",
         ),
+        ({"lora_target_modules": ["norm"]}, "lora_target_modules: Target module LlamaRMSNorm"),
+        ({"lora_target_modules": ["layers"]}, "lora_target_modules: Target module"),
     ],
 )
 def test_refuses_lora_without_its_modules(

@@ -158,3 +158,37 @@ def test_vocabulary_fits_the_tokenizer(model_folder: Path, tmp_path: Path) -> No
     message = "token 'c' has id 10, and the model has 10 embeddings (2 such tokens)"
     with pytest.raises(UserError, match=re.escape(message)):
         check_vocabulary(tmp_path / "m", {"a": 0, "c": 10, "d": 11})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{% for", "template.jinja, line 1: "),
+        (b"a\n{{ messages[ }}", "template.jinja, line 2: "),
+        ("\u00e4".encode("latin-1"), "template.jinja cannot be read"),
+    ],
+)
+def test_broken_chat_template_is_named(
+    content: bytes, message: str, raw_config: dict[str, Any], tmp_path: Path
+) -> None:
+    template = tmp_path / "template.jinja"
+    template.write_bytes(content)
+    raw_config["model"]["chat_template_path"] = str(template)
+    config = parse_config(raw_config)
+    with pytest.raises(UserError, match=message):
+        base_model(config.model, config.run)
+
+
+def test_template_may_refuse_the_example(raw_config: dict[str, Any], tmp_path: Path) -> None:
+    """Only its syntax is checked: it may want a system message."""
+    template = tmp_path / "template.jinja"
+    template.write_text("{{ raise_exception('system first') }}")
+    raw_config["model"]["chat_template_path"] = str(template)
+    config = parse_config(raw_config)
+    assert (base_model(config.model, config.run) / "chat_template.jinja").exists()
+
+
+def test_what_is_no_gguf_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"<html>")
+    with pytest.raises(UserError, match=r"model\.gguf is not a GGUF file"):
+        check_model(ModelConfig(model_name_or_path=str(tmp_path / "model.gguf")))

@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 from scipy.special import expit
 from scipy.stats import binomtest
+from sklearn.calibration import calibration_curve
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import brier_score_loss
 
 from madpo_ray.scoring.calibration import (
     FOLDS,
@@ -54,6 +57,58 @@ def test_calibrated_margins_have_no_error() -> None:
 
 def test_perfect_model_has_no_error() -> None:
     assert expected_calibration_error(np.full(100, 40.0)) == pytest.approx(0, abs=1e-9)
+    assert expected_calibration_error(np.array([40.0, -40.0])) == pytest.approx(0.5)
+
+
+def test_ece_has_ten_bins_above_one_half() -> None:
+    """Confidences 0.52 (right) and 0.58 (wrong) are in two bins: their errors do not cancel."""
+    margins = np.array([math.log(0.52 / 0.48), -math.log(0.58 / 0.42)])
+    assert expected_calibration_error(margins) == pytest.approx((0.48 + 0.58) / 2)
+
+
+def test_temperature_is_that_of_a_logistic_regression() -> None:
+    """scikit-learn's, without intercept and penalty: its coefficient is 1 / T.
+
+    Each pair is shown in both orders: a regression needs both outcomes.
+    """
+    margins = calibrated_margins(500, 2.5)
+    regression = LogisticRegression(fit_intercept=False, C=np.inf, tol=1e-10, max_iter=1000)
+    outcomes = np.repeat([1, 0], len(margins))
+    regression.fit(np.concatenate([margins, -margins])[:, None], outcomes)
+    assert fit_temperature(margins) == pytest.approx(1 / regression.coef_[0, 0], rel=1e-3)
+
+
+def test_errors_are_scikit_learns() -> None:
+    """Brier's over pairs shown in random order; the bins are those of its calibration curve."""
+    margins = calibrated_margins(500, 2.0)
+    is_first = np.random.default_rng(1).random(500) < 0.5
+    probability = expit(np.where(is_first, margins, -margins))
+    assert brier_score(margins) == pytest.approx(brier_score_loss(is_first, probability))
+
+    confidence = expit(np.abs(margins))
+    edges = np.linspace(0.5, 1, 11)
+    counts = np.histogram(confidence, edges)[0]
+    share, mean = calibration_curve(margins > 0, 2 * confidence - 1, n_bins=10)
+    gaps = np.abs((mean + 1) / 2 - share) * counts[counts > 0]
+    assert expected_calibration_error(margins) == pytest.approx(gaps.sum() / 500)
+
+
+@pytest.mark.parametrize(
+    "margins",
+    [
+        [],
+        [3.0, -1.0],  # as many right as wrong
+        [30.0, -1.0, -1.0],  # more wrong than right, however large the right one is
+        [1.0, 1.0, -10.0],  # an optimum beyond the largest temperature
+        list(calibrated_margins(1000, 1e-6)),  # and below the smallest
+    ],
+)
+def test_no_temperature_fits(margins: list[float]) -> None:
+    assert fit_temperature(np.array(margins)) is None
+
+
+def test_smallest_temperatures_fit() -> None:
+    assert fit_temperature(calibrated_margins(20_000, 1.5e-3)) == pytest.approx(1.5e-3, rel=0.05)
 
 
 def test_errors_after_are_out_of_fold() -> None:
@@ -69,6 +124,7 @@ def test_errors_after_are_out_of_fold() -> None:
     assert report["ece_after"] == pytest.approx(expected_calibration_error(scaled))
     assert report["brier_after"] == pytest.approx(brier_score(scaled))
     assert report["brier_before"] == pytest.approx(brier_score(margins))
+    assert report["ece_before"] == pytest.approx(expected_calibration_error(margins))
     assert report["temperature"] == fit_temperature(margins)
     assert report["validation_pairs"] == 400
 
@@ -91,6 +147,21 @@ def test_chance_and_certainty_have_no_temperature(margins: np.ndarray, cause: st
     report = calibration_report(margins)
     assert report["temperature"] is None
     assert cause in report["reason"]
+
+
+def test_no_temperature_in_a_fold_is_none_at_all() -> None:
+    """The single wrong pair is in one fold; without it all margins are positive."""
+    margins = np.array([-1.0] + [2.0] * 9)
+    assert fit_temperature(margins) is not None
+    report = calibration_report(margins)
+    assert (report["temperature"], "ece_after" in report) == (None, False)
+    assert "too close to chance" in report["reason"]
+
+
+def test_float32_margins_are_measured_in_float64() -> None:
+    margins = calibrated_margins(400, 4.0).astype(np.float32)
+    expected = brier_score(margins.astype(np.float64))
+    assert calibration_report(margins)["brier_before"] == expected
 
 
 def test_interval_by_hand() -> None:

@@ -76,3 +76,50 @@ def test_state_is_restored() -> None:
     other.load_state_dict(one.state_dict())
     again = one(outputs, batch, training=True)
     torch.testing.assert_close(other(outputs, batch, training=True).loss, again.loss)
+
+
+def test_paper_variant_subtracts_the_running_mean() -> None:
+    """In the second step, when it is not 0 any more."""
+    outputs, batch, logratio = synthetic()
+    beta_dpo = objective(beta_dpo_variant="madpo_paper")
+    beta_dpo(outputs, batch, training=True)
+    beta_dpo.end_step()
+    mean = statistics(beta_dpo)[0]
+    terms = beta_dpo(outputs, batch, training=True)
+    beta = 0.1 * (1 + 0.6 * (0.1 * logratio.mean() - mean))
+    torch.testing.assert_close(terms.metrics["beta/effective"].values[0], beta)
+
+
+def test_one_kept_pair_is_the_mean() -> None:
+    outputs, batch, logratio = synthetic()
+    terms = objective(beta_dpo_mode_weight=0.7)(outputs, batch, training=True)
+    kept = terms.loss > 0
+    assert int(kept.sum()) == 1
+    beta = terms.metrics["beta/effective"].values[0]
+    expected = torch.log1p(torch.exp(-beta * logratio[kept])).mean()
+    torch.testing.assert_close(terms.loss.mean(), expected)
+
+
+def test_restoring_forgets_the_gaps_of_a_skipped_step() -> None:
+    outputs, batch, _ = synthetic()
+    half = {**outputs, "logps": outputs["logps"] / 2}
+    one = objective(beta_dpo_variant="madpo_paper")
+    before = one.state_dict()
+    one(outputs, batch, training=True)
+    one.load_state_dict(before)
+    other = objective(beta_dpo_variant="madpo_paper")
+    for each in (one, other):
+        each(half, batch, training=True)
+        each.end_step()
+    torch.testing.assert_close(statistics(one), statistics(other))
+
+
+def test_draws_are_restored() -> None:
+    """Twenty of them: a single one could be equal by chance."""
+    outputs, batch, _ = synthetic()
+    one, other = objective(), objective()
+    one(outputs, batch, training=True)
+    other.load_state_dict(one.state_dict())
+    for _ in range(20):
+        losses = [each(outputs, batch, training=True).loss for each in (one, other)]
+        torch.testing.assert_close(*losses)

@@ -1,5 +1,6 @@
 """Metrics: reductions by name and by hand, and the log that a resumed run continues."""
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from madpo_ray.training.metrics import (
     Meter,
     Metric,
     MetricsLog,
+    Reduction,
     last_with,
     means,
     read_metrics,
@@ -86,3 +88,45 @@ def test_last_line_with_a_metric() -> None:
     lines = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 3}]
     assert last_with(lines, "loss") == {"step": 2, "loss": 2.0}
     assert last_with(lines, "accuracy") is None
+
+
+@pytest.mark.parametrize(("reduction", "expected"), [("min", -5.0), ("max", 3.0)])
+def test_extremes_over_several_batches(reduction: Reduction, expected: float) -> None:
+    meter = Meter()
+    for value in (1.0, -5.0, 3.0):
+        meter.add({"x": Metric(values(value), reduction)}, torch.ones(1))
+    assert meter.reduce() == {"pairs": 3.0, "x": expected}
+
+
+def test_one_pair_is_a_mean() -> None:
+    meter = Meter()
+    meter.add(means({"x": values(3)}), torch.ones(1))
+    assert meter.reduce() == {"pairs": 1.0, "x": 3.0}
+
+
+def test_fillers_have_no_share() -> None:
+    meter = Meter()
+    meter.add({"w": Metric(values(1, 0.5), "effective_share")}, torch.ones(2))
+    meter.add({"w": Metric(values(99), "effective_share")}, torch.zeros(1))
+    assert meter.reduce()["w"] == pytest.approx(1.5**2 / (2 * 1.25))
+
+
+def test_tensorboard_shows_what_the_log_holds(tmp_path: Path) -> None:
+    """Also after a resume: what came after its step is gone."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = tmp_path / "a" / "run"  # made with its parents
+    log = MetricsLog(folder, 0)
+    for step in (1, 2, 3):
+        log.write(step, {"loss": float(step)})
+    log.close()
+    threads = threading.active_count()
+    log = MetricsLog(folder, 2)
+    log.write(3, {"loss": 30.0})
+    log.close()
+    assert threading.active_count() == threads
+
+    shown = EventAccumulator(str(folder / "tensorboard"))
+    shown.Reload()
+    points = [(event.step, event.value) for event in shown.Scalars("loss")]
+    assert points == [(1, 1.0), (2, 2.0), (3, 30.0)]

@@ -80,3 +80,27 @@ def test_nothing_is_best_without_a_metric() -> None:
     progress = judged([1.0, 2.0, 3.0], PolicyConfig(), "eval_loss")
     assert (progress.best_step, progress.best_metric) == (0, None)
     assert not progress.ran_out_of_patience(PolicyConfig())
+
+
+def test_progress_starts_at_nothing_and_is_restored() -> None:
+    start = {"step": 0, "num_tokens": 0, "skipped": 0, "best_metric": None, "best_step": 0}
+    assert Progress().state_dict() == {**start, "evaluations_since_best": 0}
+    progress = Progress(step=3, num_tokens=7, best_metric=0.5, best_step=2)
+    assert Progress(**progress.state_dict()) == progress
+
+
+def test_the_end_does_everything() -> None:
+    """Although no interval is set."""
+    everything = Due(log=True, evaluate=True, save=True, is_last=True)
+    assert due(20, save_steps=None, eval_steps=None, logging_steps=100) == everything
+
+
+def test_the_best_is_saved_after_evaluations_only() -> None:
+    nothing = Due(log=False, evaluate=False, save=False, is_last=False)
+    assert due(1, metric_for_best_model="loss") == nothing
+
+
+@pytest.mark.parametrize("value", [0.5, math.inf])
+def test_of_equals_and_infinities_the_first_is_best(value: float) -> None:
+    accuracy = BEST.model_copy(update={"metric_for_best_model": "rewards/accuracies"})
+    assert judged([0.5, value], accuracy, "eval_rewards/accuracies").best_step == 1
