@@ -49,7 +49,7 @@ def _check_first_rows(file: str, available: Sequence[str], data: DataConfig) -> 
 
     likely = [name for name in LIKELY_PROMPTS if name in available]
     hint = f"; did you mean {likely[0]!r}?" if likely else ""
-    hint = hint or did_you_mean(data.prompt_column, available) + "."
+    hint = hint or did_you_mean(data.prompt_column, available) or "."
     raise UserError(
         f"data.files: {file} has no column {data.prompt_column!r}{hint} Set data.prompt_column; or "
         "data.implicit_prompt: true, if the common beginning of both responses is the prompt"

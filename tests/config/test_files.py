@@ -1,9 +1,11 @@
 """Reading a config: YAML, --set, paths, and errors that name the key and the fix."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from madpo_ray.config import (
     Config,
@@ -13,6 +15,7 @@ from madpo_ray.config import (
     save_config,
     with_changes,
 )
+from madpo_ray.config.files import dump_config
 from madpo_ray.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -190,3 +193,37 @@ def test_changes_are_checked() -> None:
         with_changes(PolicyConfig(), "train", {"c_min": 1.0})
     with pytest.raises(UserError, match=r"unknown key train\.bta; did you mean 'beta'"):
         with_changes(PolicyConfig(), "train", {"bta": 1.0})
+
+
+def test_saved_sections_keep_their_order(config: Config) -> None:
+    assert list(yaml.safe_load(dump_config(config))) == list(Config.model_fields)
+
+
+def test_merged_keys_without_own_ones(tmp_path: Path) -> None:
+    text = MINIMAL + "reward: &b {lora_r: 8}\ntrain: {<<: *b}\n"
+    assert load_config(written(tmp_path, text)).train.lora_r == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "is_path"),
+    [
+        ("org/name", False),
+        ("name", False),
+        ("a/b/c", True),
+        ("model.gguf", True),
+        ("./name", True),
+        ("../name", True),
+        ("/a", True),
+    ],
+)
+def test_paths_and_hub_names(name: str, is_path: bool, raw_config: dict[str, Any]) -> None:
+    raw_config["model"]["model_name_or_path"] = name
+    found = parse_config(raw_config).model.model_name_or_path
+    assert found == (os.path.abspath(name) if is_path else name)
+
+
+@pytest.mark.parametrize("name", ["/$NOT_SET", "$NOT_SET", "~/$NOT_SET"])
+def test_variables_in_models_are_expanded(name: str, raw_config: dict[str, Any]) -> None:
+    raw_config["model"]["model_name_or_path"] = name
+    with pytest.raises(UserError, match="NOT_SET is not set"):
+        parse_config(raw_config)

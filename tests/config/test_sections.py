@@ -1,12 +1,30 @@
 """The sections: strict, frozen, with bounds, and checks across them."""
 
+import json
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import torch
 
-from madpo_ray.config import SEARCH_SPACES, Config, LossType, PolicyConfig, parse_config
+from madpo_ray.config import (
+    SEARCH_SPACES,
+    ClusterConfig,
+    Config,
+    LossType,
+    PolicyConfig,
+    RewardConfig,
+    SFTConfig,
+    parse_config,
+)
+from madpo_ray.config.inputs import RunConfig
+from madpo_ray.data.batching import collate
 from madpo_ray.errors import UserError
+from madpo_ray.training.objectives import PolicyObjective, RewardObjective, SFTObjective
 from support.pairs import Edit
+from support.synthetic import synthetic
+
+CHOSEN = ("chosen_ids",)
 
 
 def set_in(section: str, key: str, value: Any) -> Edit:
@@ -140,3 +158,93 @@ def test_search_space_follows_the_loss(loss_type: LossType, raw_config: dict[str
     assert ("c_min" in space) is (loss_type == "madpo")
     raw_config["tune"] = {"search_space": {"beta": {"min": 0.1, "max": 0.2}}}
     assert list(parse_config(raw_config).search_space) == ["beta"]
+
+
+def without_texts(node: Any) -> Any:
+    if isinstance(node, dict):
+        dropped = {"description", "title", "properties", "additionalProperties"}
+        return {key: without_texts(value) for key, value in node.items() if key not in dropped}
+    return [without_texts(value) for value in node] if isinstance(node, list) else node
+
+
+def test_keys_defaults_and_bounds() -> None:
+    """They are the interface: whoever changes one changes keys.json, and says so in CHANGELOG."""
+    sections = Config.model_json_schema()["$defs"]
+    found = {
+        name: {key: without_texts(value) for key, value in section["properties"].items()}
+        for name, section in sections.items()
+        if "properties" in section
+    }
+    assert found == json.loads((Path(__file__).parent / "keys.json").read_text())
+
+
+@pytest.mark.parametrize("loss_type", get_args(LossType))
+def test_search_spaces_are_valid_at_their_ends(loss_type: LossType) -> None:
+    for key, space in SEARCH_SPACES[loss_type].items():
+        for value in (space.min, space.max):
+            PolicyConfig(loss_type=loss_type, **{key: value})
+
+
+def test_metrics_that_a_config_may_name_are_measured() -> None:
+    outputs, batch, _ = synthetic()
+    rewards = {"rewards": outputs["logps"]}
+    single = collate(
+        [{"prompt_ids": [1], "chosen_ids": [2]}], shared_prefix=False, responses=CHOSEN
+    )
+    one = {"logps": torch.zeros(1), "entropy": torch.zeros(1)}
+    policy = PolicyObjective(PolicyConfig(loss_type="sigmoid"), 0)
+    measured = {
+        PolicyConfig: policy(outputs, batch, training=False),
+        RewardConfig: RewardObjective(RewardConfig())(rewards, batch, training=False),
+        SFTConfig: SFTObjective()(one, single, training=False),
+    }
+    for section, terms in measured.items():
+        named = section.metrics - {"loss"}
+        assert "loss" in section.metrics
+        assert named <= terms.metrics.keys()
+    assert {"rewards/accuracies", "rewards/margins"} <= PolicyConfig.metrics
+
+
+def test_deadline_and_threads() -> None:
+    assert RunConfig(max_wall_time=10.0).deadline(100.0) == 110.0
+    assert RunConfig().deadline(100.0) is None
+    threads = [ClusterConfig(cpus_per_worker=cpus).num_threads for cpus in (0.5, 1.0, 2.7)]
+    assert threads == [1, 1, 2]
+
+
+FOUR_BITS = {
+    "model": {"load_in_4bit": True},
+    "cluster": {"use_gpu": True},
+    "train": {"use_peft": True, "zero_stage": 2},
+}
+
+
+@pytest.mark.parametrize(
+    ("section", "changes"),
+    [
+        ("cluster", {"use_gpu": False}),
+        ("train", {"use_peft": False}),
+        ("train", {"zero_stage": 3}),
+        ("train", {"merge_adapter": True}),
+        ("sft", {"max_steps": 2}),
+    ],
+)
+def test_four_bits_need_all_of_it(
+    section: str, changes: dict[str, Any], raw_config: dict[str, Any]
+) -> None:
+    del raw_config["sft"]
+    for name, values in FOUR_BITS.items():
+        raw_config[name] |= values
+    assert parse_config(raw_config).model.load_in_4bit
+    raw_config.setdefault(section, {}).update(changes)
+    with pytest.raises(UserError, match="load_in_4bit needs"):
+        parse_config(raw_config)
+
+
+@pytest.mark.parametrize("kernel", ["flash_attention_2", "flex_attention"])
+def test_kernels_of_gpus(kernel: str, raw_config: dict[str, Any]) -> None:
+    raw_config["model"]["attn_implementation"] = kernel
+    with pytest.raises(UserError, match="trains on GPUs only"):
+        parse_config(raw_config)
+    raw_config["cluster"]["use_gpu"] = True
+    assert parse_config(raw_config).model.attn_implementation == kernel

@@ -97,7 +97,7 @@ def test_names_what_others_call_the_prompt(name: str, tmp_path: Path) -> None:
 
 def test_names_a_misspelt_prompt(tmp_path: Path) -> None:
     row = {"promt": "q", "chosen": "a", "rejected": "b"}
-    with pytest.raises(UserError, match=r"'prompt'; did you mean 'promt'\?\. Set data"):
+    with pytest.raises(UserError, match=r"'prompt'; did you mean 'promt'\? Set data"):
         check_files(data(tmp_path, row))
 
 

@@ -158,3 +158,21 @@ def test_damaged_parquet_pages_are_a_reason(tmp_path: Path) -> None:
     assert isinstance(reason, str)
     assert reason.startswith("the rest of the file cannot be read")
     assert rows == [{"prompt": str(i)} for i in range(len(rows))]
+
+
+def test_lines_of_exactly_the_limit_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "MAX_LINE_BYTES", len(b'{"a": 1}\n'))
+    (tmp_path / "a.jsonl").write_bytes(b'{"a": 1}\n{"b": 2}\n')
+    assert list(open_source(str(tmp_path / "a.jsonl")).rows()) == [{"a": 1}, {"b": 2}]
+
+
+def test_parquet_text_that_is_no_unicode(tmp_path: Path) -> None:
+    """Spoils its own row only."""
+    texts = pa.array([b"a", b"\xff", b"c"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"t": texts}), tmp_path / "a.parquet")
+    first, second, third = open_source(str(tmp_path / "a.parquet")).rows()
+    assert (first, third) == ({"t": "a"}, {"t": "c"})
+    assert isinstance(second, str)
+    assert second.startswith("a value cannot be read")
