@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from madpo_ray.atomic import write_json
@@ -75,11 +75,21 @@ def make(build: Build) -> dict[str, Any]:
     trials = [_outcome(trial) for trial in found]
     write_json(build.folder / "trials.json", trials)
 
-    finished = [trial for trial in trials if METRIC in trial and "error" not in trial]
-    best = max(finished, key=lambda trial: trial[METRIC])
+    best = best_trial(trials)
     settings = with_changes(config.train, "train", best["values"])
     save_config(config.model_copy(update={"train": settings}), build.folder / "best.yaml")
     return {"best": best, "trials": len(trials), "failed": found.num_errors}
+
+
+def best_trial(trials: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The trial with the highest validation accuracy, of those that ended without an error.
+
+    Of equals the first. Raises RuntimeError if there is none.
+    """
+    finished = [trial for trial in trials if METRIC in trial and "error" not in trial]
+    if not finished:
+        raise RuntimeError("no trial was evaluated")
+    return dict(max(finished, key=lambda trial: trial[METRIC]))
 
 
 def describe(results: Mapping[str, Any]) -> Description:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+import torch
 
 from madpo_ray import pipeline
 from madpo_ray.artifacts.tables import read_split
@@ -14,6 +15,7 @@ from madpo_ray.config import Config, parse_config
 from madpo_ray.errors import UserError
 from madpo_ray.evaluation.measures import preference_metrics
 from madpo_ray.evaluation.sampling import Sampler, end_tokens
+from madpo_ray.models.loading import load_policy
 from madpo_ray.stages import evaluate, margins, pairs, sft, train
 from support.models import make_model
 from support.pairs import make_rows, write_jsonl
@@ -107,6 +109,26 @@ def test_samples_follow_seed_and_index(config: Config) -> None:
     assert one(prompts([5, 6], [7, 8, 9]))["sampled_ids"].to_pylist() == first
     assert one(prompts([5, 6], [7, 8, 9], first=2))["sampled_ids"].to_pylist() != first
     assert sampler(config, seed=1)(prompts([5, 6], [7, 8, 9]))["sampled_ids"].to_pylist() != first
+
+
+def test_samples_are_of_the_models_distribution(config: Config) -> None:
+    """The mean log-prob of first tokens is minus the entropy: at temperature 0.7 it is higher."""
+    one = Sampler(
+        policies={"sampled": Path(config.model.model_name_or_path)},
+        model=config.model,
+        max_new_tokens=1,
+        seed=0,
+        num_threads=1,
+    )
+    tokens = one(prompts(*[[5, 6]] * 4000))["sampled_ids"].to_pylist()
+    policy = load_policy(Path(config.model.model_name_or_path), config.model).eval()
+    with torch.no_grad():
+        logps = policy(input_ids=torch.tensor([[5, 6]])).logits[0, -1].log_softmax(-1)
+    drawn = logps[torch.tensor(tokens)[:, 0]]
+    entropy = torch.distributions.Categorical(logits=logps).entropy()
+    assert drawn.mean() == pytest.approx(float(-entropy), abs=float(4 * drawn.std() / 4000**0.5))
+    warm = torch.distributions.Categorical(logits=logps / 0.7)
+    assert (warm.probs * logps).sum() > drawn.mean() + 10 * drawn.std() / 4000**0.5
 
 
 def test_end_tokens_are_of_all_places(tokenizer: Any) -> None:

@@ -58,3 +58,17 @@ def test_concurrent_trials_fit(raw_config: dict[str, Any]) -> None:
     raw_config["tune"] = {"max_concurrent_trials": 500}
     with pytest.raises(UserError, match="500 trials of 2 workers do not fit"):
         tune.STAGE.check(parse_config(raw_config))
+
+
+def test_best_trial_has_the_highest_accuracy() -> None:
+    """A failed one does not count, nor one without an evaluation."""
+    trials = [
+        {"values": {"beta": 0.1}, tune.METRIC: 0.6},
+        {"values": {"beta": 0.2}, tune.METRIC: 0.8},
+        {"values": {"beta": 0.3}, tune.METRIC: 0.8},
+        {"values": {"beta": 0.4}, tune.METRIC: 0.9, "error": "out of memory"},
+        {"values": {"beta": 0.5}},
+    ]
+    assert tune.best_trial(trials)["values"] == {"beta": 0.2}
+    with pytest.raises(RuntimeError, match="no trial was evaluated"):
+        tune.best_trial(trials[3:])

@@ -27,13 +27,14 @@ THIRTY_STEPS = {"max_steps": 30, "num_train_epochs": 9, "learning_rate": 1e-3}
 def _be_a_rank(job: TrainingJob, rank: int, world_size: int, store: str, outcomes: Any) -> None:
     import torch.distributed as dist
 
+    from madpo_ray.errors import UserError
     from madpo_ray.training.rank import run_rank
     from madpo_ray.training.sites import LocalSite, join_ranks
 
     join_ranks(rank, world_size, Path(store))
     try:
         outcomes.put(run_rank(job, LocalSite(job)))
-    except RuntimeError as error:
+    except (RuntimeError, UserError) as error:
         outcomes.put(str(error))
         raise
     dist.destroy_process_group()

@@ -52,6 +52,17 @@ class RecordingTask(PolicyTask):
         return _Recording(job, self.record)
 
 
+@dataclass(frozen=True)
+class SeedTask(PolicyTask):
+    """Writes down the seed that each process trains with."""
+
+    record: Path = field(default_factory=Path)
+
+    def objective(self, job: TrainingJob) -> Objective:
+        (self.record / f"{os.getpid()}").write_text(str(torch.initial_seed()))
+        return super().objective(job)
+
+
 class OneModelTask(PolicyTask):
     """Fails if a rank ever holds two models."""
 

@@ -27,7 +27,7 @@ from support.ranks import (
     assert_same_weights,
     logged,
 )
-from support.tasks import RecordingTask
+from support.tasks import RecordingTask, SeedTask
 
 pytestmark = pytest.mark.deepspeed
 
@@ -148,6 +148,28 @@ def test_random_state_is_restored(policy_job: MakeJob, train_on: TrainOn) -> Non
     train_on(job, 2)
     assert torch.equal(logged(job), logged(undisturbed))
     assert_same_weights(job, undisturbed)
+
+
+def test_dropout_differs_between_ranks(
+    policy_job: MakeJob, train_on: TrainOn, tmp_path: Path
+) -> None:
+    record = tmp_path / "recorded"
+    record.mkdir()
+    job = policy_job("seeds", max_steps=1)
+    task = SeedTask(columns=job.task.columns, record=record)
+    train_on(dataclasses.replace(job, task=task), 2)
+    assert sorted(file.read_text() for file in record.iterdir()) == ["0", "1"]
+
+
+def test_run_out_of_patience_is_not_trained_on(policy_job: MakeJob, train_on: TrainOn) -> None:
+    """When it starts again, as after a kill during its export."""
+    settings = {"metric_for_best_model": "loss", "eval_steps": 1, "early_stopping_patience": 1}
+    job = policy_job("patience", **settings, learning_rate=0.5, max_steps=9)
+    outcome = train_on(job, 1)
+    steps = len(logged(job))
+    assert outcome.step < steps < 9
+    assert train_on(job, 1) == outcome
+    assert len(logged(job)) == steps
 
 
 @pytest.mark.parametrize(

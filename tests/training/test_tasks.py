@@ -11,9 +11,10 @@ import torch
 from madpo_ray.artifacts.tables import read_columns, write_table
 from madpo_ray.config import ModelConfig, RewardConfig, SFTConfig
 from madpo_ray.models.loading import load_policy, load_tokenizer
-from madpo_ray.training.job import RewardTask, SFTTask
+from madpo_ray.training.job import RewardTask, SFTTask, TrainingJob
 from support.forwards import separate_logp
-from support.ranks import SHARDED, MakeJob, TrainOn, logged, metrics_of
+from support.models import make_model
+from support.ranks import SHARDED, MakeJob, Ranks, TrainOn, logged, metrics_of
 from support.reference import with_reference
 
 TRAINING = {
@@ -117,3 +118,36 @@ def test_reward_model_learns_its_pairs(policy_job: MakeJob, train_on: TrainOn) -
     model = ModelConfig(model_name_or_path=str(job.output / "model"))
     tokenizer: Any = load_tokenizer(job.output / "model", model)
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
+
+
+@pytest.fixture
+def bloom_job(policy_job: MakeJob, tokenizer: Any, tmp_path: Path) -> MakeJob:
+    """Trainings of a model that cannot share rows: its positions are distances along the row."""
+    folder = tmp_path / "bloom"
+    model = make_model("bloom", attention="eager", n_layer=2, hidden_size=32, n_head=4)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+    def make(name: str, **settings: Any) -> TrainingJob:
+        job = policy_job(name, {"attn_implementation": "eager"}, **settings)
+        return dataclasses.replace(job, base_folder=folder)
+
+    return make
+
+
+def test_reading_is_found_under_zero_3(bloom_job: MakeJob, train_on: TrainOn) -> None:
+    """With parameters in shards, of which no rank can call the model alone."""
+    sharded = bloom_job("sharded", **SHARDED)
+    complete = bloom_job("complete", zero_stage=0)
+    train_on(sharded, 2)
+    train_on(complete, 1)
+    torch.testing.assert_close(logged(sharded), logged(complete), rtol=1e-5, atol=1e-5)
+
+
+def test_budget_of_rows_that_are_not_shared_is_refused(bloom_job: MakeJob, tmp_path: Path) -> None:
+    job = bloom_job("budget", max_tokens_per_device=64)
+    (error,) = Ranks(job, 1, tmp_path).errors()
+    assert "max_tokens_per_device: the model does not read a pair as one row" in error
+    assert "model.shared_prefix: off" in error
+    off = dataclasses.replace(job, model=job.model.model_copy(update={"shared_prefix": "off"}))
+    assert Ranks(off, 1, tmp_path).outcome().step == 5
