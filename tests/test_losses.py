@@ -339,7 +339,8 @@ def test_beta_statistics_carry_no_gradient() -> None:
 def test_beta_dpo_of_one_pair_keeps_it() -> None:
     """Also where statistics could draw. In the gaps' own precision."""
     gaps = f64(5.0)
-    beta, kept = beta_dpo_batch(gaps, statistics(0.0, 1.0), generator=generator(), **BETA_DPO)
+    settings = {**BETA_DPO, "mode_weight": 0.0}
+    beta, kept = beta_dpo_batch(gaps, statistics(0.0, 1.0), generator=generator(), **settings)
     assert beta.item() == 0.1
     assert kept.tolist() == [True]
 
@@ -351,3 +352,9 @@ def test_beta_dpo_keeps_what_is_near_the_mean() -> None:
         draw = torch.Generator().manual_seed(seed)
         _, kept = beta_dpo_batch(gaps, statistics(3.0, 0.5), generator=draw, **BETA_DPO)
         assert kept.tolist() == [False, True]
+
+
+def test_two_gaps_have_a_standard_deviation() -> None:
+    updated = statistics(0.0, 0.0).updated(torch.tensor([1.0, 3.0]))
+    assert updated.mean.item() == pytest.approx(0.1 * 2)
+    assert updated.std.item() == pytest.approx(0.1 * math.sqrt(2))

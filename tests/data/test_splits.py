@@ -19,6 +19,7 @@ def test_split_follows_group_and_seed() -> None:
     splits = [split_of(f"group {i}", data, 0) for i in range(3000)]
     assert splits == [split_of(f"group {i}", data, 0) for i in range(3000)]
     assert splits != [split_of(f"group {i}", data, 1) for i in range(3000)]
+    assert set(splits) == {"train", "validation", "test"}
     assert splits.count("validation") / 3000 == pytest.approx(0.2, abs=0.03)
     assert splits.count("test") / 3000 == pytest.approx(0.1, abs=0.03)
 

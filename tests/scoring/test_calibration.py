@@ -98,6 +98,7 @@ def test_errors_are_scikit_learns() -> None:
     [
         [],
         [3.0, -1.0],  # as many right as wrong
+        [0.0, 0.0, 1.0, -0.5],  # ties are not right
         [30.0, -1.0, -1.0],  # more wrong than right, however large the right one is
         [1.0, 1.0, -10.0],  # an optimum beyond the largest temperature
         list(calibrated_margins(1000, 1e-6)),  # and below the smallest

@@ -130,21 +130,21 @@ def test_stateless_losses_have_no_state() -> None:
 
 
 def test_reward_objective_by_hand() -> None:
-    """Rewards 1, 0 against 0, 2: -log sigmoid(1), -log sigmoid(-2), plus 0.1 * sum^2."""
-    outputs = {"rewards": torch.tensor([1.0, 0.0, 0.0, 2.0])}
+    """Rewards 1, 0, 1 against 0, 2, 2: -log sigmoid of 1, -2, -1, plus 0.1 * sum^2."""
+    outputs = {"rewards": torch.tensor([1.0, 0.0, 1.0, 0.0, 2.0, 2.0])}
     _, batch, _ = synthetic()
     settings = RewardConfig(center_rewards_coefficient=0.1)
     terms = RewardObjective(settings)(outputs, batch, training=True)
-    expected = torch.tensor([0.313262 + 0.1, 2.126928 + 0.4])
+    expected = torch.tensor([0.313262 + 0.1, 2.126928 + 0.4, 1.313262 + 0.9])
     torch.testing.assert_close(terms.loss, expected, atol=1e-5, rtol=0)
 
     metrics = {name: metric.values.tolist() for name, metric in terms.metrics.items()}
     assert metrics == {
-        "accuracy": [1.0, 0.0],
-        "margin": [1.0, -2.0],
-        "mean_reward": [0.5, 1.0],
-        "min_reward": [0.0, 0.0],
-        "max_reward": [1.0, 2.0],
+        "accuracy": [1.0, 0.0, 0.0],
+        "margin": [1.0, -2.0, -1.0],
+        "mean_reward": [0.5, 1.0, 1.5],
+        "min_reward": [0.0, 0.0, 1.0],
+        "max_reward": [1.0, 2.0, 2.0],
     }
     assert terms.metrics["min_reward"].reduction == "min"
     assert terms.metrics["max_reward"].reduction == "max"
@@ -172,3 +172,4 @@ def test_sft_objective_is_the_mean_over_tokens() -> None:
     outputs = {"logps": torch.tensor([-3.0, -5.0]), "entropy": torch.ones(2)}
     terms = SFTObjective()(outputs, batch, training=True)
     assert float(terms.loss.sum() / place.pairs_in_step) == pytest.approx(8.0 / 10)
+    torch.testing.assert_close(terms.metrics["entropy"].values, outputs["entropy"])
