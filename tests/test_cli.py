@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from madpo_ray import pipeline
 from madpo_ray.cli import app
-from madpo_ray.config import Config, SFTConfig
+from madpo_ray.config import Config
 from support.pairs import Edit, write_jsonl
 
 runner = CliRunner()
@@ -99,47 +99,79 @@ def test_bad_input_exits_with_2(name: str, raw_config: dict[str, Any], tmp_path:
     assert not (tmp_path / "tiny" / "pairs").exists()
 
 
-SECTIONS = {
-    name: list(section.model_fields)
-    for name, field in Config.model_fields.items()
-    for section in [field.annotation if name != "sft" else SFTConfig]
-}
-KEYS = st.sampled_from([(name, key) for name, keys in SECTIONS.items() for key in keys])
 WORDS = [
     *("", "~", "$HOME", "${NOT_SET}/x", "a/b", "../x", "x" * 300, "a\0b", "\ud83d", "naïve", "1e5"),
-    *("all-linear", "bfloat16", "eager", "sigmoid", "ipo", "beta_dpo", "cosine", "eval_loss"),
-    *("prompt", "chosen", "q_proj", "lm_head", "/proc/x", "/nowhere.jsonl", "x.parquet"),
+    *("all-linear", "eval_loss", "prompt", "chosen", "chosen_score", "q_proj", "norm", "lm_head"),
+    *("/proc/x", "/nowhere.jsonl", "x.parquet"),
 ]
-SCALARS = st.one_of(
-    st.sampled_from(WORDS),
-    st.sampled_from([0, 1, 2, 3, 7, -1, 10**9, 2**63, 10**400, 0.5, 1e-8, 1e308, -0.0]),
-    st.booleans(),
-    st.none(),
-    st.floats(),
-    st.text(max_size=8),
-)
-VALUES = st.recursive(
-    SCALARS,
+NUMBERS = [0, 1, 2, 3, 7, -1, 10**9, 2**63, 10**400, 0.5, 1e-8, 1e308, -0.0]
+ANYTHING = st.recursive(
+    st.sampled_from([*WORDS, *NUMBERS]) | st.booleans() | st.none() | st.floats() | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
     max_leaves=4,
 )
 
 
+def of_kind(schema: dict[str, Any]) -> st.SearchStrategy[Any]:
+    """Values that a key's schema allows, or almost."""
+    if "anyOf" in schema:
+        return st.one_of([of_kind(one) for one in schema["anyOf"]])
+    if "enum" in schema:
+        return st.sampled_from(schema["enum"])
+    low = schema.get("minimum", schema.get("exclusiveMinimum", 0))
+    kinds = {
+        "integer": st.integers(int(low), int(low) + 20),
+        "number": st.floats(low, low + 2) | st.sampled_from([1e-8, 0.25, 4.0]),
+        "boolean": st.booleans(),
+        "string": st.sampled_from(WORDS),
+        "array": st.lists(st.sampled_from(WORDS), max_size=2),
+        "null": st.none(),
+    }
+    return kinds.get(schema.get("type", ""), ANYTHING)
+
+
+def changes_of_keys() -> st.SearchStrategy[tuple[str, str, Any]]:
+    """(section, key, value): of the right kind, five times out of six."""
+    schema = Config.model_json_schema()
+    keys = [
+        (section, key, wanted)
+        for section, name in SECTIONS.items()
+        for key, wanted in schema["$defs"][name]["properties"].items()
+    ]
+    return st.sampled_from(keys).flatmap(
+        lambda one: st.tuples(
+            st.just(one[0]), st.just(one[1]), st.one_of([of_kind(one[2])] * 5 + [ANYTHING])
+        )
+    )
+
+
+SECTIONS = {
+    "model": "ModelConfig",
+    "data": "DataConfig",
+    "run": "RunConfig",
+    "cluster": "ClusterConfig",
+    "sft": "SFTConfig",
+    "reward": "RewardConfig",
+    "train": "PolicyConfig",
+    "evaluate": "EvaluateConfig",
+    "tune": "TuneConfig",
+}
+SPOILS = [*[""] * 20, "\t", "train: {}\n", ": [", "- x\n", "&a *a", "x: !!python/x\n"]
+
+
 @settings(
-    max_examples=200,
+    max_examples=150,
     derandomize=True,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(
-    changes=st.lists(st.tuples(KEYS, VALUES), min_size=1, max_size=3),
-    spoil=st.sampled_from(
-        ["", "", "", "\t", "train: {}\n", ": [", "- x\n", "&a *a", "x: !!python/x\n"]
-    ),
+    changes=st.lists(changes_of_keys(), min_size=1, max_size=3),
+    spoil=st.sampled_from(SPOILS),
     place=st.integers(0, 40),
 )
 def test_any_config_exits_with_0_or_2(
-    changes: list[tuple[tuple[str, str], Any]],
+    changes: list[tuple[str, str, Any]],
     spoil: str,
     place: int,
     raw_config: dict[str, Any],
@@ -149,7 +181,7 @@ def test_any_config_exits_with_0_or_2(
     """Odd values of any keys, or a spoiled file: a plan or one message, never a traceback."""
     monkeypatch.chdir(tmp_path)
     raw = copy.deepcopy(raw_config)
-    for (section, key), value in changes:
+    for section, key, value in changes:
         raw.setdefault(section, {})[key] = value
     lines = yaml.safe_dump(raw, allow_unicode=True).splitlines(keepends=True)
     lines.insert(min(place, len(lines)), spoil)
