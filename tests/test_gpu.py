@@ -60,7 +60,7 @@ def metrics(run: Path, stage: str) -> list[dict[str, Any]]:
 def test_float32_pipeline_gives_the_numbers_of_the_cpu(
     raw_config: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Rewards, margins, losses of every step, and the evaluation, to 1e-3."""
+    """Losses and gradient norms of every step, and validation losses, to 1e-3."""
     raw_config["cluster"] = {"num_workers": 1, "use_gpu": False}
     raw_config["run"]["name"] = "cpu"
     cpu = run_pipeline(raw_config, tmp_path, CUDA_VISIBLE_DEVICES="")

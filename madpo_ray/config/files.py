@@ -14,7 +14,7 @@ from madpo_ray.config.base import Section
 from madpo_ray.config.root import Config
 from madpo_ray.errors import UserError, did_you_mean
 
-# PyYAML's constructors let errors of Python through, such as that of a date with a month 13.
+# PyYAML's constructors let errors of Python through, such as that of an integer of 5,000 digits.
 YAML_ERRORS = (
     yaml.YAMLError,
     ValueError,

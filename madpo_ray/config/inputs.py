@@ -76,8 +76,8 @@ class ModelConfig(Section):
     )
     shared_prefix: Literal["auto", "off"] = Field(
         "auto",
-        description="auto: one row [prompt | chosen | rejected] per pair if the model's attention "
-        "allows it; off: two rows per pair",
+        description="auto: one row [prompt | chosen | rejected] per pair if that gives the "
+        "model's own log-probs (compared at load); off: two rows per pair",
     )
 
     def numerics(self) -> dict[str, Any]:

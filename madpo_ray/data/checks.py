@@ -34,22 +34,30 @@ def check_files(data: DataConfig) -> None:
 
 def _check_first_rows(file: str, available: Sequence[str], data: DataConfig) -> None:
     """Raises UserError unless it is certain what the prompt is."""
-    has_prompt = data.implicit_prompt or data.prompt_column in available
     rows = (row for row in open_source(file).rows() if isinstance(row, dict))
     num_pairs = 0
+    unread: UnreadColumnError | None = None
     for row in itertools.islice(rows, NUM_FIRST_ROWS):
         try:
             parse_pair(row, data)
             num_pairs += 1
-        except BadRowError as error:
-            if has_prompt and isinstance(error, UnreadColumnError):
-                raise UserError(f"data.files: {file}: {error}") from None
+        except UnreadColumnError as error:
+            unread = unread or error
+        except BadRowError:
+            continue
+
+    # A column that belongs to the prompt would be left out.
+    likely = [name for name in LIKELY_PROMPTS if name in available]
+    has_prompt = data.implicit_prompt or data.prompt_column in available
+    if unread is not None and (has_prompt or num_pairs or not likely):
+        raise UserError(f"data.files: {file}: {unread}")
     if num_pairs or has_prompt:
         return
 
-    likely = [name for name in LIKELY_PROMPTS if name in available]
+    # There is no prompt.
     hint = f"; did you mean {likely[0]!r}?" if likely else ""
-    hint = hint or did_you_mean(data.prompt_column, available) or "."
+    hint = hint or did_you_mean(data.prompt_column, available)
+    hint = hint if hint.endswith("?") else f"{hint}."
     raise UserError(
         f"data.files: {file} has no column {data.prompt_column!r}{hint} Set data.prompt_column; or "
         "data.implicit_prompt: true, if the common beginning of both responses is the prompt"

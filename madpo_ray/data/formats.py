@@ -23,18 +23,32 @@ from madpo_ray.data.messages import (
     Content,
     UnreadColumnError,
     as_text,
-    parse_json,
     read_content,
     says_something,
     without_nulls,
 )
+from madpo_ray.data.strict_json import parse_json
 
-# Columns whose names say that they belong to the prompt. They are mapped (data.prompt_column,
-# data.system_column), named in data.ignore_columns, or empty: never left out silently.
-PROMPT_PARTS = (
-    *("system", "system_prompt", "history", "context", "instruction", "input", "documents"),
-    *("functions", "image", "images", "video", "videos", "audio", "audios"),
+# Columns whose names say that they belong to the prompt. They are mapped, named in
+# data.ignore_columns, or empty: never left out silently.
+SYSTEM_COLUMNS = ("system", "system_prompt")
+CONTEXT_COLUMNS = ("history", "context", "instruction", "input")
+# No key of the config reads these.
+OTHER_COLUMNS = (
+    "documents",
+    "functions",
+    "image",
+    "images",
+    "video",
+    "videos",
+    "audio",
+    "audios",
 )
+
+UNREAD = "belongs to the prompt and is not read"
+
+# Characters from which on a prompt without a space is no short word.
+MIN_LENGTH = 10
 
 # Arguments of apply_chat_template that a row may not set.
 RESERVED_OPTIONS = frozenset(
@@ -59,8 +73,7 @@ class Pair:
     rejected: Content
     tools: list[Any] | None = None  # for the chat template
     template_options: dict[str, Any] | None = None  # for the chat template
-    # Responses that began with the prompt. It was removed if both did.
-    prompt_repeats: int = 0
+    prompt_repeats: int = 0  # responses that began with the prompt; if 2, it was removed
 
     @property
     def is_conversational(self) -> bool:
@@ -74,6 +87,13 @@ def parse_pair(row: Mapping[str, Any], data: DataConfig) -> Pair:
         BadRowError: a value is missing, empty, or in none of the layouts, chosen and rejected are
             identical, or another column belongs to the prompt.
     """
+    try:
+        return _parse_pair(row, data)
+    except RecursionError:
+        raise BadRowError("values are nested too deeply") from None
+
+
+def _parse_pair(row: Mapping[str, Any], data: DataConfig) -> Pair:
     _check_prompt_parts(row, data)
     chosen = read_content(row, data.chosen_column)
     rejected = read_content(row, data.rejected_column)
@@ -113,14 +133,17 @@ def _check_prompt_parts(row: Mapping[str, Any], data: DataConfig) -> None:
     """Raises UnreadColumnError if a column that belongs to the prompt would be left out."""
     read = {data.prompt_column, data.chosen_column, data.rejected_column, data.system_column}
     read |= {data.split_column, data.group_column, *data.keep_columns, *data.ignore_columns}
-    for name in PROMPT_PARTS:
-        if name in read or row.get(name) in (None, "", [], {}):
-            continue
-        key = "data.system_column" if name.startswith("system") else "data.prompt_column"
-        raise UnreadColumnError(
-            f"column {name!r} is not read: name it in data.ignore_columns if it may be left out, "
-            f"or in {key}"
-        )
+    ways = {
+        **dict.fromkeys(SYSTEM_COLUMNS, ", or name it in data.system_column"),
+        **dict.fromkeys(CONTEXT_COLUMNS, ", or put it into the prompt"),
+        **dict.fromkeys(OTHER_COLUMNS, ""),
+    }
+    for name, other_way in ways.items():
+        if name not in read and row.get(name) not in (None, "", [], {}):
+            raise UnreadColumnError(
+                f"column {name!r} {UNREAD}: list it in data.ignore_columns to leave it out"
+                f"{other_way}"
+            )
 
 
 def _without_prompt(
@@ -128,33 +151,37 @@ def _without_prompt(
 ) -> tuple[Content, Content, Content, int]:
     """Removes the prompt from responses that both begin with it: two layouts of one meaning.
 
-    Also returns how many did. One response that begins with the prompt may well quote it.
+    Also returns how many did. If only one does, it may well quote the prompt; and so may both if
+    the prompt is a short word: "Hello" is answered by "Hello".
     """
-    rests = [_behind(prompt, response) for response in (chosen, rejected)]
+    rests = [_rest_after(prompt, response) for response in (chosen, rejected)]
     repeats = sum(rest is not None for rest in rests)
     if repeats < 2:
         return prompt, chosen, rejected, repeats
+    if isinstance(prompt, str) and len(prompt.split()) < 2 and len(prompt.strip()) < MIN_LENGTH:
+        return prompt, chosen, rejected, 1
     chosen, rejected = (rest for rest in rests if rest is not None)
     return prompt, chosen, rejected, repeats
 
 
-def _behind(prompt: Content, response: Content) -> Content | None:
+def _rest_after(prompt: Content, response: Content) -> Content | None:
     """What follows the prompt in a response; None if the response does not begin with it.
 
-    White space around the prompt does not count, and a text begins with the prompt only if a word
-    ends there: "Hi" is no prompt of "Hinduism".
+    White space around the prompt does not count. "Hi" is no prompt of "Hinduism": no word may be
+    split.
     """
     if isinstance(prompt, list):
         begins = bool(prompt) and response[: len(prompt)] == prompt
         return response[len(prompt) :] if begins else None
     assert isinstance(response, str)
-    if prompt and prompt[-1].isspace() and response.startswith(prompt):
-        return response[len(prompt) :]
     bare = prompt.strip()
     if not bare or not response.lstrip().startswith(bare):
         return None
     rest = response.lstrip()[len(bare) :]
-    return rest if rest[:1].isspace() else None
+    if prompt[-1].isspace():  # which separates them already
+        return rest.lstrip() if not rest or rest[0].isspace() else None
+    splits_a_word = bare[-1].isalnum() and rest[:1].isalnum()
+    return None if splits_a_word else rest
 
 
 def _split_implicit_prompt(
@@ -196,11 +223,13 @@ def _template_value(row: Mapping[str, Any], name: str, kind: type, data: DataCon
     value = None if name in data.ignore_columns else row.get(name)
     if isinstance(value, str):
         try:
-            value = parse_json(value) if value.strip() else None
+            value, repeated = parse_json(value or "null")
         except (ValueError, RecursionError):
             raise BadRowError(
-                f"{name} is not JSON: data.ignore_columns leaves the column out"
+                f"{name} is not JSON; to leave the column out, list it in data.ignore_columns"
             ) from None
+        if repeated is not None:
+            raise BadRowError(f"a key of {name} appears twice", repr(repeated))
     if value in (None, "", [], {}):
         return None
     if not isinstance(value, kind):

@@ -5,6 +5,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from madpo_ray.data.strict_json import parse_json
+
 # Roles of messages in transformers' chat templates.
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 
@@ -54,7 +56,7 @@ def _stored_messages(text: str) -> list[Any] | None:
         return None
 
     try:
-        value = json.loads(text)
+        value, repeated = parse_json(text)
     except (ValueError, RecursionError):
         if re.match(r"\[\s*\{\s*'(role|from|content|value)'", text.lstrip()):
             raise BadRowError("messages are stored as Python text, not as JSON") from None
@@ -67,30 +69,12 @@ def _stored_messages(text: str) -> list[Any] | None:
     if not value or not all(isinstance(message, dict) for message in value):
         return None
     if all("role" in message for message in value):
-        try:
-            return parse_json(text)  # type: ignore[no-any-return]
-        except RepeatedKeyError as error:
-            raise BadRowError("a key of a stored message appears twice", str(error)) from None
+        if repeated is not None:
+            raise BadRowError("a key of a stored message appears twice", repr(repeated))
+        return value  # type: ignore[no-any-return]
     if any({"role", "from"} & message.keys() for message in value):
         raise BadRowError("stored messages lack a role (from and value are not read)")
     return None
-
-
-class RepeatedKeyError(ValueError):
-    """An object of JSON has a key twice; Python's parser would keep the last value, silently."""
-
-
-def parse_json(text: str) -> Any:
-    """A JSON value. Raises RepeatedKeyError, and what json.loads raises."""
-    return json.loads(text, object_pairs_hook=_unique_keys)
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise RepeatedKeyError(repr(next(key for key in keys if keys.count(key) > 1)))
-    return values
 
 
 def _message(name: str, message: Any) -> Message:

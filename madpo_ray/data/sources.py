@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from madpo_ray.data.messages import RepeatedKeyError, parse_json
+from madpo_ray.data.strict_json import parse_json
 from madpo_ray.errors import UserError
 
 ROWS_PER_BATCH = 1024
@@ -138,11 +138,11 @@ def _skip_line(stream: Any) -> None:
 
 def _json_row(line: bytes) -> Row | str:
     try:
-        row = parse_json(line.decode("utf-8"))
-    except RepeatedKeyError as error:
-        return f"a key appears twice: {error}"
+        row, repeated = parse_json(line.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         return f"line is not JSON: {error}"
+    if repeated is not None:
+        return f"a key appears twice: {repeated!r}"
     return row if isinstance(row, dict) else "line is not a JSON object"
 
 

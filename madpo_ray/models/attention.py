@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _MASKED_KERNELS = ("sdpa", "eager", "flex_attention")
 # Keys of a config that say how far a token sees, in words that the masks below do not know.
-_LIMITS = re.compile("window|chunk|local|index_topk")
+_LIMITS = re.compile("window|chunk|(?<!num_)local|index_topk")
 _KNOWN_LIMITS = {"sliding_window", "use_sliding_window", "max_window_layers"}
 _KNOWN_PATTERNS = {"sliding_window_pattern", "_sliding_window_pattern"}  # become layer_types
 
@@ -38,6 +38,7 @@ def may_share_prefix(settings: ModelConfig, architecture: "PretrainedConfig") ->
     The masks are ours then, so each layer's attention has to be full or a window that they can
     hold. Whether the model's numbers come out is found at load (`reading.find_reading`).
     """
+    architecture = architecture.get_text_config()
     layer_types = set(getattr(architecture, "layer_types", None) or ["full_attention"])
     limits = {
         name for name, value in architecture.to_dict().items() if value and _LIMITS.search(name)

@@ -30,8 +30,8 @@ class ResponseLogps(nn.Module):
     bounds N over all micro-batches of a run and so fixes the number of chunks.
 
     Attributes:
-        own_forward: take all logits from the model's own forward, with more memory: for models
-            that do more behind their last hidden states than is known here.
+        own_forward: take all logits from the model's complete forward, with more memory: for models
+            that do more after their last hidden states than is known here.
     """
 
     def __init__(self, model: nn.Module, max_response_tokens: int | None = None) -> None:
@@ -51,12 +51,12 @@ class ResponseLogps(nn.Module):
             "entropy": _sum_per_response(entropy, batch) / batch.response_lengths,
         }
 
-    def comparable(self, batch: MicroBatch) -> Tensor:
+    def numbers_to_compare(self, batch: MicroBatch) -> Tensor:
         """Each response's mean log-prob of a token (R * B, 1), in nats."""
         logps: Tensor = self(batch)["logps"]
         return (logps / batch.response_lengths)[:, None]
 
-    def comparable_alone(self, ids: Tensor, num_response_tokens: int) -> Tensor:
+    def own_numbers(self, ids: Tensor, num_response_tokens: int) -> Tensor:
         """The same of one text's ids (1, L), from the model's own forward: (1,)."""
         logits = self.model(input_ids=ids, use_cache=False).logits[0, :-1].float()
         logps, _ = target_logps(logits, ids[0, 1:])
@@ -95,7 +95,7 @@ class ResponseRewards(nn.Module):
         """`rewards` (R * B,), each read at its response's last token."""
         return {"rewards": self._rewards(self._last_states(batch))}
 
-    def comparable(self, batch: MicroBatch) -> Tensor:
+    def numbers_to_compare(self, batch: MicroBatch) -> Tensor:
         """Each response's reward, and its last state scaled to a mean square of 1, (R * B, 1 + H).
 
         The state, since a fresh head gives zeros.
@@ -103,7 +103,7 @@ class ResponseRewards(nn.Module):
         states = self._last_states(batch)
         return torch.cat([self._rewards(states)[:, None], _normalised(states)], dim=1)
 
-    def comparable_alone(self, ids: Tensor, num_response_tokens: int) -> Tensor:
+    def own_numbers(self, ids: Tensor, num_response_tokens: int) -> Tensor:
         """The same of one text's ids (1, L), from the model's own forward: (1 + H,)."""
         transformer = transformer_of(self.model)
         backbone = getattr(transformer, transformer.base_model_prefix)

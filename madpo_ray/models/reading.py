@@ -1,20 +1,21 @@
-"""How a model's pairs are read: found at load, by comparing with the model's own forward.
+"""How a model reads pairs: found at load, by comparing with the model's own forward.
 
 No list of architectures is trusted: a model that does something else with a mask, with positions or
-behind its last hidden states gives other numbers here, before it trains on them.
+after its last hidden states gives other numbers here, before it trains on them.
 """
 
-import itertools
+import contextlib
 import logging
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from madpo_ray.columns import CHOSEN_IDS, PROMPT_IDS, REJECTED_IDS
 from madpo_ray.config import ModelConfig
-from madpo_ray.data.batching import collate
+from madpo_ray.data.batching import MicroBatch, collate
 from madpo_ray.errors import UserError
 from madpo_ray.models.attention import may_share_prefix
 from madpo_ray.models.loading import transformer_of
@@ -22,19 +23,23 @@ from madpo_ray.models.loading import transformer_of
 logger = logging.getLogger(__name__)
 
 # What the comparison allows: nats per token, a reward, or a share of a state's root mean square.
-# SmolLM2-135M differed by 6e-6 and by 0.09: rounding. A factor left out of Falcon-H1's head: 0.3.
-TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.3}
+# Rounding made SmolLM2-135M differ by 3e-6 and 0.01; a factor left out after Falcon-H1's head is
+# 0.3.
+TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
-# Tokens of the prompt, the chosen and the rejected response: the rows differ in length.
-_SHAPES = ((5, 3, 6), (2, 7, 4))
-_NARROW_WINDOW = 3
+# Tokens of the prompt, the chosen and the rejected response: the rows differ in length, and the
+# responses are long enough for rounding to cancel in their means.
+SHAPES = ((9, 24, 32), (4, 40, 28))
+NARROW_WINDOW = 3
 
 
-class Reading(NamedTuple):
+@dataclass(frozen=True)
+class Reading:
     """How a module turns pairs into log-probs or rewards."""
 
     shared_prefix: bool  # one row [prompt | chosen | rejected] per pair, else one per response
-    own_forward: bool = False  # `ResponseLogps.own_forward`
+    own_forward: bool = False  # all logits from the model's complete forward
+    note: str = field(default="", compare=False)  # why it is a slow way; empty if it is not
 
     def __str__(self) -> str:
         rows = "one row per pair" if self.shared_prefix else "one row per response"
@@ -47,131 +52,135 @@ def find_reading(
 ) -> Reading:
     """The fastest way to read pairs that gives the numbers of the model's own forward.
 
-    Sets `module.own_forward` accordingly, and warns if the way is a slow one. Under ZeRO-3 all
-    ranks call this, after DeepSpeed's start.
+    Sets `module.own_forward` accordingly. Under ZeRO-3 all ranks call this, after DeepSpeed's
+    start.
 
     Args:
         module: `ResponseLogps` or `ResponseRewards`, in evaluation mode.
         num_responses: of a pair; a single one shares its prompt with nothing.
 
     Raises:
-        UserError: there is no such way.
+        UserError: there is no such way, or the model's own numbers are not finite.
     """
     transformer = transformer_of(module.model)
     name = transformer.config.model_type
-    may_share = num_responses > 1 and may_share_prefix(settings, transformer.config)
     tolerance = TOLERANCES[transformer.dtype]
     pairs = _example_pairs(transformer)
-    expected = _expected(module, transformer, pairs, device)
-    if not all(values.isfinite().all() for values in expected):
+
+    # What the model itself says of each text: as it is, and with narrow windows. A window of
+    # thousands of tokens would not show in short pairs.
+    expected = [_own_numbers(module, pairs, device)]
+    if _window_owners(transformer):
+        with _narrow_windows(transformer):
+            expected.append(_own_numbers(module, pairs, device))
+    if not all(numbers.isfinite().all() for numbers in expected):
         raise UserError(f"the {name} model's own numbers are not finite: its weights are damaged")
 
+    # The first way that agrees.
+    may_share = num_responses > 1 and may_share_prefix(settings, transformer.config)
     seen: list[str] = []
     for reading in _candidates(module, may_share=may_share):
-        difference = _difference(module, transformer, reading, pairs, expected, device)
+        if hasattr(module, "own_forward"):
+            module.own_forward = reading.own_forward
+        batch = collate(pairs, shared_prefix=reading.shared_prefix).to(device)
+        difference = _difference(module, transformer, batch, expected)
         if isinstance(difference, float) and difference <= tolerance:
-            if num_responses > 1 and settings.shared_prefix == "auto":
-                _warn_if_slow(name, settings, reading, seen)
-            return reading
+            wants_shared = num_responses > 1 and settings.shared_prefix == "auto"
+            return _with_note(reading, name, settings, seen) if wants_shared else reading
         seen.append(f"{reading}: {difference}")
     raise UserError(
-        f"the {name} model cannot be read as it reads a text alone: numbers of short pairs differ "
-        f"by more than {tolerance} ({'; '.join(seen)})"
+        f"the {name} model gives other numbers in a batch than for a text alone, so it cannot be "
+        f"trained or scored (differences: {'; '.join(seen)}; allowed: {tolerance})"
     )
 
 
 def _candidates(module: Any, *, may_share: bool) -> Iterator[Reading]:
     """Fastest first."""
-    for shared_prefix in (True, False) if may_share else (False,):
-        for own_forward in (False, True) if hasattr(module, "own_forward") else (False,):
-            yield Reading(shared_prefix, own_forward)
+    forwards = [False, True] if hasattr(module, "own_forward") else [False]
+    if may_share:
+        for own_forward in forwards:
+            yield Reading(shared_prefix=True, own_forward=own_forward)
+    for own_forward in forwards:
+        yield Reading(shared_prefix=False, own_forward=own_forward)
 
 
 def _example_pairs(transformer: Any) -> list[dict[str, list[int]]]:
-    """Two pairs of random tokens, none of which has a meaning of its own."""
+    """Two pairs of random tokens, none of which the config names."""
     architecture = transformer.config.get_text_config()
     named = [value for key, value in architecture.to_dict().items() if key.endswith("_token_id")]
     special = {token for token in named if isinstance(token, int)}
     plain = [token for token in range(min(architecture.vocab_size, 1000)) if token not in special]
-    picked = torch.randint(len(plain), (27,), generator=torch.Generator().manual_seed(0)).tolist()
-    ids = iter(plain[index] for index in picked)
-    names = (PROMPT_IDS, CHOSEN_IDS, REJECTED_IDS)
-    return [
-        {
-            name: list(itertools.islice(ids, length))
-            for name, length in zip(names, shape, strict=True)
-        }
-        for shape in _SHAPES
-    ]
+    generator = torch.Generator().manual_seed(0)
+
+    pairs = []
+    for shape in SHAPES:
+        pair = {}
+        for name, length in zip((PROMPT_IDS, CHOSEN_IDS, REJECTED_IDS), shape, strict=True):
+            picked = torch.randint(len(plain), (length,), generator=generator)
+            pair[name] = [plain[index] for index in picked.tolist()]
+        pairs.append(pair)
+    return pairs
 
 
-def _expected(
-    module: Any, transformer: Any, pairs: Sequence[dict[str, list[int]]], device: torch.device
-) -> list[Tensor]:
-    """The numbers of each text alone, (R * B, K): as the model is, and with narrow windows."""
-
-    def alone() -> Tensor:
-        return torch.stack(
-            [
-                module.comparable_alone(
-                    torch.tensor([pair[PROMPT_IDS] + pair[name]], device=device), len(pair[name])
-                )
-                for name in (CHOSEN_IDS, REJECTED_IDS)
-                for pair in pairs
-            ]
-        )
-
-    return [alone() for _ in _each_window(transformer)]
+def _own_numbers(
+    module: Any, pairs: Sequence[dict[str, list[int]]], device: torch.device
+) -> Tensor:
+    """Of each text by itself, (R * B, K), chosen responses first."""
+    numbers = []
+    for name in (CHOSEN_IDS, REJECTED_IDS):
+        for pair in pairs:
+            ids = torch.tensor([pair[PROMPT_IDS] + pair[name]], device=device)
+            numbers.append(module.own_numbers(ids, len(pair[name])))
+    return torch.stack(numbers)
 
 
 def _difference(
-    module: Any,
-    transformer: Any,
-    reading: Reading,
-    pairs: Sequence[dict[str, list[int]]],
-    expected: Sequence[Tensor],
-    device: torch.device,
+    module: Any, transformer: Any, batch: MicroBatch, expected: Sequence[Tensor]
 ) -> float | str:
-    """The largest difference of a number, or what the model raised."""
-    if hasattr(module, "own_forward"):
-        module.own_forward = reading.own_forward
-    batch = collate(pairs, shared_prefix=reading.shared_prefix).to(device)
-    largest = 0.0
+    """The largest difference of a response's numbers, or what the model raised."""
     try:
-        for values, _ in zip(expected, _each_window(transformer), strict=True):
-            largest = max(largest, float((module.comparable(batch) - values).abs().max()))
+        found = [module.numbers_to_compare(batch)]
+        if len(expected) > 1:
+            with _narrow_windows(transformer):
+                found.append(module.numbers_to_compare(batch))
     except torch.OutOfMemoryError:
         raise
-    # A model may refuse rows in any way; what it raised is shown if no reading is found.
+    # A model may refuse rows in any way; what it raised is shown if no way is found.
     except Exception as error:
         return f"{type(error).__name__}: {error}"
-    return largest
+
+    # Over the K numbers of a response the root mean square: single channels of a state are large.
+    differences = torch.stack(found) - torch.stack(list(expected))
+    largest = differences.square().mean(-1).sqrt().max()
+    return float(largest) if largest.isfinite() else "not finite"
 
 
-def _each_window(transformer: Any) -> Iterator[None]:
-    """Once with the model as it is and, if it has windows, once with windows of a few tokens.
-
-    A window of thousands of tokens would not show in short pairs.
-    """
-    yield
+def _window_owners(transformer: Any) -> list[Any]:
     owners = [transformer.config, transformer.config.get_text_config(), *transformer.modules()]
-    windowed = [one for one in owners if isinstance(getattr(one, "sliding_window", None), int)]
-    if not windowed:
-        return
-    widths = [one.sliding_window for one in windowed]
+    return [one for one in owners if isinstance(getattr(one, "sliding_window", None), int)]
+
+
+@contextlib.contextmanager
+def _narrow_windows(transformer: Any) -> Iterator[None]:
+    """Sliding windows of a few tokens, inside the block."""
+    owners = _window_owners(transformer)
+    widths = [one.sliding_window for one in owners]
     try:
-        for one in windowed:
-            one.sliding_window = _NARROW_WINDOW
+        for one in owners:
+            one.sliding_window = NARROW_WINDOW
         yield
     finally:
-        for one, width in zip(windowed, widths, strict=True):
+        for one, width in zip(owners, widths, strict=True):
             one.sliding_window = width
 
 
-def _warn_if_slow(name: str, settings: ModelConfig, reading: Reading, seen: Sequence[str]) -> None:
+def _with_note(reading: Reading, name: str, settings: ModelConfig, seen: Sequence[str]) -> Reading:
+    """The reading with the reason why it is a slow one, if it is; also logged."""
     if reading == Reading(shared_prefix=True):
-        return
+        return reading
     reason = f"faster ways differ from its own forward ({'; '.join(seen)})"
     if not seen:
-        reason = f"its layers, with {settings.attn_implementation} attention, take no masks of ours"
-    logger.warning("%s reads %s: slower, same numbers; %s", name, reading, reason)
+        reason = f"with {settings.attn_implementation} attention it does not take a custom mask"
+    note = f"{name} reads {reading}: slower, same numbers; {reason}"
+    logger.warning(note)
+    return Reading(reading.shared_prefix, reading.own_forward, note)

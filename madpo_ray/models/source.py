@@ -131,7 +131,7 @@ def check_vocabulary(folder: Path, token_ids: Mapping[str, int]) -> None:
 
 
 def _text_config(folder: Path) -> dict[str, Any]:
-    """What config.json says of the language model, also of a model that reads images as well."""
+    """What config.json says of the language model, including models that also read images."""
     config = _read_json(folder / "config.json")
     text: dict[str, Any] = config.get("text_config") or config
     return text
@@ -243,7 +243,7 @@ def _check_template(tokenizer: Any, path: str) -> None:
         tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
     except TemplateSyntaxError as error:
         raise UserError(f"model.chat_template_path: {path}, line {error.lineno}: {error}") from None
-    except Exception:  # a template is a program of the model's; this one needs other messages
+    except Exception:  # only the syntax is checked; the template may refuse this example
         return
 
 

@@ -14,12 +14,16 @@ from madpo_ray.artifacts.tables import read_columns
 from madpo_ray.cluster import actor_pool
 from madpo_ray.columns import PAIR_ID
 from madpo_ray.config import ClusterConfig
+from madpo_ray.errors import UserError
 
 if TYPE_CHECKING:
     from madpo_ray.scoring.scorers import Scorer
 
 # Blocks per actor, at least: one slow block at the end then costs a quarter of an actor's work.
 BLOCKS_PER_ACTOR = 4
+# Instead of scores: why a scorer could not be loaded. Ray Data would pass on an exception's text
+# only, as a traceback.
+REFUSAL = "refusal"
 
 
 class ScoringActor:
@@ -29,10 +33,16 @@ class ScoringActor:
         torch.set_num_threads(num_threads)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._scorers = scorers
-        for scorer in scorers:
-            scorer.load(device)
+        self._refusal = ""
+        try:
+            for scorer in scorers:
+                scorer.load(device)
+        except UserError as error:
+            self._refusal = str(error)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
+        if self._refusal:
+            return pa.table({PAIR_ID: rows[PAIR_ID], REFUSAL: [self._refusal] * rows.num_rows})
         scored = {PAIR_ID: rows[PAIR_ID]}
         for scorer in self._scorers:
             for name, values in zip(scorer.columns, scorer(rows), strict=True):
@@ -59,6 +69,7 @@ def score_rows(
         batch_size: rows per call of an actor, at most.
 
     Raises:
+        UserError: a scorer's model is not one that can be scored with.
         RuntimeError: a score is not finite (names the pairs), or rows were lost.
     """
     names = dict.fromkeys(name for scorer in scorers for name in scorer.reads)
@@ -100,6 +111,8 @@ def _score(
         **actor_pool(cluster),
     )
     table = pa.concat_tables(scored.iter_batches(batch_format="pyarrow", batch_size=None))
+    if REFUSAL in table.column_names:
+        raise UserError(table[REFUSAL][0].as_py())
     if table[PAIR_ID].to_pylist() != ids.to_pylist():
         raise RuntimeError(f"{len(ids)} rows went into scoring, and others came out")
     return table

@@ -17,6 +17,7 @@ from madpo_ray.artifacts.manifest import hash_file
 from madpo_ray.cluster import write_rows
 from madpo_ray.config import Config, DataConfig
 from madpo_ray.data.checks import check_files, holds_messages
+from madpo_ray.data.formats import UNREAD
 from madpo_ray.data.reader import PairReader
 from madpo_ray.data.splits import count_repeats
 from madpo_ray.errors import UserError
@@ -120,8 +121,8 @@ def describe(results: Mapping[str, Any]) -> Description:
         )
     if results["quoted_prompts"]:
         lines.append(
-            f"{results['quoted_prompts']} pairs repeat the prompt in one response only; they are "
-            "kept as they are"
+            f"{results['quoted_prompts']} pairs begin with the prompt in one response, or with a "
+            "prompt of one short word in both; they are kept as they are"
         )
     rejects = Counter(results["rejects"])
     if rejects:
@@ -214,7 +215,7 @@ def _counts(checked: "ray.data.Dataset") -> dict[str, Any]:
     pairs: Counter[str] = Counter()
     cut: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
-    repeats: Counter[int] = Counter()
+    prompt_repeats: Counter[int] = Counter()
     names = [columns.SPLIT, columns.NUM_CUT, columns.PROMPT_REPEATS, columns.REASON_KIND]
 
     for table in _tables(checked.select_columns(names)):
@@ -224,14 +225,14 @@ def _counts(checked: "ray.data.Dataset") -> dict[str, Any]:
         pairs.update(splits)
         for split, num_cut in zip(splits, good[columns.NUM_CUT].to_pylist(), strict=True):
             cut[split] += num_cut
-        repeats.update(good[columns.PROMPT_REPEATS].to_pylist())
+        prompt_repeats.update(good[columns.PROMPT_REPEATS].to_pylist())
 
     # By split, in the order of the splits.
     return {
         "pairs": {split: pairs[split] for split in columns.SPLITS},
         "cut_responses": {split: cut[split] for split in columns.SPLITS},
-        "repeated_prompts": repeats[2],
-        "quoted_prompts": repeats[1],
+        "repeated_prompts": prompt_repeats[2],
+        "quoted_prompts": prompt_repeats[1],
         "rejects": dict(reasons),
     }
 
@@ -274,6 +275,11 @@ def _refuse_empty(results: Mapping[str, Any], data: DataConfig) -> None:
         raise UserError(
             f"no usable pair in {', '.join(data.files)}: {reasons or 'the files are empty'}"
         )
+
+    # The config leaves out what belongs to the prompt: not a matter of single rows.
+    for kind, count in rejects.items():
+        if UNREAD in kind:
+            raise UserError(f"{count} rows of {', '.join(data.files)}: {kind}")
 
     # Some, but too few.
     num_rows = num_pairs + rejects.total()

@@ -15,7 +15,7 @@ from madpo_ray.data.order import Order, decode_micro_batch
 from madpo_ray.errors import UserError
 from madpo_ray.models.flops import ModelFlops, peak_flops
 from madpo_ray.models.loading import DTYPES
-from madpo_ray.models.reading import find_reading
+from madpo_ray.models.reading import Reading, find_reading
 from madpo_ray.models.saving import merge_adapter, save_model, saved_tensors
 from madpo_ray.training.checkpoints import agreed_checkpoint, is_resized, load_checkpoint
 from madpo_ray.training.collectives import sum_over_ranks
@@ -35,6 +35,8 @@ class Outcome:
     step: int  # whose weights are the result
     notice: Notice = Notice.NONE  # to exit, if it got one before its end
     failure: str = ""  # why it cannot continue
+    is_user_error: bool = False  # the failure is one of config, data or model
+    note: str = ""  # what a user may want to know of how it ran
 
     def evaluation(self, metrics: list[dict[str, Any]]) -> dict[str, Any]:
         """The line of that step's evaluation. Raises RuntimeError if it was lost."""
@@ -51,8 +53,9 @@ def run_rank(job: TrainingJob, site: Site) -> Outcome:
     checkpoint = agreed_checkpoint(job.checkpoints)
     engine = rank.start_engine(checkpoint)
     progress, notice = rank.train(engine, checkpoint)
+    note = rank.reading.note
     if notice > Notice.NONE:
-        return Outcome(progress.step, notice)
+        return Outcome(progress.step, notice, note=note)
 
     result_step = progress.best_step or progress.step
     if job.export:
@@ -61,7 +64,7 @@ def run_rank(job: TrainingJob, site: Site) -> Outcome:
             engine.close()
             engine = rank.engine_at(result_step)
         _export(job, engine)
-    return Outcome(result_step)
+    return Outcome(result_step, note=note)
 
 
 class _Rank:
@@ -72,6 +75,7 @@ class _Rank:
         self._site = site
         self._order = Order(job.order_spec(site.world_size))
         self._validation_order = Order(job.validation_order_spec(site.world_size))
+        self.reading = Reading(shared_prefix=False)  # until an engine is started
         self._collate = functools.partial(
             collate,
             column_names=job.task.columns,
@@ -102,20 +106,21 @@ class _Rank:
             total_steps=self._order.total_steps,
             resized=is_resized(checkpoint, job.settings.zero_stage),
         )
-        self._read_pairs_as_the_model_does(engine)
+        self.reading = self._choose_reading(engine)
         return engine
 
-    def _read_pairs_as_the_model_does(self, engine: DeepSpeedEngine) -> None:
+    def _choose_reading(self, engine: DeepSpeedEngine) -> Reading:
+        """The fastest way to read pairs that gives the model's own numbers."""
         job = self._job
         engine.eval()
         num_responses = len(job.task.responses)
         reading = find_reading(engine.module, engine.device, job.model, num_responses=num_responses)
         if job.settings.max_tokens_per_device and reading.shared_prefix != job.may_share_prefix():
             raise UserError(
-                "max_tokens_per_device: the model does not read a pair as one row, for which the "
-                "budget was planned: set model.shared_prefix: off"
+                "max_tokens_per_device was planned for one row per pair, and this model reads two: "
+                "set model.shared_prefix: off"
             )
-        self._shared_prefix = reading.shared_prefix
+        return reading
 
     def engine_at(self, step: int) -> DeepSpeedEngine:
         """An engine with the weights of an earlier step.
@@ -179,14 +184,14 @@ class _Rank:
         for row in self._site.micro_batches(start_step):
             pairs, place = decode_micro_batch(row)
             if place.step >= start_step:
-                yield self._collate(pairs, shared_prefix=self._shared_prefix, place=place)
+                yield self._collate(pairs, shared_prefix=self.reading.shared_prefix, place=place)
 
     def _validation_batches(self) -> Iterator[MicroBatch]:
         """This rank's share, filled up so that every rank has equally many micro-batches."""
         order = self._validation_order
         for number in range(self._site.rank, order.num_micro_batches, self._site.world_size):
             pairs, place = decode_micro_batch(order.micro_batch(number))
-            yield self._collate(pairs, shared_prefix=self._shared_prefix, place=place)
+            yield self._collate(pairs, shared_prefix=self.reading.shared_prefix, place=place)
 
 
 def _export(job: TrainingJob, engine: DeepSpeedEngine) -> None:

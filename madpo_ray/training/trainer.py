@@ -1,5 +1,6 @@
 """A training on Ray: a TorchTrainer around `run_rank`, resumed by name."""
 
+import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,6 +24,8 @@ from madpo_ray.training.job import TrainingJob
 from madpo_ray.training.metrics import METRICS_FILE
 from madpo_ray.training.protocols import NonFiniteError, Notice
 from madpo_ray.training.rank import Outcome, run_rank
+
+logger = logging.getLogger(__name__)
 
 # How long ranks wait for rank 0 while it hashes a large checkpoint, or converts it for another
 # number of ranks. Ray notices a rank that dies at once.
@@ -54,7 +57,7 @@ def _train_on_worker(spec: dict[str, TrainingJob]) -> Outcome:
     try:
         return run_rank(spec["job"], RaySite())
     except (NonFiniteError, UserError) as error:  # on every rank, and again after a restart
-        return Outcome(0, failure=str(error))
+        return Outcome(0, failure=str(error), is_user_error=isinstance(error, UserError))
 
 
 def train_on_ray(
@@ -66,7 +69,8 @@ def train_on_ray(
         callbacks: Ray Train's `UserCallback`s.
 
     Raises:
-        UserError: the model cannot be trained as the settings say.
+        UserError: the model cannot be trained as the settings say, as the driver or, once it is
+            loaded, the workers found.
         Stopped: SIGTERM or the deadline came and the job has saved, or a loss or gradient is not
             finite.
         ray.train.TrainingFailedError: the workers failed more often than cluster.max_failures.
@@ -90,6 +94,10 @@ def train_on_ray(
     assert isinstance(outcome, Outcome)
 
     # What it ended with.
+    if outcome.note:
+        logger.warning(outcome.note)
+    if outcome.is_user_error:
+        raise UserError(outcome.failure)
     if outcome.failure:
         raise Stopped(outcome.failure, ExitCode.FAILED)
     saved = f"saved at step {outcome.step} of {order.total_steps}; the same command resumes there"

@@ -1,5 +1,6 @@
 """What is refused before any row is tokenised."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -33,31 +34,46 @@ def test_names_every_configured_column(name: str, tmp_path: Path) -> None:
         check_files(data(tmp_path, {**PAIR, "score": 1.0}, **{name: value}))
 
 
-@pytest.mark.parametrize("name", ["question", "query", "problem"])
-def test_invents_no_prompt(name: str, tmp_path: Path) -> None:
+def test_invents_no_prompt(tmp_path: Path) -> None:
     """The common beginning of two texts is not certain to be the prompt."""
-    row = {name: "q", "chosen": "The first", "rejected": "The second"}
-    message = f"no column 'prompt'; did you mean '{name}'.*data.prompt_column.*implicit_prompt"
+    row = {"question": "q", "chosen": "The first", "rejected": "The second"}
+    message = "no column 'prompt'; did you mean 'question'.*data.prompt_column.*implicit_prompt"
     with pytest.raises(UserError, match=message):
         check_files(data(tmp_path, row))
-    check_files(data(tmp_path, row, prompt_column=name))
+    check_files(data(tmp_path, row, prompt_column="question"))
     check_files(data(tmp_path, row, implicit_prompt=True))
 
 
-def test_names_the_likely_prompt(tmp_path: Path) -> None:
-    row = {"input": "q", "chosen": "The first", "rejected": "The second"}
-    with pytest.raises(UserError, match="no column 'prompt'; did you mean 'input'"):
-        check_files(data(tmp_path, row))
+def test_messages_without_a_prompt_column_have_a_system_column(tmp_path: Path) -> None:
+    """The error names that column, not the prompt."""
+    first = [{"role": "user", "content": "p"}]
+    row = {name: first + messages(chosen=name)["chosen"] for name in ("chosen", "rejected")}
+    with pytest.raises(UserError, match="column 'system' belongs to the prompt"):
+        check_files(data(tmp_path, {**row, "system": "be brief"}))
+    with pytest.raises(UserError, match="column 'system' belongs to the prompt"):
+        check_files(data(tmp_path, row, {**row, "system": "be brief"}))
+
+
+def test_names_the_columns_that_there_are(tmp_path: Path) -> None:
+    message = r"known are chosen, rejected, zzz\. Set data\.prompt_column"
+    with pytest.raises(UserError, match=message):
+        check_files(data(tmp_path, {"zzz": 1, "chosen": "a", "rejected": "b"}))
+
+
+def test_a_deep_first_row_is_passed_over(tmp_path: Path) -> None:
+    deep = "[" * 3000 + "]" * 3000
+    line = json.dumps({**PAIR, "chosen": [{"role": "user", "x": 0}]}).replace("0", deep)
+    check_files(data(tmp_path, line, PAIR))
 
 
 def test_names_a_column_that_belongs_to_the_prompt(tmp_path: Path) -> None:
     """Although only some rows fill it."""
     rows = [{**PAIR, "system": ""}, {**PAIR, "system": "be brief"}]
-    with pytest.raises(UserError, match=r"a\.jsonl: column 'system' is not read.*system_column"):
+    with pytest.raises(UserError, match=r"a\.jsonl: column 'system' belongs to .*system_column"):
         check_files(data(tmp_path, *rows))
     check_files(data(tmp_path, *rows, ignore_columns=("system",)))
     row = {"instruction": "q", "chosen": "The first", "rejected": "The second"}
-    with pytest.raises(UserError, match="column 'instruction' is not read"):
+    with pytest.raises(UserError, match="column 'instruction' belongs to the prompt"):
         check_files(data(tmp_path, row, implicit_prompt=True))
 
 

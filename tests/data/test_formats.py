@@ -68,7 +68,24 @@ def test_text_prompt_with_messages() -> None:
         # With other white space around it.
         (
             {"prompt": "say hi\n", "chosen": " say hi there", "rejected": "say hi\nno"},
-            {"prompt": "say hi\n", "chosen": " there", "rejected": "no"},
+            {"prompt": "say hi\n", "chosen": "there", "rejected": "no"},
+        ),
+        # Without any.
+        (
+            {
+                "prompt": "你能说你好吗，朋友？谢谢",
+                "chosen": "你能说你好吗，朋友？谢谢。好",
+                "rejected": "你能说你好吗，朋友？谢谢！",
+            },
+            {"prompt": "你能说你好吗，朋友？谢谢", "chosen": "。好", "rejected": "！"},
+        ),
+        (
+            {
+                "prompt": "<|user|>hi<|end|>",
+                "chosen": "<|user|>hi<|end|>a",
+                "rejected": "<|user|>hi<|end|>b",
+            },
+            {"prompt": "<|user|>hi<|end|>", "chosen": "a", "rejected": "b"},
         ),
         # Before the messages of an answer.
         (
@@ -95,11 +112,35 @@ def test_prompt_in_one_response_stays() -> None:
     assert parsed(row).prompt_repeats == 1
 
 
-@pytest.mark.parametrize(("prompt", "repeats"), [("Hi", 0), ("Hi ", 2), ("Hi\n", 2)])
-def test_prompt_ends_with_a_word(prompt: str, repeats: int) -> None:
-    """ "Hi" is no prompt of "Hinduism"."""
+@pytest.mark.parametrize(("prompt", "repeats"), [("Say Hi", 0), ("Say Hi ", 2), ("Say Hi\n", 2)])
+def test_prompt_splits_no_word(prompt: str, repeats: int) -> None:
+    """ "Say Hi" is no prompt of "Say Hinduism"."""
     row = {"prompt": prompt, "chosen": f"{prompt}nduism", "rejected": f"{prompt}story"}
     assert parsed(row).prompt_repeats == repeats
+
+
+@pytest.mark.parametrize("prompt", ["Hello", "Hello!", " Hello\n"])
+def test_short_words_may_be_the_answer(prompt: str) -> None:
+    """Then nothing is removed, and it is counted."""
+    row = {"prompt": prompt, "chosen": "Hello! How are you?", "rejected": "Hello! What?"}
+    pair = parsed(row)
+    assert parts(pair) == row
+    assert pair.prompt_repeats <= 1
+
+
+def test_response_that_is_the_prompt_is_empty() -> None:
+    row = {"prompt": "What is 2?", "chosen": "What is 2? two", "rejected": "What is 2?"}
+    with pytest.raises(BadRowError, match="rejected is empty"):
+        parsed(row)
+
+
+def test_deep_values_are_a_reason() -> None:
+    deep: Any = 1
+    for _ in range(3000):
+        deep = [deep]
+    row = {**CONVERSATION, "chosen": [{"role": "assistant", "content": "a", "x": deep}]}
+    with pytest.raises(BadRowError, match="values are nested too deeply"):
+        parsed(row)
 
 
 @pytest.mark.parametrize("empty", [{"prompt": None}, {}])
@@ -123,7 +164,10 @@ def test_null_prompt_is_none(empty: dict[str, Any]) -> None:
 )
 def test_what_belongs_to_the_prompt_is_not_left_out(name: str, value: Any) -> None:
     row = {**CONVERSATION, name: value}
-    with pytest.raises(BadRowError, match=f"column '{name}' is not read: .*data.ignore_columns"):
+    with pytest.raises(
+        BadRowError,
+        match=f"column '{name}' belongs to the prompt and is not read: .*data.ignore_columns",
+    ):
         parsed(row)
     assert parts(parsed(row, ignore_columns=(name,))) == CONVERSATION
     for empty in (None, "", []):
@@ -138,10 +182,12 @@ def test_mapped_columns_are_read() -> None:
 
 def test_tools_that_are_names_can_be_left_out() -> None:
     row = {**CONVERSATION, "tools": "calculator, search"}
-    with pytest.raises(BadRowError, match=r"tools is not JSON: data\.ignore_columns leaves"):
+    with pytest.raises(BadRowError, match=r"tools is not JSON; .* in data\.ignore_columns"):
         parsed(row)
     assert parsed(row, ignore_columns="tools").tools is None
-    assert parsed({**row, "tools": " "}).tools is None
+    assert parsed({**row, "tools": ""}).tools is None
+    with pytest.raises(BadRowError, match="a key of tools appears twice: 'a'"):
+        parsed({**row, "tools": '[{"a": 1, "a": 2}]'})
 
 
 def test_messages_that_share_their_first_turn() -> None:

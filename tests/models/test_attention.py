@@ -106,6 +106,7 @@ def test_sharing_can_be_turned_off() -> None:
     [
         ("gpt_neo", {"num_layers": 2, "attention_types": [[["global", "local"], 1]]}),
         ("llama4_text", {}),  # chunks of attention
+        ("llama4", {}),  # the same, in the config of its text part
         ("deepseek_v32", {}),  # the few tokens that an indexer picks
     ],
 )

@@ -20,10 +20,41 @@ SEPARATE = Reading(shared_prefix=False)
 
 # What no list of names would have to know.
 SHARING = [
-    *("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma3_text", "gpt2", "gpt_neox", "phi"),
-    *("phi3", "olmo", "olmo2", "olmo3", "granite", "cohere", "cohere2", "starcoder2", "opt"),
-    *("smollm3", "glm", "glm4", "exaone4", "qwen2_moe", "hunyuan_v1_dense", "ernie4_5"),
-    *("seed_oss", "helium", "arcee", "ministral", "stablelm", "nemotron", "biogpt", "persimmon"),
+    "llama",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "gemma",
+    "gemma3_text",
+    "gpt2",
+    "gpt_neox",
+    "phi",
+    "phi3",
+    "olmo",
+    "olmo2",
+    "olmo3",
+    "granite",
+    "cohere",
+    "cohere2",
+    "starcoder2",
+    "opt",
+    "smollm3",
+    "glm",
+    "glm4",
+    "exaone4",
+    "qwen2_moe",
+    "mixtral",
+    "granitemoe",
+    "hunyuan_v1_dense",
+    "ernie4_5",
+    "seed_oss",
+    "helium",
+    "arcee",
+    "ministral",
+    "stablelm",
+    "nemotron",
+    "biogpt",
+    "persimmon",
 ]
 
 
@@ -59,14 +90,15 @@ def test_positions_by_distance_are_not_shared(
     with caplog.at_level("WARNING"):
         reading = reading_of(module, attn_implementation="eager")
     assert reading == SEPARATE
-    assert f"{model_type} reads one row per response: slower, same numbers" in caplog.text
+    assert f"{model_type} reads one row per response: slower, same numbers" in reading.note
+    assert reading.note in caplog.text
     with torch.no_grad():
         logps = module(collate(PAIRS, shared_prefix=False))["logps"]
         torch.testing.assert_close(logps, separate_logps(model), rtol=0, atol=1e-4)
 
 
 class Scaled(torch.nn.Module):
-    """A model that multiplies its logits behind the head, as Falcon-H1 does, by no known name."""
+    """A model that multiplies its logits after the head, as Falcon-H1 does, by no known name."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
@@ -84,12 +116,18 @@ class Scaled(torch.nn.Module):
         return output
 
 
-def test_a_factor_behind_the_head_is_not_lost(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("dtype", list(TOLERANCES), ids=str)
+def test_a_factor_after_the_head_is_found(dtype: torch.dtype) -> None:
+    """In bfloat16, too."""
+    reading = reading_of(ResponseLogps(Scaled(make_model().to(dtype))))
+    assert reading == Reading(shared_prefix=True, own_forward=True)
+    assert "one row per pair, all logits" in reading.note
+
+
+def test_a_factor_after_the_head_is_not_lost() -> None:
     model = Scaled(make_model())
     module = ResponseLogps(model)
-    with caplog.at_level("WARNING"):
-        assert reading_of(module) == Reading(shared_prefix=True, own_forward=True)
-    assert "one row per pair, all logits" in caplog.text
+    reading_of(module)
     outputs = module(collate(PAIRS, shared_prefix=True))
     torch.testing.assert_close(outputs["logps"], separate_logps(model), rtol=0, atol=1e-4)
 
@@ -138,8 +176,17 @@ def test_a_model_that_no_way_can_read_is_refused() -> None:
     model = make_model()
     embed = model.model.embed_tokens
     embed.register_forward_hook(lambda _, inputs, output: output + output.mean(1, keepdim=True))
-    message = r"llama model cannot be read as it reads a text alone: .*one row per response: 0\.\d"
+    message = r"llama model gives other numbers in a batch .*one row per response: 0\.\d"
     with pytest.raises(UserError, match=message):
+        reading_of(ResponseLogps(model))
+
+
+def test_a_reading_that_is_not_finite_is_none() -> None:
+    model = make_model()
+    model.model.norm.register_forward_hook(
+        lambda _, inputs, output: output * (1.0 if len(output) == 1 else torch.nan)
+    )
+    with pytest.raises(UserError, match="one row per response, all logits: not finite"):
         reading_of(ResponseLogps(model))
 
 
@@ -162,18 +209,14 @@ def test_what_a_model_raises_is_shown() -> None:
         reading_of(ResponseLogps(model))
 
 
-@pytest.mark.parametrize("num_responses", [1, 2])
-def test_single_responses_share_nothing(
-    num_responses: int, caplog: pytest.LogCaptureFixture
-) -> None:
-    reading = reading_of(ResponseLogps(make_model()), num_responses)
-    assert reading.shared_prefix == (num_responses == 2)
-    assert not caplog.text
+def test_single_responses_share_nothing() -> None:
+    reading = reading_of(ResponseLogps(make_model()), 1)
+    assert (reading, reading.note) == (SEPARATE, "")
 
 
-def test_sharing_can_be_turned_off(caplog: pytest.LogCaptureFixture) -> None:
-    assert reading_of(ResponseLogps(make_model()), shared_prefix="off") == SEPARATE
-    assert not caplog.text
+def test_sharing_can_be_turned_off() -> None:
+    reading = reading_of(ResponseLogps(make_model()), shared_prefix="off")
+    assert (reading, reading.note) == (SEPARATE, "")
 
 
 @pytest.mark.parametrize("is_fresh", [True, False])
@@ -189,7 +232,7 @@ def test_reward_models_are_compared_too(is_fresh: bool) -> None:
             + torch.arange(output.shape[0])[:, None, None]
         )
     )
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="other numbers in a batch"):
         reading_of(ResponseRewards(model))
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from madpo_ray.config import ModelConfig
-from madpo_ray.scoring.actors import ScoringActor
+from madpo_ray.models.loading import load_policy
+from madpo_ray.scoring.actors import REFUSAL, ScoringActor
 from madpo_ray.scoring.scorers import PolicyLogps, Scorer, TrainedReward
 from support.forwards import PAIRS, separate_logp
 from support.models import make_model, make_reward_model
@@ -23,6 +24,21 @@ def model(model_folder: Path) -> ModelConfig:
 def loaded(scorer: Any) -> Any:
     scorer.load(torch.device("cpu"))
     return scorer
+
+
+def test_model_that_cannot_be_scored_with_is_refused(
+    model: ModelConfig, model_folder: Path, tmp_path: Path
+) -> None:
+    """The reason travels as a column: Ray Data would make a traceback of an exception."""
+    spoiled: Any = load_policy(model_folder, model)
+    with torch.no_grad():
+        spoiled.lm_head.weight[7] = torch.nan
+    spoiled.save_pretrained(tmp_path)
+    scorer = PolicyLogps(tmp_path, model, columns=("chosen", "rejected"), batch_size=2)
+    rows = pa.Table.from_pylist([{"pair_id": str(i), **pair} for i, pair in enumerate(PAIRS)])
+    table = ScoringActor([scorer], 1)(rows)
+    assert table.column_names == ["pair_id", REFUSAL]
+    assert "own numbers are not finite" in table[REFUSAL][4].as_py()
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -140,7 +141,7 @@ def test_a_step_moves_by_the_gradient_of_the_mean() -> None:
 def test_logs_what_a_step_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rates by a clock that moves half a second whenever it is asked."""
     ticks = itertools.count(step=0.5)
-    monkeypatch.setattr(loop.time, "monotonic", lambda: next(ticks))
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
     run = make_run(3)
     fit(run, batches(3))
     tokens = sum(len(pair["prompt_ids"]) + len(pair["chosen_ids"]) for pair in PAIRS)
@@ -163,7 +164,7 @@ def test_logs_what_a_step_read(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_evaluations_are_no_training_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """An hour of evaluation does not show in the rates."""
     now = [0.0]
-    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: now[0]))
     run = make_run(2, eval_steps=1)
 
     def an_hour() -> dict[str, float]:

@@ -150,9 +150,7 @@ def test_random_state_is_restored(policy_job: MakeJob, train_on: TrainOn) -> Non
     assert_same_weights(job, undisturbed)
 
 
-def test_dropout_differs_between_ranks(
-    policy_job: MakeJob, train_on: TrainOn, tmp_path: Path
-) -> None:
+def test_each_rank_has_its_own_seed(policy_job: MakeJob, train_on: TrainOn, tmp_path: Path) -> None:
     record = tmp_path / "recorded"
     record.mkdir()
     job = policy_job("seeds", max_steps=1)

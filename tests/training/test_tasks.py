@@ -139,7 +139,8 @@ def test_reading_is_found_under_zero_3(bloom_job: MakeJob, train_on: TrainOn) ->
     """With parameters in shards, of which no rank can call the model alone."""
     sharded = bloom_job("sharded", **SHARDED)
     complete = bloom_job("complete", zero_stage=0)
-    train_on(sharded, 2)
+    outcome = train_on(sharded, 2)
+    assert "bloom reads one row per response: slower" in outcome.note
     train_on(complete, 1)
     torch.testing.assert_close(logged(sharded), logged(complete), rtol=1e-5, atol=1e-5)
 
@@ -147,7 +148,7 @@ def test_reading_is_found_under_zero_3(bloom_job: MakeJob, train_on: TrainOn) ->
 def test_budget_of_rows_that_are_not_shared_is_refused(bloom_job: MakeJob, tmp_path: Path) -> None:
     job = bloom_job("budget", max_tokens_per_device=64)
     (error,) = Ranks(job, 1, tmp_path).errors()
-    assert "max_tokens_per_device: the model does not read a pair as one row" in error
+    assert "max_tokens_per_device was planned for one row per pair" in error
     assert "model.shared_prefix: off" in error
     off = dataclasses.replace(job, model=job.model.model_copy(update={"shared_prefix": "off"}))
     assert Ranks(off, 1, tmp_path).outcome().step == 5
