@@ -24,6 +24,7 @@ TESTED_ELSEWHERE = {
     "config/evaluation": "config/test_sections.py",
     "config/root": "config/test_sections.py",
     "data/messages": "data/test_formats.py",
+    "models/trainable": "models/test_loading.py",
     "data/strict_json": "data/test_sources.py and data/test_formats.py",
     "scoring/actors": "stages/test_margins.py, on a real Ray",
     "evaluation/sampling": "stages/test_evaluate.py, on a real Ray",

@@ -157,9 +157,13 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         target[part] = dict(section or {})
         target = target[part]
     try:
-        target[parts[-1]] = _read_yaml(value)
+        read = _read_yaml(value)
     except YAML_ERRORS as error:
         raise UserError(f"--set {override}: the value is not valid YAML: {error}") from None
+    # A comment or an anchor is lost in a plain text.
+    if isinstance(read, str) and read != value.strip() and value.strip()[:1] not in ("'", '"'):
+        raise UserError(f"--set {override}: YAML reads {read!r}; put the value into quotes")
+    target[parts[-1]] = read
 
 
 def _validated(
@@ -207,14 +211,10 @@ def _section_of(annotation: Any) -> Any:
 
 def _with_absolute_paths(config: Config) -> Config:
     """Ray changes the working directory of its workers, so every path is made absolute once."""
-    if "://" in config.run.storage_path:
-        raise UserError(
-            f"run.storage_path: {config.run.storage_path} is a URI; "
-            "give a folder that every node mounts"
-        )
     _check_name("model.model_name_or_path", config.model.model_name_or_path)
     storage_path = _absolute("run.storage_path", config.run.storage_path)
     files = tuple(_absolute("data.files", file) for file in config.data.files)
+    _check_doubles(files)
 
     # A model's name may be a path or the name of a repository on the hub.
     model = config.model
@@ -236,17 +236,33 @@ def _with_absolute_paths(config: Config) -> Config:
     )
 
 
+def _check_doubles(files: Sequence[str]) -> None:
+    """Raises UserError if two names lead to one file: all of its pairs would be doubled."""
+    first: dict[str, str] = {}
+    for file in files:
+        real = os.path.realpath(file)
+        if real in first:
+            raise UserError(f"data.files: {file} and {first[real]} are one file: list it once")
+        first[real] = file
+
+
 def _absolute(key: str, path: str) -> str:
     """The absolute path, with `~` and environment variables expanded."""
     _check_name(key, path)
     expanded = os.path.expandvars(os.path.expanduser(path))
     if unset := re.search(r"\$(\w+|\{\w+\})", expanded):
         raise UserError(f"{key}: {path}: environment variable {unset.group()} is not set")
+    if expanded.startswith("~") or re.search(r"\$[({]", expanded):
+        raise UserError(f"{key}: {path}: only ~, $NAME and ${{NAME}} are expanded")
     return os.path.abspath(expanded)
 
 
 def _check_name(key: str, path: str) -> None:
     """Raises UserError for what no file system has as a path."""
+    if not path:
+        raise UserError(f"{key}: the path is empty")
+    if "://" in path:
+        raise UserError(f"{key}: {path} is a URI; give a path on every node, or a hub name")
     try:
         parts = os.fsencode(path).split(b"/")
     except UnicodeEncodeError:

@@ -135,14 +135,6 @@ class DataConfig(Section):
         0.5, ge=0, le=1, description="share of rejected rows above which the run stops"
     )
 
-    @field_validator("files")
-    @classmethod
-    def _check_files(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for file in value:
-            if value.count(file) > 1:
-                raise ValueError(f"{file} is listed twice: all of its pairs would be doubled")
-        return value
-
     @field_validator("keep_columns")
     @classmethod
     def _check_names(cls, value: tuple[str, ...]) -> tuple[str, ...]:

@@ -115,6 +115,13 @@ class TrainingConfig(Section):
             greater = not name.endswith("loss")
         return name if name.startswith("eval_") else f"eval_{name}", greater
 
+    @field_validator("lora_target_modules")
+    @classmethod
+    def _check_targets(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if "all-linear" in value and len(value) > 1:
+            raise ValueError("all-linear stands for all modules: give it alone")
+        return value
+
     @model_validator(mode="after")
     def _check_offloading(self) -> "TrainingConfig":
         if self.offload_optimizer and self.zero_stage < 2:

@@ -1,10 +1,13 @@
-"""What the config's files must have, checked before any row is tokenised."""
+"""What the config's files must have before any row is tokenised, and what must be left after."""
 
 import itertools
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from madpo_ray import columns
 from madpo_ray.config import DataConfig
-from madpo_ray.data.formats import parse_pair
+from madpo_ray.data.formats import UNREAD, parse_pair
 from madpo_ray.data.messages import BadRowError, UnreadColumnError
 from madpo_ray.data.sources import open_source
 from madpo_ray.errors import UserError, did_you_mean
@@ -74,3 +77,42 @@ def holds_messages(data: DataConfig) -> bool:
             except BadRowError:
                 continue
     return False
+
+
+def check_counts(results: Mapping[str, Any], data: DataConfig) -> None:
+    """Raises UserError if too little is left of the rows.
+
+    Args:
+        results: `pairs` by split, and `rejects` by kind of reason.
+    """
+    counts = results["pairs"]
+    rejects = Counter(results["rejects"])
+    num_pairs = sum(counts.values())
+    reasons = "; ".join(f"{count} x {reason}" for reason, count in rejects.most_common(5))
+    if not num_pairs:
+        raise UserError(
+            f"no usable pair in {', '.join(data.files)}: {reasons or 'the files are empty'}"
+        )
+
+    # The config leaves out what belongs to the prompt: not a matter of single rows.
+    for kind, count in rejects.items():
+        if UNREAD in kind:
+            raise UserError(f"{count} rows of {', '.join(data.files)}: {kind}")
+
+    # Some, but too few.
+    num_rows = num_pairs + rejects.total()
+    if rejects.total() > data.max_reject_fraction * num_rows:
+        raise UserError(
+            f"{rejects.total()} of {num_rows} rows are rejected, more than "
+            f"data.max_reject_fraction {data.max_reject_fraction:g} allows: {reasons}"
+        )
+
+    # None in a split that training needs.
+    for split in (columns.TRAIN, columns.VALIDATION):
+        if not counts[split]:
+            raise UserError(
+                f"no pair is in split {split} (pairs: {counts}; rejects: {reasons or 'none'}). "
+                "Pairs of one group stay in one split: if all have one prompt, set "
+                "data.group_column or data.split_column; else raise data.validation_fraction or "
+                "test_fraction"
+            )

@@ -31,8 +31,17 @@ from madpo_ray.data.strict_json import parse_json
 
 # Columns whose names say that they belong to the prompt. They are mapped, named in
 # data.ignore_columns, or empty: never left out silently.
-SYSTEM_COLUMNS = ("system", "system_prompt")
-CONTEXT_COLUMNS = ("history", "context", "instruction", "input")
+SYSTEM_COLUMNS = ("system", "system_prompt", "system_message")
+CONTEXT_COLUMNS = (
+    "history",
+    "chat_history",
+    "dialogue",
+    "context",
+    "passage",
+    "background",
+    "instruction",
+    "input",
+)
 # No key of the config reads these.
 OTHER_COLUMNS = (
     "documents",
@@ -100,6 +109,10 @@ def _parse_pair(row: Mapping[str, Any], data: DataConfig) -> Pair:
     if isinstance(chosen, list) != isinstance(rejected, list):
         raise BadRowError("chosen and rejected are of different kinds")
 
+    for name, value in (("chosen", chosen), ("rejected", rejected)):
+        if isinstance(value, str) and value in row and value != getattr(data, f"{name}_column"):
+            raise BadRowError(f"{name} is the name of a column, not a text", repr(value))
+
     # The prompt has a column, or is what both responses begin with.
     prompt: Content
     repeats = 0
@@ -138,12 +151,24 @@ def _check_prompt_parts(row: Mapping[str, Any], data: DataConfig) -> None:
         **dict.fromkeys(CONTEXT_COLUMNS, ", or put it into the prompt"),
         **dict.fromkeys(OTHER_COLUMNS, ""),
     }
-    for name, other_way in ways.items():
-        if name not in read and row.get(name) not in (None, "", [], {}):
+    for name, value in row.items():
+        other_way = ways.get(name.lower())
+        if other_way is not None and name not in read and not _is_empty(value):
             raise UnreadColumnError(
                 f"column {name!r} {UNREAD}: list it in data.ignore_columns to leave it out"
                 f"{other_way}"
             )
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether there is nothing in it: null, NaN, blank text, or a container of such."""
+    if isinstance(value, str):
+        return not value.strip()
+    if isinstance(value, Mapping):
+        return all(_is_empty(part) for part in value.values())
+    if isinstance(value, list):
+        return all(_is_empty(part) for part in value)
+    return value is None or value != value  # NaN is not equal to itself
 
 
 def _without_prompt(
@@ -212,7 +237,10 @@ def _with_system(row: Mapping[str, Any], prompt: Content, name: str) -> Content:
     if not isinstance(system, str):
         raise BadRowError(f"{name} is not text", type(system).__name__)
     if isinstance(prompt, str):
-        raise BadRowError(f"{name} needs messages, and the pair is texts")
+        raise UnreadColumnError(
+            f"column {name!r} {UNREAD}: a system message needs messages, and the pairs are texts; "
+            "put it into the prompt"
+        )
     if prompt and prompt[0]["role"] == "system":
         raise BadRowError(f"{name} is given, and the prompt has a system message")
     return [{"role": "system", "content": system}, *prompt]

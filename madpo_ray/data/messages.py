@@ -10,6 +10,13 @@ from madpo_ray.data.strict_json import parse_json
 # Roles of messages in transformers' chat templates.
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 
+# Texts that begin like a list or an object and have the keys of a message.
+_LOOKS_STORED = re.compile(r"[\s\ufeff]*(\[|\{|\"\[|array\()")
+_MESSAGE_KEYS = (
+    re.compile(r"""['"](role|from)\\?['"]\s*:""", re.IGNORECASE),
+    re.compile(r"""['"](content|value)\\?['"]\s*:""", re.IGNORECASE),
+)
+
 Message = dict[str, Any]
 Content = str | list[Message]
 
@@ -42,6 +49,8 @@ def read_content(row: Mapping[str, Any], name: str) -> Content:
     if isinstance(value, str):
         messages = _stored_messages(value)
         if messages is None:
+            if _LOOKS_STORED.match(value) and all(key.search(value) for key in _MESSAGE_KEYS):
+                raise BadRowError(f"{name} looks like stored messages, but is not JSON of a list")
             return value
         value = messages
     if not isinstance(value, list):

@@ -103,7 +103,12 @@ def _reject(kind: str, reason: str) -> Row:
 
 def _text(row: Row, name: str) -> str:
     value = row.get(name)
-    if value is None or value == "" or value != value:  # NaN is not equal to itself
+    if isinstance(value, float):
+        if math.isfinite(value) and value.is_integer():
+            value = int(value)  # integers next to nulls are stored as floats
+        elif not math.isfinite(value):
+            value = None
+    if value is None or (isinstance(value, str) and not value.strip()):
         raise BadRowError(f"{name} is missing")
     if not isinstance(value, str | int | float):
         raise BadRowError(f"{name} is neither text nor a number", type(value).__name__)

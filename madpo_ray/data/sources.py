@@ -1,5 +1,6 @@
 """Files of preference pairs: one class per kind of file, and `open_source` as the only door."""
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -11,6 +12,8 @@ from madpo_ray.data.strict_json import parse_json
 from madpo_ray.errors import UserError
 
 ROWS_PER_BATCH = 1024
+# Rows whose keys are the columns of a JSON Lines file.
+ROWS_WITH_KEYS = 100
 # A line without an end is not read into memory completely.
 MAX_LINE_BYTES = 64 * 2**20
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -20,6 +23,7 @@ _OTHER_KINDS = {
     b"\x28\xb5\x2f\xfd": "is compressed with zstd: unpack it first",
     b"PK\x03\x04": "is a zip archive: unpack it first",
     b"PAR1": "is a Parquet file: name it .parquet",
+    b"version https://git-lfs": "is a Git LFS pointer: fetch the file (git lfs pull)",
     b"\xff\xfe": "is UTF-16 text: save it as UTF-8",
     b"\xfe\xff": "is UTF-16 text: save it as UTF-8",
 }
@@ -84,7 +88,7 @@ class ParquetSource:
 
 def _parquet_row(batch: pa.RecordBatch) -> Row | str:
     try:
-        row: Row = batch.to_pylist()[0]
+        row: Row = batch.to_pylist(maps_as_pydicts="strict")[0]
     except (ValueError, OverflowError, pa.ArrowException) as error:  # such as a date of year 10000
         return f"a value cannot be read: {error}"
     return row
@@ -97,10 +101,11 @@ class JSONLinesSource:
         self._path = path
 
     def columns(self) -> list[str] | None:
-        """The keys of the first line that is a JSON object."""
+        """The keys of the first lines that are JSON objects: a key may be left out of some."""
         self._check_kind()
-        first = next((row for row in self.rows() if isinstance(row, dict)), None)
-        return None if first is None else list(first)
+        objects = (row for row in self.rows() if isinstance(row, dict))
+        first = list(itertools.islice(objects, ROWS_WITH_KEYS))
+        return list(dict.fromkeys(key for row in first for key in row)) if first else None
 
     def _check_kind(self) -> None:
         """Raises UserError for a file of another kind under this suffix."""

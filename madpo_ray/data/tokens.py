@@ -1,5 +1,6 @@
 """A pair becomes token ids: the prompt once, and each response."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -117,6 +118,13 @@ def _tokenize_messages(pair: Pair, tokenizer: "PreTrainedTokenizerBase") -> tupl
     rejected = _render(tokenizer, pair, pair.prompt + pair.rejected)
     if not (chosen.startswith(prompt) and rejected.startswith(prompt)):
         raise BadRowError("the chat template renders the prompt differently before a response")
+    _check_rendering("prompt", pair.prompt, prompt)
+    _check_rendering("chosen", pair.chosen, chosen[len(prompt) :])
+    _check_rendering("rejected", pair.rejected, rejected[len(prompt) :])
+    if pair.tools:
+        without_tools = dataclasses.replace(pair, tools=None)
+        if _render(tokenizer, without_tools, pair.prompt, add_generation_prompt=True) == prompt:
+            raise BadRowError("the chat template leaves out the tools")
 
     # The template writes the special tokens itself.
     def tokenize(text: str) -> Ids:
@@ -124,6 +132,30 @@ def _tokenize_messages(pair: Pair, tokenizer: "PreTrainedTokenizerBase") -> tupl
         return ids
 
     return tokenize(prompt), tokenize(chosen), tokenize(rejected)
+
+
+def _check_rendering(name: str, messages: list[Message], rendered: str) -> None:
+    """Raises BadRowError if a chat template leaves out what messages say.
+
+    White space does not count: templates strip it. Earlier answers of the assistant may lose their
+    reasoning.
+    """
+    shown = _without_spaces(rendered)
+    for message in messages:
+        content = message.get("content") or ""
+        texts = [content] if isinstance(content, str) else [part["text"] for part in content]
+        is_history = name == "prompt" and message["role"] == "assistant"
+        if not is_history and not all(_without_spaces(text) in shown for text in texts):
+            raise BadRowError(f"the chat template leaves out text of a message of {name}")
+        if not isinstance(content, str) and _without_spaces(str(content[:1])[1:-1]) in shown:
+            raise BadRowError("the chat template writes parts of content as Python text")
+        for call in message.get("tool_calls") or ():
+            if str(call.get("function", call).get("name", "")) not in rendered:
+                raise BadRowError(f"the chat template leaves out a tool call of {name}")
+
+
+def _without_spaces(text: str) -> str:
+    return "".join(text.split())
 
 
 def _render(

@@ -1,4 +1,4 @@
-"""Load a model as policy or reward model, add LoRA, and check what can be trained."""
+"""Load a model as policy or reward model, and add LoRA."""
 
 import contextlib
 import os
@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from madpo_ray.config import ModelConfig, TrainingConfig
-from madpo_ray.errors import UserError, did_you_mean
-from madpo_ray.models.attention import load_architecture
+from madpo_ray.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,10 +21,11 @@ if TYPE_CHECKING:
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 REWARD_HEAD = "score.weight"
-LM_HEAD = "lm_head.weight"
+# What a reward model has no use for of a language model: its head.
+LM_HEADS = {"lm_head.weight", "lm_head.bias", "embed_out.weight"}
 
 TaskType = Literal["CAUSAL_LM", "SEQ_CLS"]  # peft's names
-_AUTO_CLASSES = {
+AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_CLS": "AutoModelForSequenceClassification",
 }
@@ -112,7 +112,7 @@ def _load(
     """
     import transformers
 
-    auto_class = getattr(transformers, _AUTO_CLASSES[task_type])
+    auto_class = getattr(transformers, AUTO_CLASSES[task_type])
     with _quiet_load_report():
         loaded, report = auto_class.from_pretrained(
             folder,
@@ -129,7 +129,8 @@ def _load(
     mismatched = sorted(str(name) for name, *_ in report["mismatched_keys"])
     # What the model has no place for: a deeper model, or one of another kind. Where a reward model
     # starts from a language model, the language-modelling head is not used.
-    unused = sorted(set(report["unexpected_keys"]) - ({LM_HEAD} if new else set()))
+    unexpected = set(report["unexpected_keys"]) - (LM_HEADS if new else set())
+    unused = sorted(name for name in unexpected if not name.endswith(".masked_bias"))
     if missing or mismatched or unused:
         raise UserError(
             f"{folder} does not hold exactly a {type(loaded).__name__}: "
@@ -208,13 +209,14 @@ def prepare_for_training(
         if settings.use_peft:
             model.enable_input_require_grads()  # type: ignore[operator]
     if settings.use_peft:
-        model = _with_lora(model, settings, task_type)
+        model = with_lora(model, settings, task_type)
     if settings.disable_dropout:
         _zero_dropout(model)
     return model
 
 
-def _with_lora(model: nn.Module, settings: TrainingConfig, task_type: TaskType) -> nn.Module:
+def with_lora(model: nn.Module, settings: TrainingConfig, task_type: TaskType) -> nn.Module:
+    """The model with fresh adapters. Raises ValueError if peft finds no module for them."""
     from peft import LoraConfig, get_peft_model
 
     targets = settings.lora_target_modules
@@ -239,62 +241,3 @@ def _zero_dropout(model: nn.Module) -> None:
         for name in ("attention_dropout", "attn_dropout", "dropout"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
-
-
-def check_trainable(
-    folder: Path, model: ModelConfig, settings: TrainingConfig, *, task_type: TaskType
-) -> None:
-    """Checks a model's architecture, without its weights.
-
-    Raises:
-        UserError: transformers has no such model with this head and attention, or LoRA's settings
-            name what the model does not have.
-    """
-    import transformers
-
-    architecture = load_architecture(folder, trust_remote_code=model.trust_remote_code)
-    kernel: str | None = model.attn_implementation
-    if kernel == "flash_attention_2":
-        kernel = None  # checked on the workers; the driver may have no GPU
-
-    # The architecture with this head and this attention, without weights.
-    try:
-        with torch.device("meta"):
-            skeleton = getattr(transformers, _AUTO_CLASSES[task_type]).from_config(
-                architecture,
-                trust_remote_code=model.trust_remote_code,
-                attn_implementation=kernel,
-            )
-    except ValueError as error:
-        raise UserError(
-            f"model: no {_AUTO_CLASSES[task_type]} of {architecture.model_type} with "
-            f"{model.attn_implementation}: {error}"
-        ) from None
-    if task_type == "SEQ_CLS" and not hasattr(skeleton, "score"):
-        raise UserError(
-            f"model.model_name_or_path: the {type(skeleton).__name__} has no linear head named "
-            "score"
-        )
-    if settings.use_peft:
-        _check_lora(skeleton, settings, task_type)
-
-
-def _check_lora(skeleton: Any, settings: TrainingConfig, task_type: TaskType) -> None:
-    names = {name.rsplit(".", 1)[-1] for name, _ in skeleton.named_modules() if name}
-    for target in settings.lora_target_modules:
-        if target != "all-linear" and target.rsplit(".", 1)[-1] not in names:
-            raise UserError(
-                f"lora_target_modules: {skeleton.config.model_type} has no module "
-                f"{target!r}{did_you_mean(target, names)}"
-            )
-    num_layers = int(skeleton.config.get_text_config().num_hidden_layers)
-    beyond = [i for i in settings.lora_layers_to_transform if not 0 <= i < num_layers]
-    if beyond:
-        raise UserError(
-            f"lora_layers_to_transform: the model has layers 0 to {num_layers - 1}, not {beyond}"
-        )
-    try:
-        with torch.device("meta"):
-            _with_lora(skeleton, settings, task_type)
-    except ValueError as error:  # such as a target that is no linear layer
-        raise UserError(f"lora_target_modules: {error}") from None

@@ -62,6 +62,10 @@ class ResponseLogps(nn.Module):
         logps, _ = target_logps(logits, ids[0, 1:])
         return logps[-num_response_tokens:].mean()[None]
 
+    def own_prediction(self, ids: Tensor, position: int) -> Tensor:
+        """The logits (V,) at a position of one text, scaled to a mean square of 1."""
+        return _normalised(self.model(input_ids=ids, use_cache=False).logits[0, position])
+
     def _of_tokens(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies of all response tokens, both (N,)."""
         transformer = transformer_of(self.model)
@@ -105,11 +109,14 @@ class ResponseRewards(nn.Module):
 
     def own_numbers(self, ids: Tensor, num_response_tokens: int) -> Tensor:
         """The same of one text's ids (1, L), from the model's own forward: (1 + H,)."""
+        reward = self.model(input_ids=ids, use_cache=False).logits[0].float()
+        return torch.cat([reward, self.own_prediction(ids, -1)])
+
+    def own_prediction(self, ids: Tensor, position: int) -> Tensor:
+        """The last state (H,) at a position of one text, scaled to a mean square of 1."""
         transformer = transformer_of(self.model)
         backbone = getattr(transformer, transformer.base_model_prefix)
-        state = backbone(input_ids=ids, use_cache=False).last_hidden_state[0, -1]
-        reward = self.model(input_ids=ids, use_cache=False).logits[0].float()
-        return torch.cat([reward, _normalised(state)])
+        return _normalised(backbone(input_ids=ids, use_cache=False).last_hidden_state[0, position])
 
     def _last_states(self, batch: MicroBatch) -> Tensor:
         """Hidden states at each response's last token, (R * B, H)."""

@@ -6,6 +6,7 @@ after its last hidden states gives other numbers here, before it trains on them.
 
 import contextlib
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,7 +61,8 @@ def find_reading(
         num_responses: of a pair; a single one shares its prompt with nothing.
 
     Raises:
-        UserError: there is no such way, or the model's own numbers are not finite.
+        UserError: there is no such way, the model's own numbers are not finite, or later tokens
+            change them.
     """
     transformer = transformer_of(module.model)
     name = transformer.config.model_type
@@ -75,6 +77,13 @@ def find_reading(
             expected.append(_own_numbers(module, pairs, device))
     if not all(numbers.isfinite().all() for numbers in expected):
         raise UserError(f"the {name} model's own numbers are not finite: its weights are damaged")
+
+    # Tokens that come later must not matter.
+    if not _is_causal(module, pairs[0], tolerance, device):
+        raise UserError(
+            f"the {name} model sees the tokens after the one that it predicts: it is no causal "
+            "language model"
+        )
 
     # The first way that agrees.
     may_share = num_responses > 1 and may_share_prefix(settings, transformer.config)
@@ -134,6 +143,27 @@ def _own_numbers(
     return torch.stack(numbers)
 
 
+def _is_causal(
+    module: Any, pair: dict[str, list[int]], tolerance: float, device: torch.device
+) -> bool:
+    """Whether a prediction is the same with more tokens after it."""
+    text = pair[PROMPT_IDS] + pair[CHOSEN_IDS]
+    alone, followed = (
+        module.own_prediction(torch.tensor([ids], device=device), len(text) - 1)
+        for ids in (text, text + pair[REJECTED_IDS])
+    )
+    return _distance(followed[None], alone[None]) <= tolerance
+
+
+def _distance(found: Tensor, expected: Tensor) -> float:
+    """Of numbers (R * B, K): the largest over the responses; NaN if one is not finite.
+
+    Over the K numbers of a response the root mean square: single channels of a state are large.
+    """
+    distance = (found - expected).square().mean(-1).sqrt().max()
+    return float(distance) if distance.isfinite() else math.nan
+
+
 def _difference(
     module: Any, transformer: Any, batch: MicroBatch, expected: Sequence[Tensor]
 ) -> float | str:
@@ -149,10 +179,8 @@ def _difference(
     except Exception as error:
         return f"{type(error).__name__}: {error}"
 
-    # Over the K numbers of a response the root mean square: single channels of a state are large.
-    differences = torch.stack(found) - torch.stack(list(expected))
-    largest = differences.square().mean(-1).sqrt().max()
-    return float(largest) if largest.isfinite() else "not finite"
+    distances = [_distance(one, own) for one, own in zip(found, expected, strict=True)]
+    return "not finite" if any(map(math.isnan, distances)) else max(distances)
 
 
 def _window_owners(transformer: Any) -> list[Any]:

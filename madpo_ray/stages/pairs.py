@@ -4,7 +4,7 @@ Good rows get a stable id, bad ones a reason.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +15,8 @@ import pyarrow.parquet as pq
 from madpo_ray import columns
 from madpo_ray.artifacts.manifest import hash_file
 from madpo_ray.cluster import write_rows
-from madpo_ray.config import Config, DataConfig
-from madpo_ray.data.checks import check_files, holds_messages
-from madpo_ray.data.formats import UNREAD
+from madpo_ray.config import Config
+from madpo_ray.data.checks import check_counts, check_files, holds_messages
 from madpo_ray.data.reader import PairReader
 from madpo_ray.data.splits import count_repeats
 from madpo_ray.errors import UserError
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
 
 # Reasons on the terminal, at most.
 MAX_REASONS = 10
+MAX_FILES = 5  # likewise
 REJECTS = pa.schema(
     [
         (columns.FILE, pa.string()),
@@ -97,8 +97,8 @@ def make(build: Build) -> dict[str, Any]:
     _check_tokenizer(config, folder)
 
     checked = _read_all(config, folder)
-    results = _counts(checked)
-    _refuse_empty(results, config.data)
+    results = _counts(checked, config.data.files)
+    check_counts(results, config.data)
 
     repeats = count_repeats(_hashes(checked))
     good = checked.map_batches(_identify, fn_kwargs={"repeats": repeats}, batch_format="pyarrow")
@@ -124,6 +124,9 @@ def describe(results: Mapping[str, Any]) -> Description:
             f"{results['quoted_prompts']} pairs begin with the prompt in one response, or with a "
             "prompt of one short word in both; they are kept as they are"
         )
+    if files := results["files_without_pairs"]:
+        shown = ", ".join(files[:MAX_FILES]) + (", ..." if len(files) > MAX_FILES else "")
+        lines.append(f"{len(files)} files have no usable pair: {shown}")
     rejects = Counter(results["rejects"])
     if rejects:
         lines.append(f"{rejects.total()} rows rejected, listed in rejects.parquet:")
@@ -199,10 +202,16 @@ def _check_tokenizer(config: Config, folder: Path) -> None:
     check_lengths(folder, config.data.max_length)
     tokenizer = _load_tokenizer(config, folder)
     check_vocabulary(folder, tokenizer.get_vocab())
-    if holds_messages(config.data) and not tokenizer.chat_template:
+    are_messages = holds_messages(config.data)
+    if are_messages and not tokenizer.chat_template:
         raise UserError(
             "the pairs are messages and the tokenizer has no chat template: set "
             "model.chat_template_path"
+        )
+    if not are_messages and tokenizer.eos_token_id is None:
+        raise UserError(
+            "the pairs are texts, and the tokenizer has no end-of-sequence token to end responses "
+            "with: set eos_token in its tokenizer_config.json"
         )
 
 
@@ -210,13 +219,20 @@ def _tables(dataset: "ray.data.Dataset") -> Iterator[pa.Table]:
     yield from dataset.iter_batches(batch_format="pyarrow", batch_size=None)
 
 
-def _counts(checked: "ray.data.Dataset") -> dict[str, Any]:
+def _counts(checked: "ray.data.Dataset", files: Sequence[str]) -> dict[str, Any]:
     """Good rows and cut responses by split, repeated prompts, rejects by kind of reason."""
     pairs: Counter[str] = Counter()
     cut: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     prompt_repeats: Counter[int] = Counter()
-    names = [columns.SPLIT, columns.NUM_CUT, columns.PROMPT_REPEATS, columns.REASON_KIND]
+    per_file: Counter[str] = Counter()
+    names = [
+        columns.FILE,
+        columns.SPLIT,
+        columns.NUM_CUT,
+        columns.PROMPT_REPEATS,
+        columns.REASON_KIND,
+    ]
 
     for table in _tables(checked.select_columns(names)):
         reasons.update(table[columns.REASON_KIND].drop_null().to_pylist())
@@ -225,6 +241,7 @@ def _counts(checked: "ray.data.Dataset") -> dict[str, Any]:
         pairs.update(splits)
         for split, num_cut in zip(splits, good[columns.NUM_CUT].to_pylist(), strict=True):
             cut[split] += num_cut
+        per_file.update(good[columns.FILE].to_pylist())
         prompt_repeats.update(good[columns.PROMPT_REPEATS].to_pylist())
 
     # By split, in the order of the splits.
@@ -234,6 +251,7 @@ def _counts(checked: "ray.data.Dataset") -> dict[str, Any]:
         "repeated_prompts": prompt_repeats[2],
         "quoted_prompts": prompt_repeats[1],
         "rejects": dict(reasons),
+        "files_without_pairs": [file for file in files if not per_file[file]],
     }
 
 
@@ -263,37 +281,3 @@ def _identify(table: pa.Table, repeats: dict[tuple[int, int], int]) -> pa.Table:
 def _rejects(table: pa.Table) -> pa.Table:
     bad = table.filter(pc.is_valid(table[columns.REASON]))
     return bad.select(REJECTS.names)
-
-
-def _refuse_empty(results: Mapping[str, Any], data: DataConfig) -> None:
-    """Raises UserError if too little is left of the rows."""
-    counts = results["pairs"]
-    rejects = Counter(results["rejects"])
-    num_pairs = sum(counts.values())
-    reasons = "; ".join(f"{count} x {reason}" for reason, count in rejects.most_common(5))
-    if not num_pairs:
-        raise UserError(
-            f"no usable pair in {', '.join(data.files)}: {reasons or 'the files are empty'}"
-        )
-
-    # The config leaves out what belongs to the prompt: not a matter of single rows.
-    for kind, count in rejects.items():
-        if UNREAD in kind:
-            raise UserError(f"{count} rows of {', '.join(data.files)}: {kind}")
-
-    # Some, but too few.
-    num_rows = num_pairs + rejects.total()
-    if rejects.total() > data.max_reject_fraction * num_rows:
-        raise UserError(
-            f"{rejects.total()} of {num_rows} rows are rejected, more than "
-            f"data.max_reject_fraction {data.max_reject_fraction:g} allows: {reasons}"
-        )
-
-    # None in a split that training needs.
-    for split in (columns.TRAIN, columns.VALIDATION):
-        if not counts[split]:
-            raise UserError(
-                f"no pair is in split {split} (pairs: {counts}). Pairs of one group stay in one "
-                "split: if all have one prompt, set data.group_column or data.split_column; else "
-                "raise data.validation_fraction or test_fraction"
-            )

@@ -15,7 +15,8 @@ from madpo_ray.cluster import ordered_execution, worker_resources
 from madpo_ray.config import ClusterConfig
 from madpo_ray.data.order import Order
 from madpo_ray.errors import ExitCode, Stopped, UserError
-from madpo_ray.models.loading import check_trainable, check_weights
+from madpo_ray.models.loading import check_weights
+from madpo_ray.models.trainable import check_trainable
 from madpo_ray.signals import on_sigterm
 from madpo_ray.training.bar import training_bar
 from madpo_ray.training.checkpoints import newest_checkpoint

@@ -227,3 +227,35 @@ def test_variables_in_models_are_expanded(name: str, raw_config: dict[str, Any])
     raw_config["model"]["model_name_or_path"] = name
     with pytest.raises(UserError, match="NOT_SET is not set"):
         parse_config(raw_config)
+
+
+@pytest.mark.parametrize("value", ["x #1", "&x y"])
+def test_overrides_lose_no_text(value: str, tmp_path: Path) -> None:
+    """To YAML the rest is a comment, or a name."""
+    file = written(tmp_path, MINIMAL)
+    with pytest.raises(UserError, match="put the value into quotes"):
+        load_config(file, [f"run.storage_path={value}"])
+    assert load_config(file, [f"run.storage_path='{value}'"]).run.folder.parent.name == value
+
+
+def test_one_file_under_two_names_is_refused(raw_config: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "link.jsonl").symlink_to(raw_config["data"]["files"][0])
+    raw_config["data"]["files"].append(str(tmp_path / "link.jsonl"))
+    with pytest.raises(UserError, match="are one file: list it once"):
+        parse_config(raw_config)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("s3://bucket/a.jsonl", "is a URI"),
+        ("", "the path is empty"),
+        ("${A:-x}/a", "only ~, "),
+        ("$(pwd)/a", "only ~, "),
+        ("~nobody_of_this_name/a", "only ~, "),
+    ],
+)
+def test_refuses_what_is_not_expanded(path: str, message: str, raw_config: dict[str, Any]) -> None:
+    raw_config["data"]["files"] = [path]
+    with pytest.raises(UserError, match=rf"data\.files: .*{message}"):
+        parse_config(raw_config)

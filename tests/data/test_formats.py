@@ -7,7 +7,7 @@ import pytest
 
 from madpo_ray.config import DataConfig
 from madpo_ray.data.formats import Pair, parse_pair
-from madpo_ray.data.messages import BadRowError, as_text
+from madpo_ray.data.messages import BadRowError, UnreadColumnError, as_text
 from support.pairs import messages
 
 TEXTS = {"prompt": "p", "chosen": " a", "rejected": " b"}
@@ -371,3 +371,47 @@ def test_parts_of_content(parts_of_content: list[Any], reason: str) -> None:
     row = {**CONVERSATION, "chosen": [{"role": "assistant", "content": parts_of_content}]}
     with pytest.raises(BadRowError, match=reason):
         parsed(row)
+
+
+STORED = [
+    '[{"role": "assistant", "content": "a\nline"}]',  # a raw newline is no JSON
+    '\ufeff[{"role": "assistant", "content": "a"}]',
+    '[{"role": "assistant", "content": "a"},]',
+    json.dumps(json.dumps([{"role": "assistant", "content": "a"}])),
+    '[[{"role": "assistant", "content": "a"}]]',
+    '{"messages": [{"role": "assistant", "content": "a"}]}',
+    '{"from": "gpt", "value": "a"}',
+    '[{"Role": "assistant", "Content": "a"}]',
+    "{'role': 'assistant', 'content': 'a'}",
+    "array([{'content': 'a', 'role': 'assistant'}], dtype=object)",
+]
+
+
+@pytest.mark.parametrize("text", STORED)
+def test_texts_that_look_like_messages_are_no_texts(text: str) -> None:
+    with pytest.raises(BadRowError, match="messages"):
+        parsed({**TEXTS, "chosen": text})
+
+
+@pytest.mark.parametrize("name", ["System", "system_message", "chat_history", "passage"])
+def test_other_names_of_what_belongs_to_the_prompt(name: str) -> None:
+    with pytest.raises(BadRowError, match=f"column '{name}' belongs to the prompt"):
+        parsed({**CONVERSATION, name: "x"})
+
+
+@pytest.mark.parametrize(
+    "empty", [" ", float("nan"), {"bytes": None, "path": None}, [None], [[]], [""]]
+)
+def test_nothing_in_a_column_is_left_out(empty: Any) -> None:
+    assert parts(parsed({**CONVERSATION, "images": empty})) == CONVERSATION
+
+
+def test_names_of_columns_are_no_responses() -> None:
+    row = {"prompt": "p", "response_a": "x", "response_b": "y"}
+    with pytest.raises(BadRowError, match=r"chosen is the name of a column.*response_a"):
+        parsed({**row, "chosen": "response_a", "rejected": "response_b"})
+
+
+def test_system_of_texts_is_refused_early() -> None:
+    with pytest.raises(UnreadColumnError, match="put it into the prompt"):
+        parsed({**TEXTS, "system": "be brief"}, system_column="system")

@@ -178,7 +178,7 @@ def test_tables_are_of_a_thousand_rows(tokenizer: Any, tmp_path: Path) -> None:
     assert sizes == [1024, 1024, 52]
 
 
-@pytest.mark.parametrize("value", ["", None, float("nan")])
+@pytest.mark.parametrize("value", ["", " ", None, float("nan"), float("inf")])
 def test_pairs_without_a_group_are_rejects(value: Any, tokenizer: Any) -> None:
     """They would all be one group."""
     read = reader(tokenizer, group_column="source").read({**ROW, "source": value})
@@ -188,6 +188,7 @@ def test_pairs_without_a_group_are_rejects(value: Any, tokenizer: Any) -> None:
 def test_group_is_text_or_number(tokenizer: Any) -> None:
     group = reader(tokenizer, group_column="source")
     assert group.read({**ROW, "source": 7})["group"] == "7"
+    assert group.read({**ROW, "source": 7.0})["group"] == "7"  # integers next to nulls
     assert group.read({**ROW, "source": [7]})["reason"] == (
         "source is neither text nor a number: list"
     )

@@ -22,7 +22,7 @@ def test_json_lines(tmp_path: Path) -> None:
     assert isinstance(rows[0], str)
     assert rows[0].startswith("line is not JSON: ")
     assert rows[1:] == ["line is not a JSON object", {"a": 1}, {"b": 2}]
-    assert source.columns() == ["a"]
+    assert source.columns() == ["a", "b"]
     assert source.count() == 4
 
 
@@ -176,3 +176,15 @@ def test_parquet_text_that_is_no_unicode(tmp_path: Path) -> None:
     assert (first, third) == ({"t": "a"}, {"t": "c"})
     assert isinstance(second, str)
     assert second.startswith("a value cannot be read")
+
+
+def test_lfs_pointers_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("version https://git-lfs.github.com/spec/v1\noid x\n")
+    with pytest.raises(UserError, match="is a Git LFS pointer"):
+        open_source(str(tmp_path / "a.jsonl")).columns()
+
+
+def test_parquet_maps_are_objects(tmp_path: Path) -> None:
+    arguments = pa.array([[("x", "1")]], pa.map_(pa.string(), pa.string()))
+    pq.write_table(pa.table({"arguments": arguments}), tmp_path / "a.parquet")
+    assert list(open_source(str(tmp_path / "a.parquet")).rows()) == [{"arguments": {"x": "1"}}]

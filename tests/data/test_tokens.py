@@ -149,7 +149,59 @@ def test_template_that_changes_the_prompt_is_refused(tokenizer: Any) -> None:
 
 
 def test_pair_without_a_shared_token_is_refused(tokenizer: Any) -> None:
-    changing = copy.deepcopy(tokenizer)
-    changing.chat_template = "{% if messages|length > 1 %}{{ messages[-1]['content'] }}{% endif %}"
+    """ "the" is one token, "th" two others."""
     with pytest.raises(BadRowError, match="share no token"):
-        tokenize_pair(CONVERSATION, changing, 64)
+        tokenize_pair(Pair("th", "e film", "e plot"), tokenizer, 64)
+
+
+SYSTEM = {"role": "system", "content": "be brief"}
+ASKS = [{"role": "user", "content": "p"}]
+THINKS = [{"role": "assistant", "content": "<think>long</think>good"}]
+CALLS = [{"role": "assistant", "content": "a", "tool_calls": [{"function": {"name": "look"}}]}]
+PARTS = [{"role": "assistant", "content": [{"type": "text", "text": "good"}]}]
+OTHER = [{"role": "assistant", "content": "b"}]
+SHOWN = "{{ m.role }}:{{ %s }};"
+
+
+@pytest.mark.parametrize(
+    ("content", "pair", "reason"),
+    [
+        (
+            "m.content if m.role != 'system' else ''",
+            Pair([SYSTEM, *ASKS], CONVERSATION.chosen, OTHER),
+            "leaves out text of a message of prompt",
+        ),
+        (
+            "m.content.split('</think>')[-1]",
+            Pair(ASKS, THINKS, OTHER),
+            "leaves out text of a message of chosen",
+        ),
+        ("m.content", Pair(ASKS, CALLS, OTHER), "leaves out a tool call of chosen"),
+        ("m.content", Pair(ASKS, PARTS, OTHER), "writes parts of content as Python text"),
+        (
+            "m.content",
+            Pair(ASKS, CONVERSATION.chosen, OTHER, tools=[{"name": "look"}]),
+            "leaves out the tools",
+        ),
+    ],
+)
+def test_what_a_template_leaves_out_is_a_reason(
+    content: str, pair: Pair, reason: str, tokenizer: Any
+) -> None:
+    ignoring = copy.deepcopy(tokenizer)
+    ignoring.chat_template = "{% for m in messages %}" + SHOWN % content + "{% endfor %}"
+    with pytest.raises(BadRowError, match=f"the chat template {reason}"):
+        tokenize_pair(pair, ignoring, 200)
+
+
+def test_templates_may_strip_and_drop_earlier_reasoning(tokenizer: Any) -> None:
+    """As Qwen3's and DeepSeek's do."""
+    stripping = copy.deepcopy(tokenizer)
+    stripping.chat_template = (
+        "{% for m in messages %}{{ m.role }}:"
+        "{{ m.content.strip() if loop.last else m.content.split('</think>')[-1] | trim }};"
+        "{% endfor %}"
+    )
+    pair = Pair([*ASKS, *THINKS, *ASKS], [{"role": "assistant", "content": " a \n"}], OTHER)
+    tokens = tokenize_pair(pair, stripping, 200)
+    assert "long" not in tokenizer.decode(tokens.prompt)

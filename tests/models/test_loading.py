@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from madpo_ray.config import ModelConfig, PolicyConfig, RewardConfig
 from madpo_ray.errors import UserError
 from madpo_ray.models.loading import (
-    check_trainable,
     check_weights,
     load_policy,
     load_policy_float32,
@@ -22,6 +21,7 @@ from madpo_ray.models.loading import (
     new_reward_model,
     prepare_for_training,
 )
+from madpo_ray.models.trainable import check_trainable
 from support.models import make_model, make_reward_model, tiny_config
 
 
@@ -161,6 +161,32 @@ def test_scoring_needs_the_reward_head(model_folder: Path, tmp_path: Path) -> No
         load_reward_model(model_folder, model)
     make_reward_model().save_pretrained(tmp_path / "reward")
     load_reward_model(tmp_path / "reward", model)
+
+
+@pytest.mark.parametrize("model_type", ["gpt_neox", "phi"])
+def test_heads_of_other_names_are_left_out_of_reward_models(
+    model_type: str, tmp_path: Path
+) -> None:
+    """Pythia's is embed_out, Phi's has a bias."""
+    make_model(model_type).save_pretrained(tmp_path)
+    model = ModelConfig(model_name_or_path=str(tmp_path))
+    check_weights(tmp_path, model, task_type="SEQ_CLS")
+    assert not new_reward_model(tmp_path, model).score.weight.any()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("targets", "missing"),
+    [
+        (["q_proj", "mlp.v_proj"], "mlp.v_proj"),
+        (["layers.5.self_attn.q_proj", "v_proj"], "layers.5.self_attn.q_proj"),
+    ],
+)
+def test_every_lora_target_matches(targets: list[str], missing: str, model_folder: Path) -> None:
+    """peft is content if one does."""
+    settings = PolicyConfig(use_peft=True, lora_target_modules=targets)
+    model = ModelConfig(model_name_or_path=str(model_folder))
+    with pytest.raises(UserError, match=f"llama has no module '{missing}'"):
+        check_trainable(model_folder, model, settings, task_type="CAUSAL_LM")
 
 
 def test_tied_head_is_not_missing(tmp_path: Path) -> None:

@@ -172,10 +172,10 @@ def test_a_window_that_short_pairs_would_not_show_is_compared(
 
 
 def test_a_model_that_no_way_can_read_is_refused() -> None:
-    """Log-probs that depend on the neighbours: the padding is not masked."""
+    """Log-probs that depend on the other rows of a batch."""
     model = make_model()
     embed = model.model.embed_tokens
-    embed.register_forward_hook(lambda _, inputs, output: output + output.mean(1, keepdim=True))
+    embed.register_forward_hook(lambda _, inputs, output: output + output.mean(0, keepdim=True))
     message = r"llama model gives other numbers in a batch .*one row per response: 0\.\d"
     with pytest.raises(UserError, match=message):
         reading_of(ResponseLogps(model))
@@ -245,3 +245,36 @@ def test_the_random_state_and_the_model_are_left_alone() -> None:
     assert reading_of(ResponseLogps(model)) == SHARED
     assert torch.equal(torch.get_rng_state(), before)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [("bert", {}), ("electra", {"embedding_size": 32}), ("roformer", {"embedding_size": 32})],
+)
+def test_models_that_see_later_tokens_are_refused(model_type: str, changes: dict[str, Any]) -> None:
+    """transformers offers encoders as causal language models."""
+    model = make_model(model_type, attention="eager", **changes)
+    with pytest.raises(UserError, match=f"the {model_type} model sees the tokens after the one"):
+        reading_of(ResponseLogps(model), attn_implementation="eager")
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCES), ids=str)
+@pytest.mark.parametrize("make", [make_model, make_reward_model])
+def test_a_causal_architecture_may_be_told_to_look_ahead(make: Any, dtype: torch.dtype) -> None:
+    model = make().to(dtype)
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+    model.set_attn_implementation("eager")
+    model.model.register_forward_pre_hook(
+        lambda _, args, inputs: (args[:1], {**inputs, "attention_mask": full(args, inputs, dtype)}),
+        with_kwargs=True,
+    )
+    module = ResponseLogps(model) if make is make_model else ResponseRewards(model)
+    with pytest.raises(UserError, match="sees the tokens after the one that it predicts"):
+        reading_of(module, attn_implementation="eager")
+
+
+def full(args: Any, inputs: dict[str, Any], dtype: torch.dtype) -> torch.Tensor:
+    """A mask that hides nothing."""
+    rows, length = (args[0] if args else inputs["input_ids"]).shape
+    return torch.zeros(rows, 1, length, length, dtype=dtype)
