@@ -140,6 +140,7 @@ def test_description_has_few_lines() -> None:
         "cut_responses": {"train": 0, "validation": 0, "test": 0},
         "repeated_prompts": 0,
         "quoted_prompts": 0,
+        "files_without_pairs": [],
         "rejects": {f"reason {i}": 20 - i for i in range(15)},
     }
     lines = list(pairs.describe(results))
@@ -147,6 +148,10 @@ def test_description_has_few_lines() -> None:
     assert lines[2] == "  20 x reason 0"
     assert lines[-1] == "  51 for 6 other reasons"
     assert len(lines) == 12
+
+    results["files_without_pairs"] = [f"{i}.jsonl" for i in range(7)]
+    shown = "7 files have no usable pair: 0.jsonl, 1.jsonl, 2.jsonl, 3.jsonl, 4.jsonl, ..."
+    assert list(pairs.describe(results))[1] == shown
 
 
 def test_share_of_rejects_is_limited(raw_config: dict[str, Any], tmp_path: Path) -> None:
