@@ -259,3 +259,21 @@ def test_refuses_what_is_not_expanded(path: str, message: str, raw_config: dict[
     raw_config["data"]["files"] = [path]
     with pytest.raises(UserError, match=rf"data\.files: .*{message}"):
         parse_config(raw_config)
+
+
+def test_config_that_is_no_utf_8_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_bytes(MINIMAL.encode() + b"run: {name: \xe4}\n")
+    with pytest.raises(UserError, match=r"config\.yaml cannot be read"):
+        load_config(file)
+
+
+def test_half_of_a_surrogate_pair_is_no_path(raw_config: dict[str, Any]) -> None:
+    raw_config["data"]["files"] = ["\ud83d.jsonl"]
+    with pytest.raises(UserError, match=r"data\.files: .* is not a possible path"):
+        parse_config(raw_config)
+
+
+def test_required_keys_are_named() -> None:
+    with pytest.raises(UserError, match=r"^data is required$"):
+        parse_config({"model": {"model_name_or_path": "org/name"}})

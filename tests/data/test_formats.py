@@ -415,3 +415,37 @@ def test_names_of_columns_are_no_responses() -> None:
 def test_system_of_texts_is_refused_early() -> None:
     with pytest.raises(UnreadColumnError, match="put it into the prompt"):
         parsed({**TEXTS, "system": "be brief"}, system_column="system")
+
+
+LEFT_OUT = ["documents", "functions", "image", "images", "video", "videos", "audio", "audios"]
+
+
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_columns_that_no_key_reads(name: str) -> None:
+    with pytest.raises(BadRowError, match=f"column '{name}' belongs to .* to leave it out$"):
+        parsed({**CONVERSATION, name: ["x"]})
+
+
+def test_system_that_is_no_text_is_a_reason() -> None:
+    with pytest.raises(BadRowError, match="system is not text: int"):
+        parsed({**CONVERSATION, "system": 1}, system_column="system")
+
+
+def test_implicit_prompts_are_not_repeated() -> None:
+    row = {
+        "chosen": CONVERSATION["prompt"] + CONVERSATION["chosen"],
+        "rejected": CONVERSATION["prompt"] + CONVERSATION["rejected"],
+    }
+    assert parsed(row).prompt_repeats == 0
+
+
+def test_implicit_prompt_of_texts_that_share_nothing_is_empty() -> None:
+    with pytest.raises(BadRowError, match="prompt is empty"):
+        parsed({"chosen": "a ", "rejected": "b "}, implicit_prompt=True)
+
+
+@pytest.mark.parametrize("prompt", ["say hi", " say hi", "say hi "])
+def test_responses_that_do_not_begin_with_the_prompt(prompt: str) -> None:
+    row = {"prompt": prompt, "chosen": "I say hi there", "rejected": "no"}
+    assert parts(parsed(row)) == row
+    assert parsed(row).prompt_repeats == 0

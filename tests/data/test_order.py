@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from madpo_ray.artifacts.tables import read_split
-from madpo_ray.data.order import Order, StepPlace, decode_micro_batch, order_epoch
+from madpo_ray.data.order import Order, OrderSpec, StepPlace, decode_micro_batch, order_epoch
 from madpo_ray.errors import UserError
 from support.ranks import MakeJob
 
@@ -178,3 +178,39 @@ def test_budget_by_hand() -> None:
 def test_place_of_a_pair_on_its_own() -> None:
     expected = {"step": 0, "pairs_in_step": 1, "response_tokens_in_step": 1, "is_last": True}
     assert dataclasses.asdict(StepPlace()) == expected
+
+
+def test_one_epoch_is_the_default(policy_job: MakeJob) -> None:
+    spec = dataclasses.replace(policy_job("one").order_spec(1), num_epochs=1, max_steps=-1)
+    assert OrderSpec.__dataclass_fields__["num_epochs"].default == 1
+    order = Order(spec)
+    assert order.total_steps == order.steps_per_epoch
+
+
+def test_order_of_equal_lengths_is_stable() -> None:
+    """So that it is the same on every machine and with every version of numpy."""
+    steps = order_epoch(
+        np.full(1000, 7), seed=0, epoch=None, global_batch_size=1000, micro_batch_size=1000
+    )
+    assert flat(steps) == list(range(1000))
+
+
+def test_budget_counts_the_tokens_that_are_read(policy_job: MakeJob) -> None:
+    """Of two rows a pair, not of one."""
+    spec = policy_job("budget", max_tokens_per_device=120).order_spec(1)
+    sizes = {}
+    for shared in (True, False):
+        order = Order(dataclasses.replace(spec, shared_prefix=shared))
+        sizes[shared] = [len(pairs) for pairs, _ in decoded(order)]
+    assert len(sizes[False]) > len(sizes[True])
+    assert max(sizes[False]) < max(sizes[True])
+
+
+def test_place_counts_the_steps_response_tokens(policy_job: MakeJob) -> None:
+    totals: dict[int, int] = {}
+    places = {}
+    for pairs, place in decoded(Order(policy_job("tokens").order_spec(1))):
+        tokens = sum(len(pair["chosen_ids"]) + len(pair["rejected_ids"]) for pair in pairs)
+        totals[place.step] = totals.get(place.step, 0) + tokens
+        places[place.step] = place.response_tokens_in_step
+    assert totals == places

@@ -124,6 +124,7 @@ def test_refuses_what_is_no_source(name: str, message: str, tmp_path: Path) -> N
         (gzip.compress(b'{"a": 1}\n'), "compressed with gzip"),
         (b"\x28\xb5\x2f\xfd\x00", "compressed with zstd"),
         ('{"a": 1}\n'.encode("utf-16"), "UTF-16 text"),
+        (b"\xfe\xff" + '{"a": 1}\n'.encode("utf-16-be"), "UTF-16 text"),
         (b"PAR1", "is a Parquet file: name it .parquet"),
     ],
 )
@@ -188,3 +189,7 @@ def test_parquet_maps_are_objects(tmp_path: Path) -> None:
     arguments = pa.array([[("x", "1")]], pa.map_(pa.string(), pa.string()))
     pq.write_table(pa.table({"arguments": arguments}), tmp_path / "a.parquet")
     assert list(open_source(str(tmp_path / "a.parquet")).rows()) == [{"arguments": {"x": "1"}}]
+
+
+def test_limits_are_what_the_messages_say() -> None:
+    assert (sources.MAX_LINE_BYTES, sources.ROWS_PER_BATCH) == (64 * 2**20, 1024)
