@@ -102,15 +102,15 @@ class ResponseRewards(nn.Module):
     def numbers_to_compare(self, batch: MicroBatch) -> Tensor:
         """Each response's reward, and its last state scaled to a mean square of 1, (R * B, 1 + H).
 
-        The state, since a fresh head gives zeros.
+        The state, since a fresh head gives zeros. The reward counts as much as all of the state.
         """
         states = self._last_states(batch)
-        return torch.cat([self._rewards(states)[:, None], _normalised(states)], dim=1)
+        return _reward_and_state(self._rewards(states), states)
 
     def own_numbers(self, ids: Tensor, num_response_tokens: int) -> Tensor:
         """The same of one text's ids (1, L), from the model's own forward: (1 + H,)."""
         reward = self.model(input_ids=ids, use_cache=False).logits[0].float()
-        return torch.cat([reward, self.own_prediction(ids, -1)])
+        return _reward_and_state(reward, self.own_prediction(ids, -1)[None])[0]
 
     def own_prediction(self, ids: Tensor, position: int) -> Tensor:
         """The last state (H,) at a position of one text, scaled to a mean square of 1."""
@@ -178,6 +178,15 @@ def _inputs(transformer: Any, batch: MicroBatch) -> dict[str, Any]:
 def _normalised(states: Tensor) -> Tensor:
     """States (..., H) scaled to a mean square of 1, float32."""
     return torch.nn.functional.rms_norm(states.float(), states.shape[-1:])
+
+
+def _reward_and_state(rewards: Tensor, states: Tensor) -> Tensor:
+    """Rewards (n,) and normalised states (n, H) as (n, 1 + H).
+
+    The reward is scaled so that the root mean square of a row is at least the reward's own size.
+    """
+    scale = (1 + states.shape[-1]) ** 0.5
+    return torch.cat([scale * rewards[:, None], _normalised(states)], dim=1)
 
 
 def _recomputed(function: Any, *arguments: Any) -> Any:

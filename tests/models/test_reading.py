@@ -278,3 +278,14 @@ def full(args: Any, inputs: dict[str, Any], dtype: torch.dtype) -> torch.Tensor:
     """A mask that hides nothing."""
     rows, length = (args[0] if args else inputs["input_ids"]).shape
     return torch.zeros(rows, 1, length, length, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCES), ids=str)
+def test_a_reward_counts_as_much_as_its_state(dtype: torch.dtype) -> None:
+    """A model that does more after its head: 0.2 more is a wrong reward, however long the state."""
+    model = make_reward_model().to(dtype)
+    model.register_forward_hook(
+        lambda _, inputs, output: setattr(output, "logits", output.logits + 0.2)
+    )
+    with pytest.raises(UserError, match="other numbers in a batch"):
+        reading_of(ResponseRewards(model))
