@@ -1,29 +1,25 @@
-"""A stage's folder: what it was made from, the hashes of its files, and a manifest written last.
+"""A stage's manifest: what it was made from, its results, and its files with size and hash.
 
-A stage is finished when `manifest.json` exists. It is built in a folder next to its place and moved
-there when it is complete, so a stage that is redone keeps its old result until then.
+It is written last: a stage is finished when its manifest and every file in it are there.
 """
 
-import contextlib
-import fcntl
-import functools
 import hashlib
+import importlib.metadata
 import json
 import logging
-import os
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import madpo_ray
-from madpo_ray.atomic import write_json
+from madpo_ray.artifacts.hashes import MANIFEST, damaged_files
 from madpo_ray.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
+# Their versions are recorded: with others, the same inputs may give slightly other numbers.
+LIBRARIES = ("torch", "transformers", "peft", "deepspeed", "ray")
 
 
 @dataclass(frozen=True)
@@ -31,13 +27,15 @@ class Inputs:
     """What an artifact is made from.
 
     `settings` come from the config; `upstream` are fingerprints of the artifacts that it reads;
-    `content` is what the config points to (hashes of files).
+    `content` is what the config points to (hashes of files), and `names` is where that was found.
+    Names do not count: a folder may be moved, or mounted elsewhere.
     """
 
     stage: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     upstream: Mapping[str, str] = field(default_factory=dict)
     content: Mapping[str, Any] = field(default_factory=dict)
+    names: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def parts(self) -> dict[str, Any]:
@@ -70,44 +68,34 @@ def model_folder(artifact: Path) -> Path:
     return artifact / "model"
 
 
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file's content, in hex. Cached per process by size and time of change."""
-    stat = path.stat()
-    return _hash_file(path, stat.st_size, stat.st_mtime_ns)
-
-
-@functools.cache
-def _hash_file(path: Path, size: int, mtime_ns: int) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def hash_files(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file under a folder, by relative path, without the manifest."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {
-        str(path.relative_to(folder)): hash_file(path)
-        for path in files
-        if path != folder / MANIFEST
-    }
+def library_versions() -> dict[str, str]:
+    """The installed versions of the libraries that decide numbers."""
+    return {name: importlib.metadata.version(name) for name in LIBRARIES}
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of a finished artifact, or None. A damaged one counts as none."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except FileNotFoundError:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, OSError) as error:
         logger.warning("%s cannot be read and counts as missing: %s", folder / MANIFEST, error)
         return None
-    parts = ("inputs", "results", "files")
-    if not isinstance(manifest, dict) or not all(
-        isinstance(manifest.get(part), dict) for part in parts
-    ):
+    if not _is_manifest(manifest):
         logger.warning("%s is not a manifest and counts as missing", folder / MANIFEST)
         return None
-    return manifest
+    found: dict[str, Any] = manifest
+    return found
+
+
+def _is_manifest(manifest: Any) -> bool:
+    parts = ("inputs", "results", "files")
+    if not isinstance(manifest, dict):
+        return False
+    if not all(isinstance(manifest.get(part), dict) for part in parts):
+        return False
+    return all(isinstance(values, dict) for values in manifest["inputs"].values())
 
 
 def differences(folder: Path, inputs: Inputs) -> list[Difference]:
@@ -122,11 +110,13 @@ def differences(folder: Path, inputs: Inputs) -> list[Difference]:
     manifest = read_manifest(folder)
     if manifest is None:
         raise FileNotFoundError(f"{folder} is not finished")
-    old = manifest["inputs"]
-    new = json.loads(json.dumps(inputs.parts))
+    return compare_inputs(manifest["inputs"], inputs.parts)
 
-    older = old.get("content", {}).get("madpo_ray")  # of 0.1.0
-    old_version = old.get("package", {}).get("madpo_ray", older)
+
+def compare_inputs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
+    """What differs between two `Inputs.parts`, as `differences` does."""
+    new = json.loads(json.dumps(new))
+    old_version = old.get("package", {}).get("madpo_ray")
     if old_version != madpo_ray.__version__:
         return [Difference("package", "madpo_ray", old_version, madpo_ray.__version__)]
 
@@ -140,16 +130,31 @@ def differences(folder: Path, inputs: Inputs) -> list[Difference]:
     return found
 
 
+def damage(folder: Path, *, compare_hashes: bool = False) -> list[str]:
+    """What a finished artifact has lost since its manifest was written: one phrase per file.
+
+    Raises:
+        FileNotFoundError: there is no finished artifact.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise FileNotFoundError(f"{folder} is not finished")
+    return damaged_files(folder, manifest["files"], compare_hashes=compare_hashes)
+
+
 def is_finished(folder: Path, inputs: Inputs) -> bool:
-    """Whether an artifact is there and was made from these inputs."""
-    return read_manifest(folder) is not None and not differences(folder, inputs)
+    """Whether an artifact is there, complete, and was made from these inputs."""
+    return (
+        read_manifest(folder) is not None and not differences(folder, inputs) and not damage(folder)
+    )
 
 
 def require(folder: Path, inputs: Inputs) -> dict[str, Any]:
     """The manifest of a finished artifact that another stage reads.
 
     Raises:
-        UserError: it is missing, was made from other inputs (naming them), or lost a file.
+        UserError: it is missing, was made from other inputs (naming them), or a file is missing or
+            has another size.
     """
     manifest = read_manifest(folder)
     if manifest is None:
@@ -167,84 +172,29 @@ def require(folder: Path, inputs: Inputs) -> dict[str, Any]:
         )
 
     # And complete?
-    missing = [name for name in manifest["files"] if not (folder / name).exists()]
-    if missing:
+    if lost := damage(folder):
         raise UserError(
-            f"{folder} lost {', '.join(missing)}: delete the folder and run "
-            f"`madpo-ray {inputs.stage}`"
+            f"{folder} is damaged: {'; '.join(lost)}. Run `madpo-ray {inputs.stage}` to make it "
+            "again, or `madpo-ray run`"
         )
     return manifest
 
 
 def refuse_changed_content(folder: Path, inputs: Inputs) -> None:
-    """Raises UserError if what the config points to changed and the config did not.
+    """Raises UserError if what the config points to, or the package, changed, not the config.
 
     Redoing the stage then would replace results that nobody asked to replace.
     """
     found = differences(folder, inputs)
-    if all(difference.part in ("package", "content") for difference in found):
+    parts = {difference.part for difference in found}
+    manifest = read_manifest(folder) or {}
+    is_same_config = manifest.get("names") == dict(inputs.names) and parts <= {"content"}
+    if found and (is_same_config or parts == {"package"}):
         raise UserError(
             f"{folder} was made from other inputs by the same config:\n  "
             + "\n  ".join(map(str, found))
             + "\nset another run.name, or delete the folder to make it again"
         )
-
-
-@contextlib.contextmanager
-def building(folder: Path, inputs: Inputs) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """A fresh folder to build an artifact in, and a dict for its results.
-
-    On success the manifest is written and the folder moved into place.
-
-    Raises:
-        UserError: another process is building the same artifact.
-    """
-    with _build_lock(folder):
-        partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-
-        results: dict[str, Any] = {}
-        yield partial, results
-
-        # The manifest is the last file, and the move the last step.
-        manifest = {
-            "stage": inputs.stage,
-            "fingerprint": inputs.fingerprint,
-            "inputs": inputs.parts,
-            "results": results,
-            "files": hash_files(partial),
-        }
-        write_json(partial / MANIFEST, manifest)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-
-
-@contextlib.contextmanager
-def _build_lock(folder: Path) -> Iterator[None]:
-    """Holds a lock that ends with this process, however it ends."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_name(f".{folder.name}.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another process is making {folder}: wait for it, or set another run.name"
-            ) from None
-        yield
-
-
-def check_writable(folder: Path) -> None:
-    """Raises UserError if the run's folder cannot be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".write-test-{os.getpid()}"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise UserError(
-            f"cannot write to the run's folder {folder}: {error.strerror}; set run.storage_path"
-        ) from None
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

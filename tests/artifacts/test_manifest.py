@@ -1,24 +1,21 @@
 """Artifacts: finished or not, made from what, and never half overwritten."""
 
-import os
 from pathlib import Path
 
 import pytest
 
+from madpo_ray.artifacts.building import building, check_writable
+from madpo_ray.artifacts.hashes import hash_file
 from madpo_ray.artifacts.manifest import (
     Difference,
     Inputs,
-    building,
-    check_writable,
+    damage,
     differences,
-    hash_file,
-    hash_files,
     is_finished,
     read_manifest,
     refuse_changed_content,
     require,
 )
-from madpo_ray.atomic import write_text
 from madpo_ray.errors import UserError
 
 INPUTS = Inputs(
@@ -43,7 +40,8 @@ def test_is_finished_with_its_manifest(tmp_path: Path) -> None:
     build(folder)
     assert is_finished(folder, INPUTS)
     assert require(folder, INPUTS)["results"] == {"count": 1}
-    assert require(folder, INPUTS)["files"] == {"file.txt": hash_file(folder / "file.txt")}
+    entry = {"sha256": hash_file(folder / "file.txt"), "size": 1}
+    assert require(folder, INPUTS)["files"] == {"file.txt": entry}
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"inputs": 1}'])
@@ -91,17 +89,18 @@ def test_another_version_is_the_only_difference(
     assert differences(tmp_path / "pairs", other) == expected
 
 
-def test_artifact_of_the_first_version_is_refused(tmp_path: Path) -> None:
-    """Its manifest kept the version among the content and had no upstream."""
+def test_artifact_of_another_version_is_refused(tmp_path: Path) -> None:
+    """Its manifest may look different."""
     old = (
-        '{"stage": "pairs", "fingerprint": "0", "results": {}, "files": {}, '
-        '"inputs": {"settings": {"seed": 0}, "content": {"madpo_ray": "0.1.0"}}}'
+        '{"stage": "pairs", "fingerprint": "0", "results": {}, "files": {"a": "0"}, '
+        '"inputs": {"package": {"madpo_ray": "0.1.0"}, "settings": {"seed": 0}}}'
     )
     (tmp_path / "manifest.json").write_text(old)
     with pytest.raises(UserError, match=r"package\.madpo_ray: 0\.1\.0 -> 0\.2\.0"):
         require(tmp_path, INPUTS)
     with pytest.raises(UserError, match=r"package\.madpo_ray: 0\.1\.0 -> 0\.2\.0"):
         refuse_changed_content(tmp_path, INPUTS)
+    assert not is_finished(tmp_path, INPUTS)
 
 
 def test_changed_content_is_refused_and_changed_settings_are_not(tmp_path: Path) -> None:
@@ -111,6 +110,17 @@ def test_changed_content_is_refused_and_changed_settings_are_not(tmp_path: Path)
         refuse_changed_content(tmp_path / "pairs", content)
     settings = Inputs("pairs", {"seed": 1}, INPUTS.upstream, {"files": {}})
     refuse_changed_content(tmp_path / "pairs", settings)
+    names = Inputs("pairs", INPUTS.settings, INPUTS.upstream, {"files": {}}, {"files": ["b"]})
+    refuse_changed_content(tmp_path / "pairs", names)
+
+
+def test_names_do_not_count(tmp_path: Path) -> None:
+    """The same content under another path."""
+    build(tmp_path / "pairs")
+    moved = Inputs(
+        "pairs", INPUTS.settings, INPUTS.upstream, INPUTS.content, names={"files": ["/b/a.jsonl"]}
+    )
+    assert is_finished(tmp_path / "pairs", moved)
 
 
 def test_failed_rebuild_keeps_the_old_result(tmp_path: Path) -> None:
@@ -133,20 +143,34 @@ def test_build_starts_from_an_empty_folder(tmp_path: Path) -> None:
     assert list(require(tmp_path / "pairs", INPUTS)["files"]) == ["file.txt"]
 
 
-def test_second_build_is_refused(tmp_path: Path) -> None:
-    with building(tmp_path / "pairs", INPUTS) as (partial, _):
-        (partial / "file.txt").write_text("x")
-        message = "another process is making"
-        with pytest.raises(UserError, match=message), building(tmp_path / "pairs", INPUTS):
-            pass
-    assert is_finished(tmp_path / "pairs", INPUTS)
+@pytest.mark.parametrize("change", ["missing", "emptied", "without a size"])
+def test_damaged_file_is_named(change: str, tmp_path: Path) -> None:
+    folder = tmp_path / "pairs"
+    build(folder)
+    file = folder / "file.txt"
+    match change:
+        case "missing":
+            file.unlink()
+            expected = "file.txt is missing"
+        case "emptied":
+            file.write_text("")
+            expected = "file.txt has 0 bytes instead of 1"
+        case "without a size":
+            manifest = folder / "manifest.json"
+            manifest.write_text(manifest.read_text().replace('"size"', '"other"'))
+            expected = "file.txt has no size in the manifest"
+    assert damage(folder) == [expected]
+    assert not is_finished(folder, INPUTS)
+    with pytest.raises(UserError, match=expected):
+        require(folder, INPUTS)
 
 
-def test_lost_file_is_named(tmp_path: Path) -> None:
+def test_changed_byte_is_found_by_its_hash(tmp_path: Path) -> None:
     build(tmp_path / "pairs")
-    (tmp_path / "pairs" / "file.txt").unlink()
-    with pytest.raises(UserError, match=r"lost file\.txt"):
-        require(tmp_path / "pairs", INPUTS)
+    (tmp_path / "pairs" / "file.txt").write_text("y")
+    assert damage(tmp_path / "pairs") == []
+    expected = ["file.txt has another content"]
+    assert damage(tmp_path / "pairs", compare_hashes=True) == expected
 
 
 def test_read_only_folder_is_named(tmp_path: Path) -> None:
@@ -156,15 +180,3 @@ def test_read_only_folder_is_named(tmp_path: Path) -> None:
     check_writable(tmp_path / "fine")
     assert list((tmp_path / "fine").iterdir()) == []
     assert read_manifest(tmp_path / "fine") is None
-
-
-def test_hash_follows_an_edit_of_equal_size(tmp_path: Path) -> None:
-    """The cache looks at the time of change, too."""
-    file = tmp_path / "a.txt"
-    file.write_text("one")
-    before = hash_file(file)
-    time = file.stat().st_mtime_ns
-    write_text(file, "two")
-    os.utime(file, ns=(time + 1, time + 1))
-    assert hash_file(file) != before
-    assert hash_files(tmp_path) == {"a.txt": hash_file(file)}

@@ -1,0 +1,76 @@
+"""Hashes and sizes of files: what tells a complete copy from another one."""
+
+import functools
+import hashlib
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+THREADS = 8
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's content, in hex. Cached per process by size and time of change."""
+    stat = path.stat()
+    return _hash_file(path, stat.st_size, stat.st_mtime_ns)
+
+
+@functools.cache
+def _hash_file(path: Path, size: int, mtime_ns: int) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def files_below(folder: Path) -> list[Path]:
+    """Every file below a folder, sorted, without its manifest."""
+    return sorted(
+        path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST
+    )
+
+
+def hash_files(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file below a folder, by relative path, without the manifest."""
+    return {str(path.relative_to(folder)): hash_file(path) for path in files_below(folder)}
+
+
+def describe_files(folder: Path, files: Iterable[Path] | None = None) -> dict[str, dict[str, Any]]:
+    """`sha256` and `size` (bytes) of files below a folder, of all by default, by relative path."""
+    return {
+        str(path.relative_to(folder)): {"sha256": hash_file(path), "size": path.stat().st_size}
+        for path in (files_below(folder) if files is None else files)
+    }
+
+
+def damaged_files(
+    folder: Path, files: Mapping[str, Mapping[str, Any]], *, compare_hashes: bool = False
+) -> list[str]:
+    """What differs from `describe_files` of earlier: one phrase per file. Empty if nothing does.
+
+    Args:
+        compare_hashes: read all files. Otherwise only their sizes are compared.
+    """
+
+    def check(item: tuple[str, Mapping[str, Any]]) -> str:
+        return _damage(folder / item[0], *item, compare_hash=compare_hashes)
+
+    with ThreadPoolExecutor(THREADS) as pool:  # hashing releases the interpreter
+        return [found for found in pool.map(check, files.items()) if found]
+
+
+def _damage(path: Path, name: str, entry: Mapping[str, Any], *, compare_hash: bool) -> str:
+    """What differs, or an empty string."""
+    try:
+        size = path.stat().st_size
+        if size != entry["size"]:
+            return f"{name} has {size} bytes instead of {entry['size']}"
+        if compare_hash and hash_file(path) != entry["sha256"]:
+            return f"{name} has another content"
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except (KeyError, TypeError):
+        return f"{name} has no size in the manifest"
+    except OSError as error:
+        return f"{name} cannot be read ({error.strerror})"
+    return ""
