@@ -26,6 +26,10 @@ class RunConfig(Section):
         "the same command resumes",
     )
 
+    keep_checkpoints: bool = Field(
+        False, description="keep a training's checkpoints after its stage is finished"
+    )
+
     @property
     def folder(self) -> Path:
         return Path(self.storage_path) / self.name
@@ -46,7 +50,22 @@ class ClusterConfig(Section):
         False, description="the cluster can add nodes, so do not check that the workers fit now"
     )
     max_failures: int = Field(
-        3, ge=-1, description="restarts of the workers after an error; -1: no limit"
+        3,
+        ge=-1,
+        description="restarts of the workers without progress in between; -1: no limit. The same "
+        "error twice at one step ends a training at once",
+    )
+    connect_timeout_s: float = Field(
+        10.0, gt=0, description="seconds until a cluster that does not answer is an error"
+    )
+    placement_timeout_s: float = Field(
+        600.0, gt=0, description="seconds until workers or actors that have no place are an error"
+    )
+    collective_timeout_s: float = Field(
+        1800.0,
+        gt=0,
+        description="seconds that ranks wait for each other; the longest is for rank 0 while it "
+        "checks a checkpoint, or converts it for another number of ranks",
     )
 
     @property

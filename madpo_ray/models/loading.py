@@ -43,29 +43,35 @@ def load_tokenizer(folder: Path, model: ModelConfig) -> "PreTrainedTokenizerBase
         raise UserError(f"the tokenizer of {folder} cannot be loaded: {error}") from None
 
 
-def load_policy(folder: Path, model: ModelConfig) -> nn.Module:
+def load_policy(folder: Path, model: ModelConfig, *, base: Path | None = None) -> nn.Module:
     """A causal language model in the config's dtype.
 
-    `folder` may hold a LoRA adapter, which names its base's path.
+    Args:
+        base: folder of the model that the adapter in `folder`, if it holds one, was trained on. The
+            base that an adapter names is never loaded: it may be gone, or another one by now.
     """
     if (folder / "adapter_config.json").exists():
-        from peft import PeftConfig, PeftModel
-
-        adapter = PeftConfig.from_pretrained(str(folder))
-        base = load_policy(Path(str(adapter.base_model_name_or_path)), model)
-        with warnings.catch_warnings():
-            # peft only warns, and trains or scores with fresh adapters.
-            warnings.filterwarnings("error", message="Found missing adapter keys")
-            try:
-                adapted: nn.Module = PeftModel.from_pretrained(base, str(folder))
-            except UserWarning as warning:
-                raise UserError(f"{folder} is not a complete adapter: {warning}") from None
-        return adapted
+        assert base is not None, f"{folder} is an adapter, and its base was not given"
+        return _with_adapter(load_policy(base, model), folder)
 
     options: dict[str, Any] = {"dtype": DTYPES[model.dtype]}
     if model.load_in_4bit:
         options |= _four_bits(model)
     return _load("CAUSAL_LM", folder, model, **options)
+
+
+def _with_adapter(base: nn.Module, folder: Path) -> nn.Module:
+    """The base with a LoRA adapter. Raises UserError if the adapter is not complete."""
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        # peft only warns, and trains or scores with fresh adapters.
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        try:
+            adapted: nn.Module = PeftModel.from_pretrained(base, str(folder))
+        except UserWarning as warning:
+            raise UserError(f"{folder} is not a complete adapter: {warning}") from None
+    return adapted
 
 
 def load_policy_float32(folder: Path, model: ModelConfig) -> nn.Module:
@@ -229,7 +235,10 @@ def with_lora(model: nn.Module, settings: TrainingConfig, task_type: TaskType) -
         modules_to_save=["score"] if task_type == "SEQ_CLS" else None,
         task_type=task_type,
     )
-    adapted: nn.Module = get_peft_model(model, lora)
+    with warnings.catch_warnings():
+        # peft 0.21 reads the old name of an attribute of transformers 5.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        adapted: nn.Module = get_peft_model(model, lora)
     return adapted
 
 

@@ -4,11 +4,14 @@ import functools
 import importlib.util
 import json
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from madpo_ray.artifacts.manifest import Inputs, building, hash_file, hash_files, is_finished
+from madpo_ray.artifacts.building import building, recover
+from madpo_ray.artifacts.hashes import hash_file, hash_files
+from madpo_ray.artifacts.manifest import Inputs, is_finished
 from madpo_ray.config import ModelConfig, RunConfig
 from madpo_ray.errors import UserError
 
@@ -19,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 TOKENIZER_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
+COMMIT = re.compile("[0-9a-f]{40}")
 # One of these is in every folder that holds a tokenizer.
 TOKENIZER_MARKS = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tokenizer_config.json")
 
@@ -43,6 +47,12 @@ def check_model(model: ModelConfig) -> None:
         _check_package("gguf", f"{path.name} needs the package gguf: pip install gguf")
     elif path.is_absolute():
         _check_folder(path)
+        _check_code(path, model)
+    elif model.trust_remote_code and not COMMIT.fullmatch(model.model_revision):
+        raise UserError(
+            f"model.model_revision: {model.model_revision} can change, and model.trust_remote_code "
+            "runs what it brings: give the 40 digits of a commit that you have read"
+        )
 
     # Packages for what the config asks for.
     if model.load_in_4bit:
@@ -81,6 +91,16 @@ def _check_folder(path: Path) -> None:
         )
     if not any(next(path.glob(pattern), None) for pattern in TOKENIZER_MARKS):
         raise UserError(f"{where} has no tokenizer: save it into the same folder")
+
+
+def _check_code(path: Path, model: ModelConfig) -> None:
+    """Raises UserError if the model's code is of another repository, which nothing pins."""
+    code = _read_json(path / "config.json").get("auto_map") or {}
+    if model.trust_remote_code and "--" in json.dumps(code):
+        raise UserError(
+            f"model.trust_remote_code: {path} runs code of another repository (auto_map in "
+            "config.json), which has no fixed revision: copy that code into the model's folder"
+        )
 
 
 def _read_template(path: Path) -> str:
@@ -185,6 +205,9 @@ def fetch_model(model: ModelConfig) -> Path:
             f"reachable on the hub ({type(error).__name__}); check the name, the network, and "
             "HF_TOKEN for gated models"
         ) from None
+    # What a hub name leads to is known only now.
+    _check_folder(Path(folder))
+    _check_code(Path(folder), model)
     return Path(folder)
 
 
@@ -207,6 +230,7 @@ def base_model(model: ModelConfig, run: RunConfig) -> Path:
         return source
     folder = run.folder / "model"
     inputs = model_inputs(model)
+    recover(folder, inputs)
     if not is_finished(folder, inputs):
         with building(folder, inputs) as (partial, _):
             _convert(source, model, partial)

@@ -48,7 +48,7 @@ def training_bar(stage: str, metrics: Path, total_steps: int) -> Iterator[None]:
             yield
         finally:
             done.set()
-            watcher.join()
+            watcher.join(timeout=1.0)  # it may hang in a file system that does not answer
 
 
 def _follow(bar: Progress, task: TaskID, metrics: Path, done: threading.Event) -> None:

@@ -1,13 +1,15 @@
-"""Checkpoints of a run: written by all ranks, found by step, checked by hash.
+"""Checkpoints of a run: written by all ranks, found by step, checked by hash, deleted by age.
 
 A checkpoint folder holds DeepSpeed's files, a `rank-*.pt` per rank (progress, objective, random
 state) and a `rank-*.json` per rank that lists the rank's files with their hashes. The hashes find
 accidents, not attackers: the files are pickles, so a run's folder must be trusted like a program.
 """
 
+import errno
 import json
 import logging
 import math
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,14 +18,23 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from madpo_ray.artifacts.manifest import hash_file
-from madpo_ray.atomic import write_json
-from madpo_ray.training.collectives import broadcast_object
+from madpo_ray.artifacts.building import discard
+from madpo_ray.artifacts.hashes import damaged_files, describe_files
+from madpo_ray.artifacts.manifest import library_versions
+from madpo_ray.atomic import sync, write_json
+from madpo_ray.errors import UserError, explain_write_error, find_write_error
+from madpo_ray.training.collectives import broadcast_object, gather_objects
 from madpo_ray.training.engine import DeepSpeedEngine, make_universal
 
 logger = logging.getLogger(__name__)
 
 UNIVERSAL = "universal"
+# What a listing that cannot be read, or is none, raises.
+DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError)
+
+
+class CheckpointWriteError(RuntimeError):
+    """A checkpoint could not be written. A restart would end in the same way."""
 
 
 def save_checkpoint(engine: DeepSpeedEngine, folder: Path, state: Mapping[str, Any]) -> None:
@@ -31,31 +42,90 @@ def save_checkpoint(engine: DeepSpeedEngine, folder: Path, state: Mapping[str, A
 
     Args:
         state: what else to restore; `state["progress"]["step"]` names the checkpoint.
+
+    Raises:
+        CheckpointWriteError: the disk is full or broken. Names the folder and what is needed.
     """
     rank = dist.get_rank()
-    engine.save(folder)
+    if rank == 0:
+        discard(folder)  # a torn one of the same step
+    dist.barrier()
+    try:
+        files = [*engine.save(folder), folder / f"rank-{rank}.pt"]
+        torch.save({**state, **_own_state(engine)}, files[-1])
+        listing = {
+            "step": state["progress"]["step"],
+            "world_size": dist.get_world_size(),
+            "files": describe_files(folder, files),
+        }
+        for file in files:
+            sync(file)
+        write_json(folder / f"rank-{rank}.json", listing)  # the last file, which syncs the folder
+    except (OSError, RuntimeError) as error:
+        if not _is_write_error(error):
+            raise
+        raise CheckpointWriteError(_explain(error, folder, engine.checkpoint_bytes())) from error
+
+
+def _own_state(engine: DeepSpeedEngine) -> dict[str, Any]:
+    """Random state of this rank, and what a checkpoint needs to be loaded again."""
     random_state = {"cpu": torch.get_rng_state(), "cuda": None}
     if torch.cuda.is_available():
         random_state["cuda"] = torch.cuda.get_rng_state()
-    torch.save({**state, "random": random_state}, folder / f"rank-{rank}.pt")
-
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    listing = {
-        "step": state["progress"]["step"],
-        "world_size": dist.get_world_size(),
-        "files": {str(path.relative_to(folder)): hash_file(path) for path in files},
+    return {
+        "random": random_state,
+        "versions": library_versions(),
+        "shapes": engine.trained_shapes(),
     }
-    write_json(folder / f"rank-{rank}.json", listing)
+
+
+def _is_write_error(error: BaseException) -> bool:
+    # torch's own writer raises a RuntimeError that names neither file nor reason.
+    return find_write_error(error) is not None or "inline_container" in str(error)
+
+
+def _explain(error: BaseException, folder: Path, needed_bytes: int) -> str:
+    reason = find_write_error(error) or OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return (
+        f"the checkpoint {folder} was not written; it needs at least "
+        f"{needed_bytes / 2**30:.3f} GiB per rank: {explain_write_error(reason, folder.parent)}"
+    )
+
+
+def check_space(engine: DeepSpeedEngine, run: Path) -> None:
+    """Raises CheckpointWriteError, on every rank, if the next checkpoint cannot fit."""
+    needed = sum(gather_objects(engine.checkpoint_bytes()))
+    free = 0
+    if dist.get_rank() == 0:
+        run.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(run).free
+    free = broadcast_object(free)
+    if free < needed:
+        raise CheckpointWriteError(
+            f"a checkpoint needs at least {needed / 2**30:.3f} GiB, and {free / 2**30:.3f} GiB are "
+            f"free in {run}: make room there, or set run.storage_path. The same command resumes"
+        )
 
 
 def load_checkpoint(engine: DeepSpeedEngine, folder: Path) -> dict[str, Any]:
     """Restores a checkpoint whose hashes were checked, and returns its `state`.
 
     A checkpoint of another number of ranks is first converted inside its folder, by rank 0.
+
+    Raises:
+        UserError: it holds other parameters than the model trains: transformers or peft name them
+            differently by now, or the model was replaced.
     """
-    # Weights and optimizer.
+    # Progress, objective and random state of this rank.
     rank = dist.get_rank()
     saved_ranks = _saved_world_size(folder)
+    part = folder / f"rank-{rank % saved_ranks}.pt"
+    state: dict[str, Any] = torch.load(part, weights_only=True)
+    _check_shapes(folder, state.pop("shapes"), engine.trained_shapes())
+    _warn_of_versions(folder, state.pop("versions"))
+    random_state = state.pop("random")
+
+    # Weights and optimizer.
     if is_resized(folder, engine.zero_stage):
         if rank == 0:
             _convert(folder, saved_ranks)
@@ -64,10 +134,6 @@ def load_checkpoint(engine: DeepSpeedEngine, folder: Path) -> dict[str, Any]:
     else:
         engine.load(folder)
 
-    # Progress, objective and random state of this rank.
-    part = folder / f"rank-{rank % saved_ranks}.pt"
-    state: dict[str, Any] = torch.load(part, weights_only=False)
-    random_state = state.pop("random")
     if rank < saved_ranks:  # a new rank keeps the random state that it started with
         torch.set_rng_state(random_state["cpu"])
         if random_state["cuda"] is not None:
@@ -76,26 +142,56 @@ def load_checkpoint(engine: DeepSpeedEngine, folder: Path) -> dict[str, Any]:
     return state
 
 
+def _check_shapes(folder: Path, saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """DeepSpeed would keep the fresh weights of every parameter that a checkpoint lacks."""
+    differing = sorted(
+        name for name in saved.keys() | own.keys() if saved.get(name) != own.get(name)
+    )
+    if differing:
+        name = differing[0]
+        raise UserError(
+            f"{folder} was saved from other parameters: {len(differing)} differ, such as {name} "
+            f"({saved.get(name)} there, {own.get(name)} here). Use the versions of torch, "
+            "transformers and peft that it was saved with, or set another run.name"
+        )
+
+
+def _warn_of_versions(folder: Path, saved: Mapping[str, str]) -> None:
+    """With other libraries a resumed run need not end with the same numbers."""
+    own = library_versions()
+    changed = [
+        f"{name} {old} -> {own.get(name)}" for name, old in saved.items() if own[name] != old
+    ]
+    if changed and dist.get_rank() == 0:
+        logger.warning("%s was saved with other libraries: %s", folder, ", ".join(changed))
+
+
 def checkpoint_step(folder: Path) -> int | None:
     """The step of a checkpoint whose files are all there, as every rank wrote them; else None."""
     try:
-        listings = [json.loads(path.read_text()) for path in sorted(folder.glob("rank-*.json"))]
-        hashes = {name: value for listing in listings for name, value in listing["files"].items()}
-        is_intact = all(hash_file(folder / name) == value for name, value in hashes.items())
-    except (ValueError, FileNotFoundError):  # a torn listing; a file that is missing or deleted
+        listings = _listings(folder)
+        files = {name: entry for listing in listings for name, entry in listing["files"].items()}
+        if damaged_files(folder, files, compare_hashes=True):
+            return None
+        return int(listings[0]["step"])
+    except DAMAGE:  # a torn listing, or a file that is missing or cannot be read
         return None
-    if not is_intact or not listings or len(listings) != listings[0]["world_size"]:
-        return None
-    return int(listings[0]["step"])
+
+
+def _listings(folder: Path) -> list[Any]:
+    """What every rank wrote. Raises one of DAMAGE if a rank's listing is missing or torn."""
+    first = json.loads((folder / "rank-0.json").read_text())
+    others = range(1, int(first["world_size"]))
+    return [first, *(json.loads((folder / f"rank-{rank}.json").read_text()) for rank in others)]
 
 
 def newest_checkpoint(run: Path, step: int | None = None) -> tuple[int, Path] | None:
     """Step and folder of a run's newest complete checkpoint, or None.
 
-    Only that step's, if one is given. A newer one that is torn or was changed after it was written
-    is skipped with a warning.
+    Only that step's, if one is given. A newer one that is torn, cannot be read or was changed after
+    it was written is skipped with a warning.
     """
-    claims = {path: _claimed_step(path) for path in run.glob("checkpoint_*") if path.is_dir()}
+    claims = {path: _claimed_step(path) for path in _checkpoint_folders(run)}
     if step is not None:
         claims = {path: claim for path, claim in claims.items() if claim in (step, math.inf)}
     for candidate in sorted(claims, key=lambda path: claims[path], reverse=True):
@@ -114,6 +210,26 @@ def agreed_checkpoint(run: Path, step: int | None = None) -> Path | None:
     return agreed
 
 
+def prune_checkpoints(run: Path, step: int, *, limit: int, best_step: int) -> None:
+    """Deletes all checkpoints but those to keep. For one rank, while no other writes.
+
+    Args:
+        step: of the newest complete checkpoint; it is kept. Later ones are of a part of the run
+            that was lost, or torn.
+        limit: number of checkpoints to keep, if more than `step` and `best_step`.
+        best_step: of the checkpoint with the best evaluation, which is kept; 0 if there is none.
+    """
+    claims = {path: _claimed_step(path) for path in _checkpoint_folders(run)}
+    earlier = sorted({claim for claim in claims.values() if claim <= step}, reverse=True)
+    kept = {step, best_step}
+    for other in earlier:
+        if len(kept - {0}) < limit:
+            kept.add(int(other))
+    for path, claim in claims.items():
+        if claim not in kept:
+            discard(path)
+
+
 def is_resized(folder: Path | None, zero_stage: int) -> bool:
     """Whether there is a checkpoint whose state is sharded for another number of ranks."""
     if folder is None or zero_stage == 0:
@@ -121,11 +237,15 @@ def is_resized(folder: Path | None, zero_stage: int) -> bool:
     return _saved_world_size(folder) != dist.get_world_size()
 
 
+def _checkpoint_folders(run: Path) -> list[Path]:
+    return [path for path in run.glob("checkpoint_*") if path.is_dir()]
+
+
 def _claimed_step(folder: Path) -> float:
     """The step that a checkpoint claims; infinity if it claims none, to be checked first."""
     try:
         return float(json.loads((folder / "rank-0.json").read_text())["step"])
-    except (FileNotFoundError, ValueError):
+    except DAMAGE:
         return math.inf
 
 

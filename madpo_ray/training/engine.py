@@ -145,9 +145,43 @@ class DeepSpeedEngine:
     def learning_rate(self) -> float:
         return float(self._engine.get_lr()[0])
 
-    def save(self, folder: Path) -> None:
-        """Writes this rank's part. Frozen weights are not saved: they are the base model's."""
-        self._engine.save_checkpoint(str(folder), tag=TAG, exclude_frozen_parameters=True)
+    def save(self, folder: Path) -> list[Path]:
+        """Writes this rank's part, and returns its files.
+
+        Frozen weights are not saved: they are the base model's.
+        """
+        written = []
+        writer = self._engine.checkpoint_engine
+        write = writer.save
+
+        def write_and_note(state_dict: dict[str, Any], path: str) -> None:
+            written.append(Path(path))
+            write(state_dict, path)
+
+        writer.save = write_and_note
+        try:
+            self._engine.save_checkpoint(str(folder), tag=TAG, exclude_frozen_parameters=True)
+        finally:
+            writer.save = write
+        return written
+
+    def checkpoint_bytes(self) -> int:
+        """What this rank's part of a checkpoint needs, at least: Adam's two moments in float32."""
+        sizes = [getattr(p, "ds_numel", p.numel()) for p in self._trainable()]
+        shards = dist.get_world_size() if self.zero_stage > 0 else 1
+        is_writer = self.zero_stage > 0 or dist.get_rank() == 0
+        return 8 * sum(sizes) // shards if is_writer else 0
+
+    def trained_shapes(self) -> dict[str, list[int]]:
+        """Complete shapes of all trained parameters, by name."""
+        return {
+            name: list(getattr(parameter, "ds_shape", parameter.shape))
+            for name, parameter in self.module.named_parameters()
+            if parameter.requires_grad
+        }
+
+    def _trainable(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
 
     def load(self, folder: Path) -> None:
         """Reads what `save` wrote, or, if resized, what `make_universal` made of it."""

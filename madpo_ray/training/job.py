@@ -79,9 +79,26 @@ class TrainingJob:
         return f"{name}-{self.trial}" if self.trial else name
 
     @property
+    def portable_base(self) -> str:
+        """The base as an adapter names it.
+
+        A path in the run is relative to the run's folder, so that a copied run does not lead back
+        to the one that it was copied from; a model of the hub has its name there.
+        """
+        run = self.storage.parent
+        if self.base_folder.is_relative_to(run):
+            return str(self.base_folder.relative_to(run))
+        name = self.model.model_name_or_path
+        return str(self.base_folder) if Path(name).is_absolute() else name
+
+    @property
     def checkpoints(self) -> Path:
         """The run's folder in Ray's storage."""
         return self.storage / self.name
+
+    def checkpoint_folder(self, step: int) -> Path:
+        """Where the checkpoint of a step is written."""
+        return self.checkpoints / f"checkpoint_{step:08d}"
 
     @property
     def metrics(self) -> Path:

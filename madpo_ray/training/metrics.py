@@ -4,6 +4,7 @@ Legend: B pairs of a micro-batch, C components that a reduction needs to add up.
 """
 
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from madpo_ray.atomic import write_text
 from madpo_ray.training.collectives import gather_tensors
+
+logger = logging.getLogger(__name__)
 
 Reduction = Literal[
     "mean",  # over pairs
@@ -143,9 +146,30 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file. A torn last line, left by a kill, is skipped."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The lines of a metrics file.
+
+    What a kill or a power loss left (a torn last line, zeros) is skipped; if it is not at the end,
+    with a warning.
+    """
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return []
+    lines = text.splitlines(keepends=True)
+    parsed = [_parse_line(line) for line in lines if line.endswith("\n")]
+    kept = [line for line in parsed if line is not None]
+    if len(kept) < len(parsed):
+        logger.warning("%s: %d lines cannot be read", path, len(parsed) - len(kept))
+    return kept
+
+
+def _parse_line(text: str) -> dict[str, Any] | None:
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return None
+    is_line = isinstance(line, dict) and isinstance(line.get("step"), int)
+    return line if is_line else None
 
 
 def last_with(lines: Iterable[Mapping[str, Any]], name: str) -> Mapping[str, Any] | None:

@@ -7,7 +7,6 @@ import abc
 import enum
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import pyarrow as pa
@@ -176,7 +175,7 @@ class Notice(enum.IntEnum):
 
 
 class Site(Protocol):
-    """Where a rank runs: its place among the ranks, its rows, its checkpoints."""
+    """Where a rank runs: its place among the ranks, and its rows."""
 
     rank: int
     world_size: int
@@ -184,11 +183,8 @@ class Site(Protocol):
     def micro_batches(self, start_step: int) -> Iterator[pa.Table]:
         """This rank's encoded micro-batches, from a step on; earlier ones may come first."""
 
-    def report(self, numbers: dict[str, float], checkpoint: Path | None) -> None:
-        """Passes numbers, and perhaps this rank's part of a checkpoint, to whoever started the run.
-
-        A barrier.
-        """
+    def report(self, numbers: dict[str, float]) -> None:
+        """Passes numbers to whoever started the run, once all ranks are here. A barrier."""
 
     def node_is_leaving(self) -> bool:
         """Whether a node of the run is about to be taken away. A barrier."""

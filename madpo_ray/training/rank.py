@@ -17,12 +17,18 @@ from madpo_ray.models.flops import ModelFlops, peak_flops
 from madpo_ray.models.loading import DTYPES
 from madpo_ray.models.reading import Reading, find_reading
 from madpo_ray.models.saving import merge_adapter, save_model, saved_tensors
-from madpo_ray.training.checkpoints import agreed_checkpoint, is_resized, load_checkpoint
-from madpo_ray.training.collectives import sum_over_ranks
+from madpo_ray.training.checkpoints import (
+    agreed_checkpoint,
+    check_space,
+    is_resized,
+    load_checkpoint,
+    prune_checkpoints,
+)
+from madpo_ray.training.collectives import broadcast_object, gather_objects, sum_over_ranks
 from madpo_ray.training.engine import DeepSpeedEngine, sharded_construction
 from madpo_ray.training.job import TrainingJob
 from madpo_ray.training.loop import TrainingRun, fit, measure_validation
-from madpo_ray.training.metrics import MetricsLog
+from madpo_ray.training.metrics import METRICS_FILE, MetricsLog, read_metrics
 from madpo_ray.training.protocols import Notice, Site
 from madpo_ray.training.reporting import Noticeboard, RunReporter
 from madpo_ray.training.schedule import Progress, Schedule
@@ -40,10 +46,16 @@ class Outcome:
 
     def evaluation(self, metrics: list[dict[str, Any]]) -> dict[str, Any]:
         """The line of that step's evaluation. Raises RuntimeError if it was lost."""
-        for line in metrics:
-            if line["step"] == self.step and "eval_loss" in line:
-                return line
-        raise RuntimeError(f"the metrics have no evaluation of step {self.step}")
+        line = evaluation_of(metrics, self.step)
+        if line is None:
+            raise RuntimeError(f"the metrics have no evaluation of step {self.step}")
+        return line
+
+
+def evaluation_of(metrics: list[dict[str, Any]], step: int) -> dict[str, Any] | None:
+    """The line of a step's evaluation; None if there is none."""
+    lines = (line for line in metrics if line["step"] == step and "eval_loss" in line)
+    return next(lines, None)
 
 
 def run_rank(job: TrainingJob, site: Site) -> Outcome:
@@ -64,6 +76,7 @@ def run_rank(job: TrainingJob, site: Site) -> Outcome:
             engine.close()
             engine = rank.engine_at(result_step)
         _export(job, engine)
+        rank.restore_evaluation(engine, result_step, progress.step)
     return Outcome(result_step, note=note)
 
 
@@ -75,12 +88,20 @@ class _Rank:
         self._site = site
         self._order = Order(job.order_spec(site.world_size))
         self._validation_order = Order(job.validation_order_spec(site.world_size))
+        self._check_agreement()
         self.reading = Reading(shared_prefix=False)  # until an engine is started
         self._collate = functools.partial(
             collate,
             column_names=job.task.columns,
             responses=job.task.responses,
         )
+
+    def _check_agreement(self) -> None:
+        """Raises RuntimeError if ranks see different rows: some file systems show old listings."""
+        orders = (self._order, self._validation_order)
+        counts = gather_objects([(o.total_steps, o.num_micro_batches) for o in orders])
+        if any(count != counts[0] for count in counts):
+            raise RuntimeError(f"ranks see different rows in {self._job.rows}: {counts}")
 
     def start_engine(self, checkpoint: Path | None) -> DeepSpeedEngine:
         """An engine around the task's module, ready to load the checkpoint.
@@ -155,9 +176,17 @@ class _Rank:
             state = load_checkpoint(engine, checkpoint)
             progress = Progress(**state["progress"])
             objective.load_state_dict(state["objective"])
+        if self._site.rank == 0:
+            prune_checkpoints(
+                job.checkpoints,
+                progress.step,
+                limit=job.settings.save_total_limit,
+                best_step=progress.best_step,
+            )
         total_steps = self._order.total_steps
         if progress.step == total_steps or progress.ran_out_of_patience(job.settings):
             return progress, Notice.NONE
+        check_space(engine, job.checkpoints)
 
         # Train.
         log = MetricsLog(job.metrics, progress.step) if self._site.rank == 0 else None
@@ -179,6 +208,19 @@ class _Rank:
         if log is not None:
             log.close()
         return progress, notice
+
+    def restore_evaluation(self, engine: DeepSpeedEngine, step: int, last_step: int) -> None:
+        """Evaluates the engine's weights, of `step`, again if the metrics lost that line."""
+        path = self._job.metrics / METRICS_FILE
+        is_lost = evaluation_of(read_metrics(path), step) is None if self._site.rank == 0 else None
+        if not broadcast_object(is_lost):
+            return
+        objective = self._job.task.objective(self._job)
+        measured = measure_validation(engine, objective, self._validation_batches())
+        if self._site.rank == 0:
+            log = MetricsLog(self._job.metrics, last_step)
+            log.write(step, measured)
+            log.close()
 
     def _train_batches(self, start_step: int) -> Iterator[MicroBatch]:
         for row in self._site.micro_batches(start_step):
@@ -218,6 +260,7 @@ def _export_adapter(
         raise RuntimeError("LoRA trained nothing: no adapter weights to export")
     base = job.task.merge_base(job)
     if base is None:
+        model.active_peft_config.base_model_name_or_path = job.portable_base
         model.save_pretrained(str(folder), state_dict=adapter)
     else:
         merged = merge_adapter(model, adapter, base)

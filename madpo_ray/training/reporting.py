@@ -1,12 +1,14 @@
 """Publishes metrics and checkpoints, and collects requests to save or stop."""
 
-import tempfile
 import time
-from pathlib import Path
 
 import torch
 
-from madpo_ray.training.checkpoints import newest_checkpoint, save_checkpoint
+from madpo_ray.training.checkpoints import (
+    newest_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+)
 from madpo_ray.training.collectives import max_over_ranks
 from madpo_ray.training.engine import DeepSpeedEngine
 from madpo_ray.training.job import TrainingJob
@@ -43,19 +45,26 @@ class RunReporter:
         if self._log is not None and metrics:
             self._log.write(progress.step, metrics)
 
-        # Ray keeps the checkpoint with the highest `best`: that of the newest best evaluation.
-        best = progress.step if progress.best_step == progress.step else 0
-        numbers = {"step": progress.step, "best": best, **metrics}
+        numbers = {"step": progress.step, **metrics}
         if not save:
-            self._site.report(numbers, None)
+            self._site.report(numbers)
             return
-        with tempfile.TemporaryDirectory() as folder:
-            state = {
-                "progress": progress.state_dict(),
-                "objective": self._objective.state_dict(),
-            }
-            save_checkpoint(self._engine, Path(folder), state)
-            self._site.report(numbers, Path(folder))
+
+        # Straight to the run's storage: every rank writes its part.
+        folder = self._job.checkpoint_folder(progress.step)
+        state = {
+            "progress": progress.state_dict(),
+            "objective": self._objective.state_dict(),
+        }
+        save_checkpoint(self._engine, folder, state)
+        self._site.report(numbers)
+        if self._site.rank == 0:
+            prune_checkpoints(
+                self._job.checkpoints,
+                progress.step,
+                limit=self._job.settings.save_total_limit,
+                best_step=progress.best_step,
+            )
 
     def last_checkpoint(self) -> str:
         newest = newest_checkpoint(self._job.checkpoints)
@@ -76,7 +85,9 @@ class Noticeboard:
 
     def __call__(self) -> Notice:
         own = Notice.NONE
-        if self._job.deadline is not None and time.time() >= self._job.deadline:
+        # One clock decides: those of other nodes may differ from the driver's.
+        deadline = self._job.deadline if self._site.rank == 0 else None
+        if deadline is not None and time.time() >= deadline:
             own = Notice.OUT_OF_TIME
         if self._job.is_asked_to_stop():
             own = Notice.TERMINATED
@@ -88,7 +99,8 @@ class Noticeboard:
         notice, anyone_polls = max_over_ranks([own, should_poll], self._device)
         if anyone_polls:
             self._next_poll = time.monotonic() + PREEMPTION_POLL_S
-            if self._site.node_is_leaving() and not self._saved_for_preemption:
-                self._saved_for_preemption = True
+            is_leaving = self._site.node_is_leaving()
+            if is_leaving and not self._saved_for_preemption:
                 notice = max(notice, Notice.SAVE)
+            self._saved_for_preemption = is_leaving  # the next node is saved for again
         return Notice(int(notice))

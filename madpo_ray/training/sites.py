@@ -1,7 +1,6 @@
 """Ranks on one machine without Ray, for benchmarks and tests."""
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,10 +28,7 @@ def join_ranks(rank: int, world_size: int, store: Path) -> None:
 
 
 class LocalSite:
-    """A rank that `join_ranks` made.
-
-    Checkpoints go to the job's folder as they do on Ray; the ranks share a file system.
-    """
+    """A rank that `join_ranks` made."""
 
     def __init__(self, job: TrainingJob) -> None:
         self._job = job
@@ -44,10 +40,7 @@ class LocalSite:
         first = order.first_micro_batch(start_step) + self.rank
         return map(order.micro_batch, range(first, order.num_micro_batches, self.world_size))
 
-    def report(self, numbers: dict[str, float], checkpoint: Path | None) -> None:
-        if checkpoint is not None:
-            target = self._job.checkpoints / f"checkpoint_{int(numbers['step']):08d}"
-            shutil.copytree(checkpoint, target, dirs_exist_ok=True)
+    def report(self, numbers: dict[str, float]) -> None:
         dist.barrier()
 
     def node_is_leaving(self) -> bool:

@@ -1,6 +1,7 @@
 """A training on Ray: a TorchTrainer around `run_rank`, resumed by name."""
 
 import logging
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,26 +12,31 @@ import ray.data
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from madpo_ray.cluster import ordered_execution, worker_resources
 from madpo_ray.config import ClusterConfig
 from madpo_ray.data.order import Order
 from madpo_ray.errors import ExitCode, Stopped, UserError
 from madpo_ray.models.loading import check_weights
 from madpo_ray.models.trainable import check_trainable
+from madpo_ray.passes import ordered_execution, worker_resources
+from madpo_ray.restarts import Restarts
 from madpo_ray.signals import on_sigterm
 from madpo_ray.training.bar import training_bar
-from madpo_ray.training.checkpoints import newest_checkpoint
+from madpo_ray.training.checkpoints import CheckpointWriteError, newest_checkpoint
 from madpo_ray.training.feed import micro_batch_dataset
 from madpo_ray.training.job import TrainingJob
 from madpo_ray.training.metrics import METRICS_FILE
 from madpo_ray.training.protocols import NonFiniteError, Notice
 from madpo_ray.training.rank import Outcome, run_rank
+from madpo_ray.waiting import waiting
 
 logger = logging.getLogger(__name__)
 
-# How long ranks wait for rank 0 while it hashes a large checkpoint, or converts it for another
-# number of ranks. Ray notices a rank that dies at once.
-COLLECTIVE_TIMEOUT_S = 2 * 3600
+# Ray Train's own record of checkpoints. It is not needed, since a run's checkpoints are found by
+# their content, and a torn one, or one of another version of Ray, would be an error at each start.
+SNAPSHOT = "checkpoint_manager_snapshot.json"
+# Ray Train's time-outs, which it passes on to its controller and workers.
+GROUP_START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+COLLECTIVE_TIMEOUT = "RAY_TRAIN_COLLECTIVE_TIMEOUT_S"
 
 
 class RaySite:
@@ -46,9 +52,8 @@ class RaySite:
         assert shard is not None
         yield from shard.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=4)
 
-    def report(self, numbers: dict[str, float], checkpoint: Path | None) -> None:
-        part = ray.train.Checkpoint.from_directory(checkpoint) if checkpoint else None
-        ray.train.report(numbers, checkpoint=part)
+    def report(self, numbers: dict[str, float]) -> None:
+        ray.train.report(numbers)
 
     def node_is_leaving(self) -> bool:
         return ray.train.get_preemption_info() is not None
@@ -85,12 +90,13 @@ def train_on_ray(
     # SIGTERM makes the workers save and exit.
     job.stop_file.parent.mkdir(parents=True, exist_ok=True)
     job.stop_file.write_text("")
-    trainer = _trainer(job, cluster, order, callbacks)
+    metrics_file = job.metrics / METRICS_FILE
     with (
-        training_bar(job.stage, job.metrics / METRICS_FILE, order.total_steps),
+        training_bar(job.stage, metrics_file, order.total_steps),
+        waiting(_describe_wait(job, cluster), progress=lambda: _size(metrics_file)),
         on_sigterm(lambda: _ask_to_stop(job)) as terminated,
     ):
-        outcome = trainer.fit().return_value
+        outcome = _fit(job, cluster, order, callbacks)
     job.stop_file.unlink(missing_ok=True)
     assert isinstance(outcome, Outcome)
 
@@ -112,7 +118,81 @@ def train_on_ray(
 
 
 def _ask_to_stop(job: TrainingJob) -> None:
-    job.stop_file.write_text("SIGTERM\n")
+    try:
+        job.stop_file.write_text("SIGTERM\n")
+    except OSError as error:  # raised here, it would appear inside whatever call of Ray's runs
+        logger.error("cannot ask the workers to stop: %s", error)
+
+
+def _describe_wait(job: TrainingJob, cluster: ClusterConfig) -> str:
+    worker = f"{cluster.cpus_per_worker:g} CPUs" + (" and a GPU" if cluster.use_gpu else "")
+    return (
+        f"{job.stage} has logged nothing; its {cluster.num_workers} workers of {worker} are not "
+        "placed yet (`ray status` shows what is free), load the model, or are in a long step"
+    )
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0
+
+
+def _fit(
+    job: TrainingJob, cluster: ClusterConfig, order: Order, callbacks: Sequence[Any]
+) -> Outcome:
+    """Runs the workers, again after a failure that may not come again."""
+    os.environ.setdefault(GROUP_START_TIMEOUT, str(cluster.placement_timeout_s))
+    os.environ.setdefault(COLLECTIVE_TIMEOUT, str(cluster.collective_timeout_s))
+    restarts = Restarts(cluster.max_failures)
+    while True:
+        (job.checkpoints / SNAPSHOT).unlink(missing_ok=True)
+        try:
+            outcome = _trainer(job, cluster, order, callbacks).fit().return_value
+        except ray.train.TrainingFailedError as error:
+            _end_if_certain(error, cluster)
+            newest = newest_checkpoint(job.checkpoints)
+            cause, is_error_of_code = _cause(error)
+            if not restarts.allows(
+                cause, newest[0] if newest else 0, is_error_of_code=is_error_of_code
+            ):
+                raise
+            continue
+        assert isinstance(outcome, Outcome)
+        return outcome
+
+
+def _failures(error: ray.train.TrainingFailedError) -> list[BaseException]:
+    """What went wrong, on each rank or in Ray Train's controller."""
+    if isinstance(error, ray.train.WorkerGroupError):
+        return list(error.worker_failures.values())
+    if isinstance(error, ray.train.ControllerError):
+        return [error.controller_failure]
+    return [error]
+
+
+def _end_if_certain(error: ray.train.TrainingFailedError, cluster: ClusterConfig) -> None:
+    """Raises Stopped for a failure that a restart cannot change."""
+    for failure in _failures(error):
+        if isinstance(failure, CheckpointWriteError):
+            raise Stopped(str(failure), ExitCode.FAILED) from error
+        if type(failure).__name__ == "WorkerGroupStartupTimeoutError":  # not public
+            raise Stopped(
+                f"the {cluster.num_workers} workers were not placed within "
+                f"cluster.placement_timeout_s: {cluster.placement_timeout_s:g} seconds. The same "
+                "command resumes",
+                ExitCode.FAILED,
+            ) from error
+
+
+def _cause(error: ray.train.TrainingFailedError) -> tuple[str, bool]:
+    """In one line why the workers failed, and whether the same would come again.
+
+    If a process was lost, that is the cause: the other ranks fail because it does not answer.
+    """
+    failures = _failures(error)
+    lost = [failure for failure in failures if type(failure).__module__.startswith("ray.")]
+    cause = (lost or failures)[0]
+    first_line, *_ = str(cause).strip().splitlines() or [""]
+    return f"{type(cause).__name__}: {first_line}", not lost
 
 
 def _trainer(
@@ -130,7 +210,7 @@ def _trainer(
     return TorchTrainer(
         _train_on_worker,
         train_loop_config={"job": job},
-        torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S),
+        torch_config=TorchConfig(timeout_s=int(cluster.collective_timeout_s)),
         scaling_config=ray.train.ScalingConfig(
             num_workers=cluster.num_workers,
             use_gpu=cluster.use_gpu,
@@ -146,14 +226,7 @@ def _trainer(
             name=job.name,
             storage_path=str(job.storage),
             callbacks=list(callbacks) or None,
-            checkpoint_config=ray.train.CheckpointConfig(
-                num_to_keep=job.settings.save_total_limit,
-                # Ray deletes the lowest score first, and never the newest.
-                checkpoint_score_attribute="best" if job.settings.metric_for_best_model else None,
-            ),
-            failure_config=ray.train.FailureConfig(
-                max_failures=cluster.max_failures,
-                controller_failure_limit=-1 if cluster.autoscaling else 3,
-            ),
+            # `_fit` decides about restarts, by what failed and how far the training came.
+            failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=0),
         ),
     )

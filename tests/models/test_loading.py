@@ -203,9 +203,9 @@ def test_incomplete_adapter_is_refused(model_folder: Path, tmp_path: Path) -> No
         load_policy(model_folder, model), settings, task_type="CAUSAL_LM"
     )
     adapted.save_pretrained(tmp_path)
-    load_policy(tmp_path, model)
+    load_policy(tmp_path, model, base=model_folder)
     weights = load_file(tmp_path / "adapter_model.safetensors")
     weights.pop(next(iter(weights)))
     save_file(weights, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="is not a complete adapter"):
-        load_policy(tmp_path, model)
+        load_policy(tmp_path, model, base=model_folder)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from madpo_ray.artifacts.manifest import hash_files
+from madpo_ray.artifacts.hashes import hash_files
 from madpo_ray.config import ModelConfig, parse_config
 from madpo_ray.errors import UserError
 from madpo_ray.models.loading import load_policy, load_tokenizer

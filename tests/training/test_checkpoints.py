@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from madpo_ray.artifacts.manifest import hash_file
-from madpo_ray.training.checkpoints import checkpoint_step, newest_checkpoint
+from madpo_ray.artifacts.hashes import describe_files
+from madpo_ray.training.checkpoints import checkpoint_step, newest_checkpoint, prune_checkpoints
 from support.ranks import MakeJob, TrainOn, weights_of
 
 
@@ -18,7 +18,8 @@ def write_checkpoint(folder: Path, step: int, ranks: int = 2) -> Path:
     for rank in range(ranks):
         part = checkpoint / f"part-{rank}.pt"
         part.write_text(f"step {step}, rank {rank}")
-        listing = {"step": step, "world_size": ranks, "files": {part.name: hash_file(part)}}
+        files = describe_files(checkpoint, [part])
+        listing = {"step": step, "world_size": ranks, "files": files}
         (checkpoint / f"rank-{rank}.json").write_text(json.dumps(listing))
     return checkpoint
 
@@ -77,3 +78,25 @@ def test_run_resumes_before_a_torn_checkpoint(policy_job: MakeJob, train_on: Tra
     train_on(job, 2)
     again = weights_of(job)
     assert all(torch.equal(weight, finished[name]) for name, weight in again.items())
+
+
+@pytest.mark.parametrize(
+    ("step", "limit", "best_step", "kept"),
+    [
+        (9, 1, 0, [9]),
+        (9, 2, 0, [6, 9]),
+        (9, 2, 3, [3, 9]),
+        (9, 1, 3, [3, 9]),
+        (9, 3, 3, [3, 6, 9]),
+        (6, 2, 0, [3, 6]),  # 9 is of a part of the run that was lost
+        (0, 2, 0, []),
+    ],
+)
+def test_old_and_torn_checkpoints_are_deleted(
+    step: int, limit: int, best_step: int, kept: list[int], tmp_path: Path
+) -> None:
+    for saved in (3, 6, 9):
+        write_checkpoint(tmp_path, saved)
+    (write_checkpoint(tmp_path, 7) / "rank-0.json").write_text("")
+    prune_checkpoints(tmp_path, step, limit=limit, best_step=best_step)
+    assert sorted(tmp_path.iterdir()) == [tmp_path / f"checkpoint_{i:08d}" for i in kept]

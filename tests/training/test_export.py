@@ -19,7 +19,7 @@ pytestmark = pytest.mark.deepspeed
 
 def exported_logps(folder: Path, job: TrainingJob) -> torch.Tensor:
     """Of the validation pairs under an exported policy, (pairs, 2), chosen first."""
-    model: Any = load_policy(folder, job.model).eval()
+    model: Any = load_policy(folder, job.model, base=job.base_folder).eval()
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
     rows = read_split(job.rows, "validation", names).to_pylist()
     with torch.no_grad():

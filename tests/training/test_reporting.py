@@ -21,8 +21,10 @@ CPU = torch.device("cpu")
 class LeavingSite(LocalSite):
     """A place whose node is about to be taken away."""
 
+    is_leaving = True
+
     def node_is_leaving(self) -> bool:
-        return True
+        return self.is_leaving
 
 
 @pytest.fixture
@@ -37,8 +39,13 @@ def one_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("one_rank")
 def test_leaving_node_is_saved_for_once(policy_job: MakeJob) -> None:
     job = policy_job("leaving")
-    board = Noticeboard(job, LeavingSite(job), CPU)
+    site = LeavingSite(job)
+    board = Noticeboard(job, site, CPU)
     assert [board(), board()] == [Notice.SAVE, Notice.NONE]
+    site.is_leaving = False
+    assert board() is Notice.NONE
+    site.is_leaving = True
+    assert board() is Notice.SAVE  # another node
 
 
 @pytest.mark.usefixtures("one_rank")

@@ -60,7 +60,7 @@ def test_beta_dpo_with_lora_under_zero_3(policy_job: MakeJob, train_on: TrainOn)
     first = metrics_of(job)[0]
     assert abs(first["rewards/margins"]) < 1e-6
     assert "beta/effective" in first
-    policy = load_policy(job.output / "model", job.model)
+    policy = load_policy(job.output / "model", job.model, base=job.base_folder)
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:
             assert parameter.abs().max() > 0

@@ -18,7 +18,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from madpo_ray.artifacts.manifest import building
+from madpo_ray.artifacts.building import building
 from madpo_ray.artifacts.tables import rows_folder
 from madpo_ray.config import parse_config
 from madpo_ray.stages import margins, train
@@ -269,7 +269,7 @@ def test_draining_node_is_saved_for(
 def test_best_checkpoint_outlives_the_limit(command: MakeCommand) -> None:
     settings = {"eval_steps": 3, "metric_for_best_model": "eval_loss", "save_total_limit": 1}
     best = command("best", **settings, learning_rate=3e-2)
-    code, output = best.run()
+    code, output = best.run("--set", "run.keep_checkpoints=true")
     assert code == 0, output
     lines = [line for line in metrics_of(best.job) if "eval_loss" in line]
     chosen = min(lines, key=lambda line: line["eval_loss"])

@@ -1,0 +1,48 @@
+"""What a training makes of Ray Train's errors."""
+
+from typing import Any
+
+import pytest
+import ray.exceptions
+import ray.train
+
+from madpo_ray.config import ClusterConfig
+from madpo_ray.errors import ExitCode, Stopped
+from madpo_ray.training.checkpoints import CheckpointWriteError
+from madpo_ray.training.trainer import _cause, _end_if_certain
+
+LOST: Any = ray.exceptions.ActorDiedError()
+BROKEN = ValueError("a shape\nin two lines")
+
+
+def of_ranks(**failures: Exception) -> ray.train.WorkerGroupError:
+    by_rank = {int(rank[1:]): failure for rank, failure in failures.items()}
+    return ray.train.WorkerGroupError("text", by_rank)
+
+
+def test_error_of_code_would_come_again() -> None:
+    assert _cause(of_ranks(r0=BROKEN, r1=BROKEN)) == ("ValueError: a shape", True)
+
+
+def test_lost_worker_is_the_cause() -> None:
+    """Whatever the other ranks raise because it does not answer."""
+    cause, is_error_of_code = _cause(of_ranks(r0=BROKEN, r1=LOST))
+    assert cause.startswith("ActorDiedError: ")
+    assert not is_error_of_code
+
+
+def test_full_disk_is_not_tried_again() -> None:
+    error = of_ranks(r0=RuntimeError("a rank was lost"), r1=CheckpointWriteError("no space in /a"))
+    with pytest.raises(Stopped) as caught:
+        _end_if_certain(error, ClusterConfig())
+    assert caught.value.message == "no space in /a"
+    assert caught.value.exit_code is ExitCode.FAILED
+    _end_if_certain(of_ranks(r0=BROKEN), ClusterConfig())
+
+
+def test_workers_without_a_place_end_with_the_time() -> None:
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+
+    error = ray.train.ControllerError(WorkerGroupStartupTimeoutError(2))
+    with pytest.raises(Stopped, match="the 3 workers were not placed within"):
+        _end_if_certain(error, ClusterConfig(num_workers=3))
