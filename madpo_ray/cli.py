@@ -135,6 +135,14 @@ for _stage in pipeline.STAGES:
     _add_command(_stage.name, _stage.help, _only(_stage), _run_stage(_stage))
 
 
+@app.command("verify", help="Compare every file of a run with the hash that its manifest has.")
+def _verify(
+    run: Annotated[Path, typer.Argument(help="the run's folder: run.storage_path/run.name")],
+) -> None:
+    with exit_codes():
+        pipeline.verify(run, say=say)
+
+
 def script_main(name: str) -> Callable[[], None]:
     """The entry point of a job's script: a command with its flags."""
 

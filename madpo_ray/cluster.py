@@ -1,20 +1,20 @@
-"""Connect to Ray, refuse what it can never place, and write rows in their order."""
+"""Connect to Ray, and refuse what it can never place."""
 
 import contextlib
 import logging
+import math
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from madpo_ray.config import ClusterConfig
 from madpo_ray.errors import ExitCode, Stopped, UserError
+from madpo_ray.passes import ordered_execution, worker_resources
 from madpo_ray.signals import on_sigterm
-
-if TYPE_CHECKING:
-    import ray.data
 
 # Ray takes a second to import, and a dry run does not need it: it is imported inside functions.
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 LOCAL_EXTRA_CPUS = 2
 # What Ray Data needs next to the workers: a read task, and the actor that builds micro-batches.
 DATA_CPUS = 1.5
-CONNECT_TIMEOUT_S = 10.0
 
 
 @contextlib.contextmanager
@@ -39,8 +38,9 @@ def connected(cluster: ClusterConfig, *, dashboard: bool = False) -> Iterator[No
 
     if ray.is_initialized():
         check_workers_fit(cluster)
-        _configure_data()
-        yield
+        _configure_data(cluster)
+        with _explained(cluster):
+            yield
         return
 
     def start() -> None:
@@ -51,8 +51,9 @@ def connected(cluster: ClusterConfig, *, dashboard: bool = False) -> Iterator[No
     with on_sigterm(lambda: sys.exit(ExitCode.TERMINATED), prepare=start) as terminated:
         try:
             check_workers_fit(cluster)
-            _configure_data()
-            yield
+            _configure_data(cluster)
+            with _explained(cluster):
+                yield
         except SystemExit:
             if terminated.is_set():  # Ray passes the exit on with a code of its own
                 message = "received SIGTERM: run the same command again to finish"
@@ -62,6 +63,21 @@ def connected(cluster: ClusterConfig, *, dashboard: bool = False) -> Iterator[No
             ray.shutdown()
 
 
+@contextlib.contextmanager
+def _explained(cluster: ClusterConfig) -> Iterator[None]:
+    """Raises Stopped if the actors of a Ray Data pass found no place."""
+    import ray.exceptions
+
+    try:
+        yield
+    except ray.exceptions.GetTimeoutError as error:
+        raise Stopped(
+            f"the actors were not placed and ready within cluster.placement_timeout_s: "
+            f"{cluster.placement_timeout_s:g} seconds. The same command tries again",
+            ExitCode.FAILED,
+        ) from error
+
+
 def _start_or_connect(cluster: ClusterConfig, *, dashboard: bool) -> None:
     import ray
 
@@ -69,7 +85,7 @@ def _start_or_connect(cluster: ClusterConfig, *, dashboard: bool) -> None:
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     if address:
         try:
-            _check_reachable(address)
+            _check_reachable(address, cluster.connect_timeout_s)
             ray.init(address=address, **options)
         except OSError as error:
             raise UserError(
@@ -83,16 +99,20 @@ def _start_or_connect(cluster: ClusterConfig, *, dashboard: bool) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
     # Parquet footers are read by up to 32 one-CPU actors, which would starve a small machine.
     os.environ.setdefault("RAY_DATA_PARQUET_FOOTER_NUM_ACTORS", "1")
+    # Ray writes its token there with the usual mask: whoever reads it can run code as this user.
+    tokens = Path.home() / ".ray"
+    tokens.mkdir(exist_ok=True)
+    tokens.chmod(0o700)
     # "local": never a cluster that happens to run on this machine; its address has to be given.
     num_cpus = (os.cpu_count() or 1) + LOCAL_EXTRA_CPUS
     ray.init(address="local", num_cpus=num_cpus, include_dashboard=dashboard, **options)
 
 
-def _check_reachable(address: str) -> None:
+def _check_reachable(address: str, timeout_s: float) -> None:
     """Raises OSError if nothing listens at `host:port`; Ray itself would retry for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
-        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+        socket.create_connection((host, int(port)), timeout=timeout_s).close()
 
 
 def _check_local(cluster: ClusterConfig) -> None:
@@ -102,23 +122,46 @@ def _check_local(cluster: ClusterConfig) -> None:
 
 
 def check_workers_fit(cluster: ClusterConfig) -> None:
-    """Raises UserError if all nodes together have too few CPUs or GPUs for the workers."""
+    """Raises UserError if the nodes, as they are, have no place for the workers."""
     import ray
 
     if cluster.autoscaling:
         return
-    available = ray.cluster_resources()
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    check_nodes(nodes, cluster)
+
+
+def check_nodes(nodes: Sequence[Mapping[str, float]], cluster: ClusterConfig) -> None:
+    """Raises UserError if there is no place for the workers and for Ray Data.
+
+    Args:
+        nodes: resources of each node, by Ray's names.
+    """
+    # In sum.
+    available = Counter[str]()
+    for node in nodes:
+        available.update(node)
     needed = {"CPU": cluster.num_workers * cluster.cpus_per_worker + DATA_CPUS}
     if cluster.use_gpu:
         needed["GPU"] = cluster.num_workers
     for resource, amount in needed.items():
-        count = available.get(resource, 0)
+        count = available[resource]
         if amount > count:
             reason = (
                 f"the cluster has {count:g} {resource}s in all, and feeding the workers needs "
                 f"{DATA_CPUS:g} CPUs"
             )
             raise UserError(_explain_too_many(cluster, reason))
+
+    # And each worker on a node.
+    worker = worker_resources(cluster)
+    places = sum(
+        math.floor(min(node.get(name, 0) / amount for name, amount in worker.items()))
+        for node in nodes
+    )
+    if places < cluster.num_workers:
+        reason = f"the {len(nodes)} nodes have places for {places} such workers, each on one node"
+        raise UserError(_explain_too_many(cluster, reason))
 
 
 def _explain_too_many(cluster: ClusterConfig, available: str) -> str:
@@ -130,57 +173,15 @@ def _explain_too_many(cluster: ClusterConfig, available: str) -> str:
     )
 
 
-def worker_resources(cluster: ClusterConfig) -> dict[str, float]:
-    """Resources of one worker, by Ray's names."""
-    resources = {"CPU": cluster.cpus_per_worker}
-    if cluster.use_gpu:
-        resources["GPU"] = 1.0
-    return resources
-
-
-def actor_pool(cluster: ClusterConfig) -> dict[str, Any]:
-    """Arguments of `map_batches` for as many model actors as there are workers."""
-    import ray.data
-
-    resources = worker_resources(cluster)
-    return {
-        "compute": ray.data.ActorPoolStrategy(size=cluster.num_workers),
-        "num_cpus": resources["CPU"],
-        "num_gpus": resources.get("GPU"),
-    }
-
-
-def ordered_execution() -> "ray.data.ExecutionOptions":
-    """Ray Data options under which rows keep their order, whatever finishes first."""
-    import ray.data
-
-    return ray.data.ExecutionOptions(preserve_order=True)
-
-
-def _configure_data() -> None:
-    """Rows keep their order; progress bars appear on a terminal only."""
+def _configure_data(cluster: ClusterConfig) -> None:
+    """Rows keep their order; actors that find no place are an error; bars are for terminals."""
     import ray.data
 
     context = ray.data.DataContext.get_current()
     context.execution_options = ordered_execution()
+    context.wait_for_min_actors_s = math.ceil(cluster.placement_timeout_s)
     context.enable_progress_bars = sys.stderr.isatty()
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     # It warns that bars are off.
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
-
-
-def write_rows(dataset: "ray.data.Dataset", rows: Path) -> None:
-    """Writes a Ray dataset to a fresh folder, in its order."""
-    from ray.data import SaveMode
-    from ray.data.datasource import FilenameProvider
-
-    class OrderedNames(FilenameProvider):  # type: ignore[misc]
-        """File names that follow the order of the rows, without a random part."""
-
-        def get_filename_for_task(self, write_uuid: str, task_index: int) -> str:
-            return f"part-{task_index:06}.parquet"
-
-    # Ray's append mode demands a random part in each name; there is nothing to overwrite.
-    names = OrderedNames(file_format="parquet")
-    dataset.write_parquet(str(rows), filename_provider=names, mode=SaveMode.OVERWRITE)

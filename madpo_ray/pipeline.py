@@ -14,11 +14,16 @@ when its manifest exists; the manifest records what it was made from.
 
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from madpo_ray.artifacts.manifest import check_writable, differences, refuse_changed_content
+from madpo_ray.artifacts.building import check_trusted, check_writable
+from madpo_ray.artifacts.hashes import MANIFEST
+from madpo_ray.artifacts.lock import locked
+from madpo_ray.artifacts.manifest import damage, differences, read_manifest, refuse_changed_content
 from madpo_ray.cluster import connected
 from madpo_ray.config import Config, save_config
+from madpo_ray.errors import ExitCode, Stopped, UserError, ending_on_write_errors
 from madpo_ray.stages import evaluate, margins, pairs, reward, sft, train, tune
 from madpo_ray.stages.stage import Stage
 
@@ -50,6 +55,7 @@ def pending(config: Config) -> list[Stage]:
 
 def check(config: Config, stages: Sequence[Stage]) -> None:
     """Asks every stage for what can be wrong before the first one starts. Raises UserError."""
+    check_trusted(config.run.folder)
     check_writable(config.run.folder)
     for stage in dict.fromkeys((pairs.STAGE, *stages)):
         stage.check(config)
@@ -63,37 +69,85 @@ def run_all(config: Config, *, say: Say, deadline: float | None = None) -> None:
         deadline: time.time() at which a training saves and stops.
 
     Raises:
-        UserError: the input or config is wrong, or what the config points to changed under it.
+        UserError: the input or config is wrong, what the config points to changed under it, or
+            another command writes the run.
         Stopped: SIGTERM or the deadline came, and what was running has saved.
     """
-    # What is wrong, what is left, and why.
     stages = wanted_stages(config)
     check(config, stages)
-    todo = pending(config)
-    if not todo:
+    saved = config.run.folder / "config.yaml"
+    if not pending(config) and saved.exists():
         say(f"nothing to do: every stage in {config.run.folder} is done for this config")
         return
 
-    for stage in todo:
-        explain_redo(config, stage, say)
-    save_config(config, config.run.folder / "config.yaml")
-    with connected(config.cluster):
+    folder = config.run.folder
+    with ending_on_write_errors(folder), locked(folder, "run", say=say):
+        # What is left, and why.
         for stage in stages:
-            if stage in todo:
-                _run(config, stage, say, deadline)
-                check(config, stages)  # again: the result may show more
-            else:
-                say(f"{stage.name}: done already")
+            stage.recover(config)
+        todo = pending(config)
+        for stage in todo:
+            explain_redo(config, stage, say)
+        save_config(config, saved)
+
+        with connected(config.cluster):
+            for stage in stages:
+                if stage in todo:
+                    _run(config, stage, say, deadline)
+                    check(config, stages)  # again: the result may show more
+                else:
+                    say(f"{stage.name}: done already")
 
 
 def run_stage(config: Config, stage: Stage, *, say: Say, deadline: float | None = None) -> None:
     """Runs one stage, unless its result is there for this config. Raises as `run_all` does."""
     check(config, [stage])
-    if stage.is_finished(config):
-        say(f"{stage.name}: done already, in {stage.folder(config)}")
+    if _is_done(config, stage, say):
         return
-    explain_redo(config, stage, say)
-    _run(config, stage, say, deadline)
+    folder = config.run.folder
+    with ending_on_write_errors(folder), locked(folder, stage.name, say=say):
+        stage.recover(config)
+        if _is_done(config, stage, say):
+            return
+        explain_redo(config, stage, say)
+        _run(config, stage, say, deadline)
+
+
+def _is_done(config: Config, stage: Stage, say: Say) -> bool:
+    is_done = stage.is_finished(config)
+    if is_done:
+        say(f"{stage.name}: done already, in {stage.folder(config)}")
+    return is_done
+
+
+def verify(run: Path, *, say: Say) -> None:
+    """Reads every file of a run's finished results and compares it with its hash.
+
+    Raises:
+        UserError: the folder has no result.
+        Stopped: a file is missing or has another content. Names all of them.
+    """
+    folders = [path.parent for path in sorted(run.rglob(MANIFEST)) if _is_result(path.parent, run)]
+    if not folders:
+        raise UserError(f"{run} has no finished stage: give the folder storage_path/name of a run")
+    damaged = []
+    for folder in folders:
+        lost = damage(folder, compare_hashes=True)
+        say(f"{folder.relative_to(run)}: {'; '.join(lost) or 'as written'}")
+        damaged += lost
+    if damaged:
+        raise Stopped(
+            f"{len(damaged)} files of {run} are not as they were written; `madpo-ray run` makes "
+            "stages again whose files are missing or shorter; delete the folders of others",
+            ExitCode.FAILED,
+        )
+
+
+def _is_result(folder: Path, run: Path) -> bool:
+    """Whether a manifest is one of a result in its place that can be read."""
+    names = folder.relative_to(run).parts
+    is_moved = any(name.startswith(".") or name.endswith((".partial", ".old")) for name in names)
+    return not is_moved and read_manifest(folder) is not None
 
 
 def explain_redo(config: Config, stage: Stage, say: Say) -> None:
@@ -107,7 +161,7 @@ def explain_redo(config: Config, stage: Stage, say: Say) -> None:
     folder = stage.folder(config)
     inputs = stage.inputs(config)
     refuse_changed_content(folder, inputs)
-    reasons = "\n  ".join(map(str, differences(folder, inputs)))
+    reasons = "\n  ".join(map(str, differences(folder, inputs) or damage(folder)))
     say(f"{stage.name}: redone because of\n  {reasons}")
 
 

@@ -12,9 +12,10 @@ import pytest
 import yaml
 
 from madpo_ray.artifacts.tables import read_columns, rows_files
-from madpo_ray.cluster import check_workers_fit, connected, write_rows
+from madpo_ray.cluster import check_nodes, check_workers_fit, connected
 from madpo_ray.config import ClusterConfig
 from madpo_ray.errors import UserError
+from madpo_ray.passes import write_rows
 
 TERMINATED = """
 import os, signal, threading, time
@@ -67,6 +68,19 @@ def test_refuses_more_workers_than_the_machine_has() -> None:
     message = r"cluster\.num_workers: 4000 workers of 1 CPUs can never be placed"
     with pytest.raises(UserError, match=message), connected(ClusterConfig(num_workers=4000)):
         pass
+
+
+def test_refuses_workers_that_fit_in_sum_and_on_no_node() -> None:
+    two_cpus = {"CPU": 2.0, "memory": 1e9}
+    two_gpus = {"CPU": 8.0, "GPU": 2.0}
+    check_nodes([two_cpus] * 3, ClusterConfig(num_workers=2, cpus_per_worker=2))
+    message = "the 2 nodes have places for 0 such workers, each on one node"
+    with pytest.raises(UserError, match=message):
+        check_nodes([two_cpus] * 2, ClusterConfig(num_workers=1, cpus_per_worker=2.5))
+    check_nodes([two_gpus] * 2, ClusterConfig(num_workers=4, use_gpu=True, cpus_per_worker=3.5))
+    message = "the 2 nodes have places for 2 such workers"
+    with pytest.raises(UserError, match=message):
+        check_nodes([two_gpus] * 2, ClusterConfig(num_workers=3, use_gpu=True, cpus_per_worker=4.5))
 
 
 @pytest.mark.ray

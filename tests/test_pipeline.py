@@ -1,6 +1,7 @@
 """All stages on two workers, once; what they write; and what a second call does."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,13 +13,22 @@ import pytest
 from madpo_ray import pipeline
 from madpo_ray.artifacts.manifest import Difference, differences
 from madpo_ray.config import Config, load_config, parse_config
-from madpo_ray.errors import UserError
+from madpo_ray.errors import Stopped, UserError
 from madpo_ray.stages import evaluate, margins, pairs, reward, sft, train
 from madpo_ray.training.metrics import read_metrics
 from support.models import TEMPLATE, make_model, make_tokenizer
 from support.pairs import make_rows, tiny_run, write_jsonl
 
 pytestmark = [pytest.mark.ray, pytest.mark.deepspeed]
+
+HOLD_LOCK = """
+import sys, time
+from pathlib import Path
+from madpo_ray.artifacts.lock import locked
+with locked(Path(sys.argv[1]), "reward"):
+    print("held", flush=True)
+    time.sleep(120)
+"""
 
 Run = tuple[Config, list[str]]
 Edit = Callable[[dict[str, Any], Path], None]
@@ -99,6 +109,93 @@ def test_second_call_does_nothing(finished_run: Run) -> None:
     folder = config.run.folder
     assert printed == [f"nothing to do: every stage in {folder} is done for this config"]
     assert files() == before
+
+
+def test_moved_run_and_data_are_not_redone(finished_run: Run, tmp_path: Path) -> None:
+    """Copied, or reached through another mount point: only contents count."""
+    config, _ = finished_run
+    raw = config.model_dump(mode="json")
+    shutil.copytree(config.run.folder, tmp_path / "storage" / config.run.name)
+    shutil.copytree(config.model.model_name_or_path, tmp_path / "base")
+    shutil.copy(config.data.files[0], tmp_path / "other name.jsonl")
+    raw["run"]["storage_path"] = str(tmp_path / "storage")
+    raw["model"]["model_name_or_path"] = str(tmp_path / "base")
+    raw["data"]["files"] = [str(tmp_path / "other name.jsonl")]
+    assert pipeline.pending(parse_config(raw)) == []
+
+
+def test_other_files_redo_pairs(finished_run: Run, tmp_path: Path) -> None:
+    """The config names them, so nobody is surprised."""
+    raw = finished_run[0].model_dump(mode="json")
+    raw["data"]["files"] = [str(write_jsonl(tmp_path / "other.jsonl", make_rows(30)))]
+    config = parse_config(raw)
+    printed: list[Any] = []
+    pipeline.explain_redo(config, pairs.STAGE, printed.append)
+    assert "content.files[0]: " in printed[0]
+
+
+def test_lost_file_redoes_its_stage(finished_run: Run, tmp_path: Path) -> None:
+    config, _ = finished_run
+    raw = config.model_dump(mode="json")
+    shutil.copytree(config.run.folder, tmp_path / config.run.name)
+    raw["run"]["storage_path"] = str(tmp_path)
+    copied = parse_config(raw)
+    (margins.STAGE.folder(copied) / "calibration.json").write_text("")
+    assert [stage.name for stage in pipeline.pending(copied)] == ["margins"]
+    printed: list[Any] = []
+    pipeline.explain_redo(copied, margins.STAGE, printed.append)
+    assert printed[0].startswith("margins: redone because of\n  calibration.json has 0 bytes")
+
+
+def test_verify_reads_every_file(finished_run: Run, tmp_path: Path) -> None:
+    config, _ = finished_run
+    printed: list[Any] = []
+    pipeline.verify(config.run.folder, say=printed.append)
+    assert "train: as written" in printed
+    assert "scores/reference: as written" in printed
+
+    shutil.copytree(config.run.folder, tmp_path / "copy")
+    weights_file = tmp_path / "copy" / "train" / "model" / "model.safetensors"
+    content = bytearray(weights_file.read_bytes())
+    content[-1] ^= 1
+    weights_file.write_bytes(content)
+    with pytest.raises(Stopped, match="1 files of"):
+        pipeline.verify(tmp_path / "copy", say=printed.append)
+    assert printed[-1] == "train: model/model.safetensors has another content"
+    with pytest.raises(UserError, match="has no finished stage"):
+        pipeline.verify(tmp_path / "nothing", say=ignore)
+
+
+def test_another_command_is_refused(finished_run: Run, tmp_path: Path) -> None:
+    """Of another stage, too: it names who writes the run."""
+    config, _ = finished_run
+    lock = subprocess.Popen(
+        [sys.executable, "-c", HOLD_LOCK, str(config.run.folder)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert lock.stdout is not None
+    lock.stdout.readline()
+    try:
+        changed = with_train(config, beta=0.3)
+        for work in (
+            lambda: pipeline.run_all(changed, say=ignore),
+            lambda: pipeline.run_stage(changed, train.STAGE, say=ignore),
+            lambda: pairs.STAGE.run(config),
+        ):
+            with pytest.raises(UserError, match=f"reward by process {lock.pid} on "):
+                work()
+    finally:
+        lock.kill()
+        lock.wait()
+
+
+def test_checkpoints_go_when_their_stage_is_finished(finished_run: Run) -> None:
+    config, _ = finished_run
+    runs = list((config.run.folder / "ray").glob("train-*"))
+    assert len(runs) == 1
+    assert not list(runs[0].glob("checkpoint_*"))
+    assert (runs[0] / "metrics" / "metrics.jsonl").exists()
 
 
 def with_train(config: Config, **changes: Any) -> Config:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from madpo_ray.config import Config
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
@@ -17,7 +19,8 @@ COMMANDS = [
     if line.split("#")[0].strip()
 ]
 MAKE = [command for command in COMMANDS if command.startswith("make ")]
-MADPO = [command for command in COMMANDS if command.startswith("madpo-ray ")]
+VERIFY = "madpo-ray verify runs/my-run"
+MADPO = [command for command in COMMANDS if command.startswith("madpo-ray ") and command != VERIFY]
 
 
 def test_has_the_main_commands() -> None:
@@ -61,9 +64,19 @@ def test_commands_run(command: str, model_folder: Path, pairs_file: Path, tmp_pa
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.ray
+def test_verify_runs(finished_run: tuple[Config, list[str]]) -> None:
+    assert VERIFY in COMMANDS
+    program = Path(sys.executable).with_name("madpo-ray")
+    command = [program, "verify", str(finished_run[0].run.folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "pairs: as written\n" in done.stdout
+
+
 def test_every_command_is_covered() -> None:
     """What needs the network or a running cluster: the submission is tested in test_jobs.py."""
-    others = [command for command in COMMANDS if command not in (*MAKE, *MADPO)]
+    others = [command for command in COMMANDS if command not in (*MAKE, *MADPO, VERIFY)]
     assert all(command.startswith(("git clone", "cd ", "ray job submit")) for command in others)
 
 

@@ -7,10 +7,10 @@ import pyarrow as pa
 import ray.data
 import torch
 
-from madpo_ray.cluster import actor_pool
 from madpo_ray.columns import PROMPT_IDS
 from madpo_ray.config import ClusterConfig, ModelConfig
 from madpo_ray.models.loading import load_policy, load_tokenizer
+from madpo_ray.passes import BatchNotes, actor_pool, received
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,6 +30,7 @@ class Sampler:
         self,
         *,
         policies: dict[str, Path],
+        base: Path | None = None,
         model: ModelConfig,
         max_new_tokens: int,
         seed: int,
@@ -46,7 +47,7 @@ class Sampler:
         self._models: dict[str, Any] = {}
         self._ends: set[int] = set()
         for name, folder in policies.items():
-            loaded: Any = load_policy(folder, model).to(self._device).eval()
+            loaded: Any = load_policy(folder, model, base=base).to(self._device).eval()
             self._ends |= end_tokens(self._tokenizer, loaded)
             loaded.generation_config = GenerationConfig()  # its own may hold penalties and filters
             self._models[name] = loaded
@@ -125,26 +126,48 @@ def _end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> int | None:
     return next((int(token) for token in ids if token in special), None)
 
 
+class _SamplingActor:
+    """A Ray Data actor around a Sampler."""
+
+    def __init__(self, notes: BatchNotes, **sampler: Any) -> None:
+        self._notes = notes
+        self._sampler = Sampler(**sampler)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        first, last = table[INDEX][0], table[INDEX][-1]
+        with self._notes.working_on(f"the prompts {first} to {last}"):
+            return self._sampler(table)
+
+
 def sample_responses(
-    prompts: pa.Table, cluster: ClusterConfig, *, batch_size: int, **sampler: Any
+    prompts: pa.Table,
+    cluster: ClusterConfig,
+    *,
+    batch_size: int,
+    notes: BatchNotes,
+    **sampler: Any,
 ) -> pa.Table:
     """The table of `prompt_ids` with the sampler's columns, in order.
 
     Args:
         batch_size: prompts sampled at a time. Part of the seed: another size gives other samples.
         sampler: `Sampler`'s arguments, without num_threads.
+
+    Raises:
+        Stopped: a batch killed its actor again and again.
     """
     indexed = prompts.append_column(INDEX, pa.array(range(prompts.num_rows)))
+    options = {"num_threads": cluster.num_threads, "notes": notes, **sampler}
     sampled = (
         ray.data.from_arrow(indexed)
         .repartition(target_num_rows_per_block=batch_size)
         .map_batches(
-            Sampler,
-            fn_constructor_kwargs={"num_threads": cluster.num_threads, **sampler},
+            _SamplingActor,
+            fn_constructor_kwargs=options,
             batch_size=batch_size,
             batch_format="pyarrow",
             **actor_pool(cluster),
         )
     )
-    tables = list(sampled.iter_batches(batch_format="pyarrow", batch_size=None))
-    return pa.concat_tables(tables).sort_by(INDEX)
+    with notes.naming_deaths():
+        return pa.concat_tables(received(sampled, "samples")).sort_by(INDEX)

@@ -11,10 +11,10 @@ import ray.data
 import torch
 
 from madpo_ray.artifacts.tables import read_columns
-from madpo_ray.cluster import actor_pool
 from madpo_ray.columns import PAIR_ID
 from madpo_ray.config import ClusterConfig
 from madpo_ray.errors import UserError
+from madpo_ray.passes import BatchNotes, actor_pool, received
 
 if TYPE_CHECKING:
     from madpo_ray.scoring.scorers import Scorer
@@ -29,7 +29,8 @@ REFUSAL = "refusal"
 class ScoringActor:
     """Maps batches of rows to their pair_id and the scorers' columns, all float64."""
 
-    def __init__(self, scorers: Sequence["Scorer"], num_threads: int) -> None:
+    def __init__(self, scorers: Sequence["Scorer"], num_threads: int, notes: BatchNotes) -> None:
+        self._notes = notes
         torch.set_num_threads(num_threads)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._scorers = scorers
@@ -44,10 +45,12 @@ class ScoringActor:
         if self._refusal:
             return pa.table({PAIR_ID: rows[PAIR_ID], REFUSAL: [self._refusal] * rows.num_rows})
         scored = {PAIR_ID: rows[PAIR_ID]}
-        for scorer in self._scorers:
-            for name, values in zip(scorer.columns, scorer(rows), strict=True):
-                _check_finite(name, values, rows)
-                scored[name] = pa.array(values, type=pa.float64())
+        first, last = rows[PAIR_ID][0], rows[PAIR_ID][-1]
+        with self._notes.working_on(f"the {rows.num_rows} pairs from {first} to {last}"):
+            for scorer in self._scorers:
+                for name, values in zip(scorer.columns, scorer(rows), strict=True):
+                    _check_finite(name, values, rows)
+                    scored[name] = pa.array(values, type=pa.float64())
         return pa.table(scored)
 
 
@@ -59,7 +62,12 @@ def _check_finite(name: str, values: np.ndarray, rows: pa.Table) -> None:
 
 
 def score_rows(
-    rows: Path, scorers: Sequence["Scorer"], cluster: ClusterConfig, *, batch_size: int
+    rows: Path,
+    scorers: Sequence["Scorer"],
+    cluster: ClusterConfig,
+    *,
+    batch_size: int,
+    notes: BatchNotes,
 ) -> pa.Table:
     """pair_id and the scorers' columns of an artifact's rows, in their order.
 
@@ -70,6 +78,7 @@ def score_rows(
 
     Raises:
         UserError: a scorer's model is not one that can be scored with.
+        Stopped: a batch killed its actor again and again.
         RuntimeError: a score is not finite (names the pairs), or rows were lost.
     """
     names = dict.fromkeys(name for scorer in scorers for name in scorer.reads)
@@ -77,15 +86,21 @@ def score_rows(
     dataset = ray.data.read_parquet(str(rows), partitioning=None)
     dataset = dataset.select_columns([PAIR_ID, *names])
     ids = read_columns(rows, [PAIR_ID])[PAIR_ID]
-    return _score(dataset, ids, scorers, cluster, batch_size=batch_size)
+    return _score(dataset, ids, scorers, cluster, batch_size=batch_size, notes=notes)
 
 
 def score_table(
-    table: pa.Table, scorers: Sequence["Scorer"], cluster: ClusterConfig, *, batch_size: int
+    table: pa.Table,
+    scorers: Sequence["Scorer"],
+    cluster: ClusterConfig,
+    *,
+    batch_size: int,
+    notes: BatchNotes,
 ) -> pa.Table:
     """A table of tokenised rows with the scorers' columns added. Raises as `score_rows` does."""
     dataset = ray.data.from_arrow(table)
-    scored = _score(dataset, table[PAIR_ID], scorers, cluster, batch_size=batch_size)
+    ids = table[PAIR_ID]
+    scored = _score(dataset, ids, scorers, cluster, batch_size=batch_size, notes=notes)
     for name in scored.column_names:
         if name != PAIR_ID:
             table = table.append_column(name, scored[name])
@@ -99,18 +114,24 @@ def _score(
     cluster: ClusterConfig,
     *,
     batch_size: int,
+    notes: BatchNotes,
 ) -> pa.Table:
     """Scores of the rows with these pair_ids, in their order."""
     num_blocks = cluster.num_workers * BLOCKS_PER_ACTOR
     rows_per_block = max(1, min(batch_size, math.ceil(len(ids) / num_blocks)))
     scored = dataset.repartition(target_num_rows_per_block=rows_per_block).map_batches(
         ScoringActor,
-        fn_constructor_kwargs={"scorers": scorers, "num_threads": cluster.num_threads},
+        fn_constructor_kwargs={
+            "scorers": scorers,
+            "num_threads": cluster.num_threads,
+            "notes": notes,
+        },
         batch_size=rows_per_block,
         batch_format="pyarrow",
         **actor_pool(cluster),
     )
-    table = pa.concat_tables(scored.iter_batches(batch_format="pyarrow", batch_size=None))
+    with notes.naming_deaths():
+        table = pa.concat_tables(received(scored, "scores"))
     if REFUSAL in table.column_names:
         raise UserError(table[REFUSAL][0].as_py())
     if table[PAIR_ID].to_pylist() != ids.to_pylist():

@@ -100,10 +100,20 @@ class ModelScorer(abc.ABC):
 
 
 class PolicyLogps(ModelScorer):
-    """Log-probs of responses under a policy, summed over response tokens, in nats."""
+    """Log-probs of responses under a policy, summed over response tokens, in nats.
+
+    Args:
+        base: the model that the policy was trained on, if the policy is an adapter.
+    """
+
+    def __init__(
+        self, folder: Path, model: ModelConfig, *, base: Path | None = None, **options: Any
+    ) -> None:
+        super().__init__(folder, model, **options)
+        self._base = base
 
     def _load_module(self) -> nn.Module:
-        return ResponseLogps(load_policy(self._folder, self._model_config))
+        return ResponseLogps(load_policy(self._folder, self._model_config, base=self._base))
 
     def _values(self, outputs: dict[str, torch.Tensor]) -> torch.Tensor:
         return outputs["logps"]

@@ -49,8 +49,8 @@ def make(build: Build) -> dict[str, Any]:
     policy = train.STAGE.model(config)
     reference = initial_policy(config)
     test = _test_pairs(config)
-    results = _preferences(test, policy, config)
-    results |= _samples(test, policy, reference, config)
+    results = _preferences(test, policy, reference, build)
+    results |= _samples(test, policy, reference, build)
     write_json(build.folder / "evaluation.json", results)
     return results
 
@@ -81,24 +81,26 @@ def _test_pairs(config: Config) -> pa.Table:
     return read_split(rows, columns.TEST, names)
 
 
-def _preferences(test: pa.Table, policy: Path, config: Config) -> dict[str, Any]:
+def _preferences(test: pa.Table, policy: Path, reference: Path, build: Build) -> dict[str, Any]:
     """How often policy, reference and reward model prefer the chosen response."""
     from madpo_ray.evaluation.measures import preference_metrics
     from madpo_ray.scoring.actors import score_table
     from madpo_ray.scoring.scorers import PolicyLogps
 
+    config = build.config
     scorer = PolicyLogps(
         policy,
         config.model,
+        base=reference,
         columns=columns.POLICY_LOGPS,
         batch_size=config.scoring.per_device_batch_size,
     )
     batch_size = config.scoring.batch_size
-    scored = score_table(test, [scorer], config.cluster, batch_size=batch_size)
+    scored = score_table(test, [scorer], config.cluster, batch_size=batch_size, notes=build.notes)
     return preference_metrics(scored, config.score_columns)
 
 
-def _samples(test: pa.Table, policy: Path, reference: Path, config: Config) -> dict[str, Any]:
+def _samples(test: pa.Table, policy: Path, reference: Path, build: Build) -> dict[str, Any]:
     """KL(policy || reference) from the policy's own samples, and samples of both to read."""
     from madpo_ray.evaluation.measures import divergence
     from madpo_ray.evaluation.sampling import sample_responses
@@ -106,6 +108,7 @@ def _samples(test: pa.Table, policy: Path, reference: Path, config: Config) -> d
     from madpo_ray.scoring.scorers import PolicyLogps
 
     # Prompts drawn at random, each sampled twice.
+    config = build.config
     settings = config.evaluate
     rng = random.Random(config.run.seed)
     num_prompts = math.ceil(settings.num_samples / SAMPLES_PER_PROMPT)
@@ -115,8 +118,10 @@ def _samples(test: pa.Table, policy: Path, reference: Path, config: Config) -> d
         prompts,
         config.cluster,
         batch_size=settings.generation_batch_size,
+        notes=build.notes,
         model=config.model,
         policies={"after": policy, "before": reference},
+        base=reference,
         max_new_tokens=settings.max_new_tokens,
         seed=config.run.seed,
     )
@@ -126,6 +131,7 @@ def _samples(test: pa.Table, policy: Path, reference: Path, config: Config) -> d
         PolicyLogps(
             folder,
             config.model,
+            base=reference,
             columns=(name,),
             batch_size=config.scoring.per_device_batch_size,
             responses=("after_ids",),
@@ -133,7 +139,7 @@ def _samples(test: pa.Table, policy: Path, reference: Path, config: Config) -> d
         for name, folder in (("policy_logps", policy), ("ref_logps", reference))
     ]
     batch_size = config.scoring.batch_size
-    scored = score_table(sampled, scorers, config.cluster, batch_size=batch_size)
+    scored = score_table(sampled, scorers, config.cluster, batch_size=batch_size, notes=build.notes)
 
     shown = sampled.slice(0, settings.num_shown)
     return {

@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from madpo_ray import columns
-from madpo_ray.artifacts.manifest import Inputs, building, is_finished
+from madpo_ray.artifacts.building import building, recover
+from madpo_ray.artifacts.manifest import Inputs, is_finished
 from madpo_ray.artifacts.tables import (
     column_names,
     read_columns,
@@ -62,7 +63,7 @@ def make(build: Build) -> dict[str, Any]:
     """
     config = build.config
     passes = _passes(config)
-    _score_missing(passes, config)
+    _score_missing(passes, build)
 
     # The columns of all scorers, in the order of the pairs.
     rows = pairs.STAGE.rows(config)
@@ -155,8 +156,11 @@ def _passes(config: Config) -> list[_Pass]:
     return passes
 
 
-def _score_missing(passes: Sequence[_Pass], config: Config) -> None:
+def _score_missing(passes: Sequence[_Pass], build: Build) -> None:
     """Computes what is not there yet, in one pass over the pairs."""
+    config = build.config
+    for one in passes:
+        recover(one.folder, one.inputs)
     missing = [one for one in passes if not is_finished(one.folder, one.inputs)]
     if not missing:
         return
@@ -167,7 +171,9 @@ def _score_missing(passes: Sequence[_Pass], config: Config) -> None:
         [one.scorer for one in missing],
         config.cluster,
         batch_size=config.scoring.batch_size,
+        notes=build.notes,
     )
+    STAGE.require_upstream(config)  # again, after a pass of hours
     for one in missing:
         with building(one.folder, one.inputs) as (folder, _):
             own = scored.select([columns.PAIR_ID, *one.scorer.columns])

@@ -13,8 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from madpo_ray import columns
-from madpo_ray.artifacts.manifest import hash_file
-from madpo_ray.cluster import write_rows
+from madpo_ray.artifacts.hashes import hash_file
 from madpo_ray.config import Config
 from madpo_ray.data.checks import check_counts, check_files, holds_messages
 from madpo_ray.data.reader import PairReader
@@ -27,7 +26,9 @@ from madpo_ray.models.source import (
     check_vocabulary,
     model_inputs,
 )
+from madpo_ray.passes import BatchNotes, write_rows
 from madpo_ray.stages.stage import Build, Description, Stage
+from madpo_ray.waiting import waiting
 
 if TYPE_CHECKING:
     import ray.data
@@ -60,18 +61,18 @@ ONLY_WHILE_READING = [
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    return {
-        "seed": config.run.seed,
-        "data": config.data.fingerprinted(),
-        "model": config.model.names(),
-    }
+    data = config.data.fingerprinted()
+    del data["files"]  # their content counts
+    return {"seed": config.run.seed, "data": data}
 
 
 def _content(config: Config) -> dict[str, Any]:
-    return {
-        "files": {file: hash_file(Path(file)) for file in config.data.files},
-        "model": model_inputs(config.model).fingerprint,
-    }
+    hashes = {f"files[{i}]": hash_file(Path(file)) for i, file in enumerate(config.data.files)}
+    return {**hashes, "model": model_inputs(config.model).fingerprint}
+
+
+def _names(config: Config) -> dict[str, Any]:
+    return {"files": list(config.data.files), **config.model.names()}
 
 
 def _check(config: Config) -> None:
@@ -96,7 +97,7 @@ def make(build: Build) -> dict[str, Any]:
     folder = base_model(config.model, config.run)
     _check_tokenizer(config, folder)
 
-    checked = _read_all(config, folder)
+    checked = _read_all(build, folder)
     results = _counts(checked, config.data.files)
     check_counts(results, config.data)
 
@@ -152,6 +153,7 @@ STAGE = Stage(
     help="Read and check preference pairs, tokenise and split them.",
     settings=_settings,
     content=_content,
+    names=_names,
     check=_check,
     make=make,
     describe=describe,
@@ -161,34 +163,39 @@ STAGE = Stage(
 class _ReaderActor:
     """A Ray Data actor around a PairReader."""
 
-    def __init__(self, config: Config, folder: Path) -> None:
+    def __init__(self, config: Config, folder: Path, notes: BatchNotes) -> None:
+        self._notes = notes
         tokenizer = _load_tokenizer(config, folder)
         self._reader = PairReader(config.data, tokenizer, seed=config.run.seed)
 
     def __call__(self, files: pa.Table) -> Iterator[pa.Table]:
         numbers = files[columns.FILE_NUMBER].to_pylist()
         for number, file in zip(numbers, files[columns.FILE].to_pylist(), strict=True):
-            yield from self._reader.tables(file, number)
+            with self._notes.working_on(f"the file {file}"):
+                yield from self._reader.tables(file, number)
 
 
-def _read_all(config: Config, folder: Path) -> "ray.data.Dataset":
+def _read_all(build: Build, folder: Path) -> "ray.data.Dataset":
     """All checked rows, good and bad, in the order of the files, held in Ray's object store."""
     import ray.data
 
+    config = build.config
     files = config.data.files
     table = pa.table({columns.FILE_NUMBER: range(len(files)), columns.FILE: list(files)})
     num_actors = min(len(files), config.cluster.num_workers)
-    return (
+    checked = (
         ray.data.from_arrow(table)
         .repartition(num_actors)
         .map_batches(
             _ReaderActor,
-            fn_constructor_kwargs={"config": config, "folder": folder},
+            fn_constructor_kwargs={"config": config, "folder": folder, "notes": build.notes},
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(size=num_actors),
         )
-        .materialize()
     )
+    what = f"{num_actors} actors read and tokenise {len(files)} files"
+    with build.notes.naming_deaths(), waiting(what):
+        return checked.materialize()
 
 
 def _load_tokenizer(config: Config, folder: Path) -> "PreTrainedTokenizerBase":

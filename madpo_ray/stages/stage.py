@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from madpo_ray.artifacts.building import building, discard, recover
+from madpo_ray.artifacts.lock import RunLock, locked
 from madpo_ray.artifacts.manifest import (
     Inputs,
-    building,
+    compare_inputs,
     is_finished,
     model_folder,
     read_manifest,
@@ -16,6 +18,8 @@ from madpo_ray.artifacts.manifest import (
 from madpo_ray.artifacts.tables import rows_folder
 from madpo_ray.cluster import connected
 from madpo_ray.config import Config, TrainingConfig
+from madpo_ray.errors import UserError, ending_on_write_errors
+from madpo_ray.passes import BatchNotes
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -43,6 +47,11 @@ class Build:
     def rows(self) -> Path:
         """Where the stage puts its rows."""
         return rows_folder(self.folder)
+
+    @property
+    def notes(self) -> BatchNotes:
+        """Where actors note what they work on."""
+        return BatchNotes(self.folder / "in-progress")
 
 
 def _nothing(config: Config) -> None:
@@ -73,6 +82,7 @@ class Stage:
         describe: what `make` returned, for the terminal.
         upstream: the stages whose results it reads.
         content: hashes of what the config points to.
+        names: where the config says that it is; a path alone decides nothing.
         is_wanted: whether `madpo-ray run` includes it.
         check: raises UserError for what can be wrong before any stage has run.
         check_upstream: raises UserError for what can be wrong with the results that it reads.
@@ -86,6 +96,7 @@ class Stage:
     describe: Callable[[Mapping[str, Any]], Description]
     upstream: Callable[[Config], tuple["Stage", ...]] = _no_upstream
     content: Callable[[Config], dict[str, Any]] = _no_content
+    names: Callable[[Config], dict[str, Any]] = _no_content
     is_wanted: Callable[[Config], bool] = _always
     check: Callable[[Config], None] = _nothing
     check_upstream: Callable[[Config], None] = _nothing
@@ -100,6 +111,7 @@ class Stage:
                 stage.name: stage.inputs(config).fingerprint for stage in self.upstream(config)
             },
             content=self.content(config),
+            names=self.names(config),
         )
 
     def folder(self, config: Config) -> Path:
@@ -137,21 +149,50 @@ class Stage:
             stage.require(config)
         self.check_upstream(config)
 
+    def recover(self, config: Config) -> None:
+        """Finishes what a kill interrupted while a result was moved. Needs the run's lock."""
+        recover(self.folder(config), self.inputs(config))
+
     def run(self, config: Config, *, deadline: float | None = None) -> Mapping[str, Any]:
         """Makes the result and moves it into place. Returns what `make` returned.
 
         Raises:
-            UserError: an upstream result is missing or was made from other inputs.
+            UserError: an upstream result is missing or was made from other inputs, or what the
+                stage reads changed while it ran, or another command writes the run.
+            Stopped: the disk is full or broken.
         """
-        self.require_upstream(config)
-        inputs = self.inputs(config)
-        with (
-            building(self.folder(config), inputs) as (folder, results),
-            connected(config.cluster, dashboard=self.uses_dashboard),
-        ):
-            build = Build(config, folder, inputs.fingerprint, deadline)
-            results.update(self.make(build))
+        folder = self.folder(config)
+        with ending_on_write_errors(folder.parent), locked(config.run.folder, self.name) as lock:
+            self.require_upstream(config)
+            inputs = self.inputs(config)
+            with (
+                building(folder, inputs, confirm=lambda: self._confirm(config, inputs, lock)) as (
+                    partial,
+                    results,
+                ),
+                connected(config.cluster, dashboard=self.uses_dashboard),
+            ):
+                build = Build(config, partial, inputs.fingerprint, deadline)
+                results.update(self.make(build))
+            if not config.run.keep_checkpoints:
+                self._delete_checkpoints(config)
         return results
+
+    def _delete_checkpoints(self, config: Config) -> None:
+        """Deletes the checkpoints of the finished stage, also of other settings and of trials."""
+        for checkpoint in (config.run.folder / "ray").glob(f"{self.name}-*/checkpoint_*/"):
+            discard(checkpoint)
+
+    def _confirm(self, config: Config, inputs: Inputs, lock: RunLock) -> None:
+        """Raises UserError if the stage no longer has what it was made from."""
+        lock.require_held()
+        self.require_upstream(config)
+        if changed := compare_inputs(inputs.parts, self.inputs(config).parts):
+            raise UserError(
+                f"what {self.name} reads changed while it ran, and its result is not kept:\n  "
+                + "\n  ".join(map(str, changed))
+                + "\nrun the same command again"
+            )
 
 
 def train(

@@ -17,6 +17,7 @@ from madpo_ray.errors import UserError
 from madpo_ray.stages import margins, train
 from madpo_ray.stages.sft import stages_before_policy
 from madpo_ray.stages.stage import Build, Description, Stage
+from madpo_ray.waiting import waiting
 
 if TYPE_CHECKING:
     import ray.tune
@@ -159,6 +160,8 @@ def _search(job: "TrainingJob", config: Config) -> "ray.tune.ResultGrid":
     from ray.tune.schedulers import ASHAScheduler
     from ray.tune.search.optuna import OptunaSearch
 
+    from madpo_ray.training.metrics import METRICS_FILE
+
     space = {}
     for key, bounds in config.search_space.items():
         draw = ray.tune.loguniform if bounds.log else ray.tune.uniform
@@ -185,7 +188,13 @@ def _search(job: "TrainingJob", config: Config) -> "ray.tune.ResultGrid":
         ),
         run_config=ray.tune.RunConfig(name=job.name, storage_path=str(job.storage), verbose=0),
     )
-    found = tuner.fit()
+    trials = f"{job.name}-*/metrics/{METRICS_FILE}"
+    with waiting(
+        "no trial has logged anything; their workers are not placed yet, load the model, or are "
+        "in a long step",
+        progress=lambda: sum(file.stat().st_size for file in job.storage.glob(trials)),
+    ):
+        found = tuner.fit()
     if found.num_errors == len(found):
         raise RuntimeError(f"no trial finished; the first failed with {found.errors[0]}")
     return found

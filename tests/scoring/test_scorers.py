@@ -10,6 +10,7 @@ import torch
 
 from madpo_ray.config import ModelConfig
 from madpo_ray.models.loading import load_policy
+from madpo_ray.passes import BatchNotes
 from madpo_ray.scoring.actors import REFUSAL, ScoringActor
 from madpo_ray.scoring.scorers import PolicyLogps, Scorer, TrainedReward
 from support.forwards import PAIRS, separate_logp
@@ -36,7 +37,7 @@ def test_model_that_cannot_be_scored_with_is_refused(
     spoiled.save_pretrained(tmp_path)
     scorer = PolicyLogps(tmp_path, model, columns=("chosen", "rejected"), batch_size=2)
     rows = pa.Table.from_pylist([{"pair_id": str(i), **pair} for i, pair in enumerate(PAIRS)])
-    table = ScoringActor([scorer], 1)(rows)
+    table = ScoringActor([scorer], 1, BatchNotes(tmp_path))(rows)
     assert table.column_names == ["pair_id", REFUSAL]
     assert "own numbers are not finite" in table[REFUSAL][4].as_py()
 
@@ -101,10 +102,10 @@ class Constant:
         return np.array([[1.0] * rows.num_rows, self._rejected])
 
 
-def test_actor_runs_any_scorer() -> None:
+def test_actor_runs_any_scorer(tmp_path: Path) -> None:
     scorer: Scorer = Constant([2.0, 3.0])
     rows = pa.table({"pair_id": ["a", "b"]})
-    scored = ScoringActor([scorer], num_threads=torch.get_num_threads())(rows)
+    scored = ScoringActor([scorer], torch.get_num_threads(), BatchNotes(tmp_path))(rows)
     assert scored.to_pydict() == {
         "pair_id": ["a", "b"],
         "chosen_reward": [1.0, 1.0],
@@ -113,8 +114,8 @@ def test_actor_runs_any_scorer() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_actor_names_pairs_without_a_score(value: float) -> None:
-    actor = ScoringActor([Constant([2.0, value])], num_threads=torch.get_num_threads())
+def test_actor_names_pairs_without_a_score(value: float, tmp_path: Path) -> None:
+    actor = ScoringActor([Constant([2.0, value])], torch.get_num_threads(), BatchNotes(tmp_path))
     message = r"rejected_reward is not finite for 1 pairs, such as \['b'\]"
     with pytest.raises(RuntimeError, match=message):
         actor(pa.table({"pair_id": ["a", "b"]}))

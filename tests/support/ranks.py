@@ -19,6 +19,17 @@ from madpo_ray.training.rank import Outcome
 MakeJob = Callable[..., TrainingJob]
 TrainOn = Callable[[TrainingJob, int], Outcome]
 
+# What a rank imports for seconds. The first imports torch's compiler, as DeepSpeed does when it
+# starts under ZeRO.
+PRELOAD = [
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "transformers.optimization",
+    "transformers.models.llama.modeling_llama",
+    "peft.tuners",
+    "torch.utils.tensorboard",
+    "madpo_ray.training.rank",
+    "support.faults",
+]
 # Nothing is too small to be sharded.
 SHARDED = {"zero_stage": 3, "stage3_param_persistence_threshold": 0}
 THIRTY_STEPS = {"max_steps": 30, "num_train_epochs": 9, "learning_rate": 1e-3}
@@ -45,9 +56,7 @@ class Ranks:
 
     def __init__(self, job: TrainingJob, world_size: int, folder: Path) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(
-            ["deepspeed", "transformers", "peft", "madpo_ray.training.rank"]
-        )
+        context.set_forkserver_preload(PRELOAD)
         store = tempfile.mktemp(dir=folder)
         self._outcomes = context.Queue()
         self.processes = [

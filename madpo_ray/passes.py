@@ -1,0 +1,127 @@
+"""What a pass of Ray Data needs: pools of actors, order, limits, and what it works on."""
+
+import contextlib
+import hashlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from madpo_ray.config import ClusterConfig
+from madpo_ray.errors import ExitCode, Stopped
+from madpo_ray.waiting import waiting
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import ray.data
+
+# Ray takes a second to import, and a dry run does not need it: it is imported inside functions.
+
+# Attempts of one batch. Ray Data starts an actor again, and gives it the same batch, without end.
+MAX_ATTEMPTS = 4
+
+
+def worker_resources(cluster: ClusterConfig) -> dict[str, float]:
+    """Resources of one worker, by Ray's names."""
+    resources = {"CPU": cluster.cpus_per_worker}
+    if cluster.use_gpu:
+        resources["GPU"] = 1.0
+    return resources
+
+
+def actor_pool(cluster: ClusterConfig) -> dict[str, Any]:
+    """Arguments of `map_batches` for as many model actors as there are workers."""
+    import ray.data
+
+    resources = worker_resources(cluster)
+    return {
+        "compute": ray.data.ActorPoolStrategy(size=cluster.num_workers),
+        "num_cpus": resources["CPU"],
+        "num_gpus": resources.get("GPU"),
+    }
+
+
+def ordered_execution() -> "ray.data.ExecutionOptions":
+    """Ray Data options under which rows keep their order, whatever finishes first."""
+    import ray.data
+
+    return ray.data.ExecutionOptions(preserve_order=True)
+
+
+def received(dataset: "ray.data.Dataset", what: str) -> "Iterator[pa.Table]":
+    """The tables of a Ray dataset, as they come. If none comes for a minute, the log says so."""
+    count = 0
+    with waiting(
+        f"no {what} came; the actors are not placed yet (`ray status` shows what is free), load "
+        "their models, or work on a long batch",
+        progress=lambda: count,
+    ):
+        for table in dataset.iter_batches(batch_format="pyarrow", batch_size=None):
+            count += 1
+            yield table
+
+
+class BatchNotes:
+    """Which batch each actor works on, in files: one that kills its actors ends the pass.
+
+    Args:
+        folder: one that every node mounts. It exists during the pass only.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    @contextlib.contextmanager
+    def working_on(self, batch: str) -> Iterator[None]:
+        """In an actor, around the work on a batch. What a death leaves is counted.
+
+        Raises:
+            RuntimeError: the batch has killed MAX_ATTEMPTS actors.
+        """
+        note = self._folder / hashlib.sha256(batch.encode()).hexdigest()
+        attempts = len(note.read_text().splitlines()) if note.exists() else 0
+        if attempts == MAX_ATTEMPTS:
+            raise RuntimeError(f"{batch} killed {attempts} actors")
+        with note.open("a") as stream:
+            stream.write(batch + "\n")
+        yield
+        note.unlink()
+
+    @contextlib.contextmanager
+    def naming_deaths(self) -> Iterator[None]:
+        """In the driver, around a pass.
+
+        Raises:
+            Stopped: a batch killed its actors; names it.
+        """
+        self._folder.mkdir(parents=True)
+        try:
+            yield
+        except Exception as error:
+            attempts = [note.read_text().splitlines() for note in self._folder.iterdir()]
+            deadly = [lines[0] for lines in attempts if len(lines) == MAX_ATTEMPTS]
+            if not deadly:
+                raise
+            raise Stopped(
+                f"{'; '.join(deadly)}: {MAX_ATTEMPTS} actors died there, as they do if memory runs "
+                "out (lower the batch size) or a library crashes",
+                ExitCode.FAILED,
+            ) from error
+        finally:
+            shutil.rmtree(self._folder)
+
+
+def write_rows(dataset: "ray.data.Dataset", rows: Path) -> None:
+    """Writes a Ray dataset to a fresh folder, in its order."""
+    from ray.data import SaveMode
+    from ray.data.datasource import FilenameProvider
+
+    class OrderedNames(FilenameProvider):  # type: ignore[misc]
+        """File names that follow the order of the rows, without a random part."""
+
+        def get_filename_for_task(self, write_uuid: str, task_index: int) -> str:
+            return f"part-{task_index:06}.parquet"
+
+    # Ray's append mode demands a random part in each name; there is nothing to overwrite.
+    names = OrderedNames(file_format="parquet")
+    dataset.write_parquet(str(rows), filename_provider=names, mode=SaveMode.OVERWRITE)

@@ -1,0 +1,192 @@
+"""Commands whose driver is killed at its file operations, on a Ray that lives on."""
+
+import multiprocessing
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from safetensors.torch import load_file
+
+from madpo_ray import pipeline
+from madpo_ray.artifacts.hashes import hash_file
+from madpo_ray.artifacts.tables import column_names, read_columns, rows_folder
+from madpo_ray.config import Config, parse_config
+from madpo_ray.errors import UserError
+from madpo_ray.stages import evaluate, margins, pairs, reward, train
+from madpo_ray.stages.stage import Stage
+from support.faults import Record, arm
+from support.pairs import tiny_run
+
+pytestmark = [pytest.mark.ray, pytest.mark.deepspeed]
+
+FAULTS_PER_STAGE = 6
+STAGES = [pairs.STAGE, reward.STAGE, margins.STAGE, train.STAGE, evaluate.STAGE]
+BIN = Path(sys.executable).parent
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """A Ray that no command starts or ends."""
+    port = random.Random().randint(20000, 30000)
+    start = [BIN / "ray", "start", "--head", "--num-cpus=8", f"--port={port}"]
+    start += ["--include-dashboard=false", "--disable-usage-stats", "--block"]
+    process = subprocess.Popen(start, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    yield f"127.0.0.1:{port}"
+    process.terminate()
+    process.wait()
+
+
+def run_in_this_process(raw: dict[str, Any], stage: str, number: int | None) -> None:
+    import os
+
+    with open(os.devnull, "w") as null:
+        os.dup2(null.fileno(), 1)
+        os.dup2(null.fileno(), 2)
+    config = parse_config(raw)
+    if number is not None:
+        arm(config.run.folder, number, "kill -9")
+    one = next(candidate for candidate in STAGES if candidate.name == stage)
+    pipeline.run_stage(config, one, say=lambda what: None)
+
+
+def start(raw: dict[str, Any], stage: Stage, number: int | None = None) -> Any:
+    """A process that runs a stage, and is killed at an operation on the run's files."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["ray.train.torch", "ray.data", "deepspeed", "transformers", "peft", "madpo_ray.pipeline"]
+    )
+    process = context.Process(target=run_in_this_process, args=(raw, stage.name, number))
+    process.start()
+    return process
+
+
+def run(raw: dict[str, Any], stage: Stage, number: int | None = None) -> int | None:
+    process = start(raw, stage, number)
+    process.join()
+    code: int | None = process.exitcode
+    return code
+
+
+@pytest.fixture(scope="module")
+def finished(
+    model_folder: Path, pairs_file: Path, address: str, tmp_path_factory: pytest.TempPathFactory
+) -> Config:
+    """All stages, undisturbed."""
+    raw = tiny_run(model_folder, pairs_file, tmp_path_factory.mktemp("finished"))
+    del raw["sft"]
+    raw["cluster"] = {"num_workers": 1, "address": address}
+    raw["train"]["save_steps"] = 2
+    config = parse_config(raw)
+    for stage in STAGES:
+        assert run(raw, stage) == 0
+    return config
+
+
+def before(stage: Stage, finished: Config, storage: Path) -> Config:
+    """A copy of the run as it was before a stage ran."""
+    raw = finished.model_dump(mode="json")
+    raw["run"]["storage_path"] = str(storage)
+    config = parse_config(raw)
+    config.run.folder.mkdir(parents=True)
+    for earlier in STAGES[: STAGES.index(stage)]:
+        shutil.copytree(earlier.folder(finished), earlier.folder(config))
+    return config
+
+
+def assert_same_result(stage: Stage, config: Config, finished: Config) -> None:
+    """Rows, weights or evaluation are those of the undisturbed run."""
+    ours, theirs = stage.folder(config), stage.folder(finished)
+    assert stage.is_finished(config)
+    if rows_folder(theirs).exists():
+        names = column_names(rows_folder(theirs))
+        tables = [read_columns(rows_folder(folder), names) for folder in (ours, theirs)]
+        assert tables[0].equals(tables[1])
+    if (theirs / "model").exists():
+        weights = [load_file(path / "model" / "model.safetensors") for path in (ours, theirs)]
+        assert weights[0].keys() == weights[1].keys()
+        assert all(bool((weights[0][name] == weights[1][name]).all()) for name in weights[0])
+    if (theirs / "evaluation.json").exists():
+        hashes = [hash_file(folder / "evaluation.json") for folder in (ours, theirs)]
+        assert hashes[0] == hashes[1]
+    assert isinstance(pa.__version__, str)
+    names = {path.name for path in config.run.folder.iterdir()}
+    assert not any(name.endswith((".partial", ".old")) or "trash" in name for name in names)
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
+def test_driver_is_killed(stage: Stage, finished: Config, tmp_path: Path, record: Record) -> None:
+    """At its first operations, and at later ones; the same command finishes."""
+    count = 0
+    number = 1
+    step = 1
+    while count < FAULTS_PER_STAGE * 4:
+        config = before(stage, finished, tmp_path / str(number))
+        raw = config.model_dump(mode="json")
+        if run(raw, stage, number) == 0:
+            break
+        assert run(raw, stage) == 0
+        assert_same_result(stage, config, finished)
+        shutil.rmtree(tmp_path / str(number))
+        count += 1
+        number += step
+        step += 1 if count % 2 == 0 else 0
+    assert count >= FAULTS_PER_STAGE - 1
+    record(f"driver of {stage.name}", "kill -9 at the n-th file operation", count, "same result")
+
+
+def test_second_command_at_random_moments(finished: Config, tmp_path: Path, record: Record) -> None:
+    """It is refused as long as the first runs."""
+    rng = random.Random(0)
+    count = 0
+    config = before(reward.STAGE, finished, tmp_path)
+    raw = config.model_dump(mode="json")
+    process = start(raw, reward.STAGE)
+    while not (config.run.folder / ".lease.json").exists():
+        time.sleep(0.01)
+    while process.is_alive():
+        for stage in (margins.STAGE, reward.STAGE):
+            refusal = ""
+            try:
+                pipeline.run_stage(config, stage, say=lambda what: None)
+            except UserError as error:
+                refusal = str(error)
+            if process.is_alive():
+                assert "is in use, another command writes it: reward" in refusal
+                count += 1
+        time.sleep(rng.uniform(0, 1))
+    process.join()
+    assert process.exitcode == 0
+    assert_same_result(reward.STAGE, config, finished)
+    assert count >= 3
+    record("reward", "another command meanwhile", count, "it is refused; same result")
+
+
+def test_run_moves_between_kill_and_resume(
+    finished: Config, tmp_path: Path, record: Record
+) -> None:
+    count = 0
+    for stage in (reward.STAGE, train.STAGE):
+        config = before(stage, finished, tmp_path / stage.name)
+        raw = config.model_dump(mode="json")
+        process = start(raw, stage)
+        while not list(config.run.folder.glob("ray/*/checkpoint_*")) and process.is_alive():
+            time.sleep(0.02)
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        moved = tmp_path / f"{stage.name}-moved"
+        time.sleep(2)  # the workers of a killed driver end a moment later
+        shutil.move(tmp_path / stage.name, moved)
+        raw["run"]["storage_path"] = str(moved)
+        assert run(raw, stage) == 0
+        assert_same_result(stage, parse_config(raw), finished)
+        count += 1
+    record("reward, train", "kill -9, then the run is moved", count, "resumed, same result")

@@ -1,0 +1,196 @@
+"""A training that fails at each of its file operations, and ends like an undisturbed one."""
+
+import itertools
+import json
+import multiprocessing
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from madpo_ray.training.checkpoints import newest_checkpoint
+from madpo_ray.training.job import TrainingJob
+from support.faults import KINDS, Record, arm
+from support.ranks import PRELOAD, MakeJob, Ranks, assert_same_weights, metrics_of
+
+pytestmark = pytest.mark.deepspeed
+
+SHORT = {"max_steps": 2, "save_steps": 1, "eval_steps": 2, "zero_stage": 2}
+
+
+def _fail(job: TrainingJob, store: str, root: Path, number: int, kind: str) -> None:
+    import os
+
+    from madpo_ray.training.rank import run_rank
+    from madpo_ray.training.sites import LocalSite, join_ranks
+
+    with open(os.devnull, "w") as null:
+        os.dup2(null.fileno(), 2)
+    join_ranks(0, 1, Path(store))
+    arm(root, number, kind)
+    run_rank(job, LocalSite(job))
+
+
+def train_with_fault(job: TrainingJob, folder: Path, number: int, kind: str) -> bool:
+    """Trains on one rank that fails at an operation. Whether there was such a one."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    store = folder / "store"
+    process = context.Process(target=_fail, args=(job, str(store), folder / "run", number, kind))
+    process.start()
+    process.join()
+    return process.exitcode != 0
+
+
+@pytest.fixture
+def make_job(policy_job: MakeJob, tmp_path: Path) -> Callable[[str], TrainingJob]:
+    import dataclasses
+
+    def make(name: str) -> TrainingJob:
+        folder = tmp_path / name / "run"
+        folder.mkdir(parents=True)
+        job = policy_job(name, **SHORT)
+        return dataclasses.replace(job, trial="", output=folder / "out", storage=folder / "ray")
+
+    return make
+
+
+@pytest.fixture
+def undisturbed(make_job: Callable[[str], TrainingJob], tmp_path: Path) -> TrainingJob:
+    job = make_job("undisturbed")
+    Ranks(job, 1, tmp_path).outcome()
+    return job
+
+
+def assert_resumes(job: TrainingJob, undisturbed: TrainingJob, folder: Path) -> None:
+    """The same training, started again, ends with bitwise the same weights and numbers."""
+    Ranks(job, 1, folder).outcome()
+    assert_same_weights(job, undisturbed)
+    losses = [line["loss"] for line in metrics_of(job) if "loss" in line]
+    assert losses == [line["loss"] for line in metrics_of(undisturbed) if "loss" in line]
+    left = {path.name for path in job.checkpoints.glob("checkpoint_*")}
+    assert left == {"checkpoint_00000001", "checkpoint_00000002"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_fails_at_every_operation(
+    kind: str,
+    make_job: Callable[[str], TrainingJob],
+    undisturbed: TrainingJob,
+    tmp_path: Path,
+    record: Record,
+) -> None:
+    for number in itertools.count(1):
+        job = make_job(str(number))
+        folder = tmp_path / str(number)
+        if not train_with_fault(job, folder, number, kind):
+            break
+        assert_resumes(job, undisturbed, folder)
+        shutil.rmtree(folder)
+    assert number > 20
+    record("train, one rank", f"{kind} at the n-th file operation", number - 1, "resumed, bitwise")
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def zeros(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def half(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def one_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def text(content: str) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        path.write_text(content)
+
+    return change
+
+
+def folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def dangling(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.with_name("nothing"))
+
+
+DAMAGES = {
+    "missing": Path.unlink,
+    "empty": empty,
+    "zeros": zeros,
+    "half": half,
+    "one bit changed": one_bit,
+    "null": text("null"),
+    "{}": text("{}"),
+    "a list": text("[1]"),
+    "a folder": folder,
+    "a dangling link": dangling,
+}
+FILES = ["rank-0.json", "rank-0.pt", "state/*optim_states.pt", "state/*model_states.pt"]
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_newest_checkpoint_is_damaged(
+    file: str,
+    make_job: Callable[[str], TrainingJob],
+    undisturbed: TrainingJob,
+    tmp_path: Path,
+    record: Record,
+) -> None:
+    """The one before is used, and the run ends the same."""
+    for name, damage in DAMAGES.items():
+        job = make_job(name)
+        shutil.copytree(undisturbed.storage, job.storage)
+        shutil.rmtree(job.output, ignore_errors=True)
+        damage(next((job.checkpoints / "checkpoint_00000002").glob(file)))
+        found = newest_checkpoint(job.checkpoints)
+        assert found is not None
+        assert found[0] == 1
+        assert_resumes(job, undisturbed, tmp_path / name)
+    record(f"newest checkpoint, {file}", "ten kinds of damage", len(DAMAGES), "resumed, bitwise")
+
+
+def last_line(job: TrainingJob) -> None:
+    path = job.metrics / "metrics.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+
+
+def snapshot(job: TrainingJob) -> None:
+    (job.checkpoints / "checkpoint_manager_snapshot.json").write_text('{"ray_version": "1"}')
+
+
+def test_metrics_are_damaged(
+    make_job: Callable[[str], TrainingJob],
+    undisturbed: TrainingJob,
+    tmp_path: Path,
+    record: Record,
+) -> None:
+    """After the last checkpoint: what was lost is measured again."""
+    whole: list[Any] = metrics_of(undisturbed)
+    damages = {name: damage for name, damage in DAMAGES.items() if name != "a folder"}
+    for name, damage in damages.items():
+        job = make_job(name)
+        shutil.copytree(undisturbed.storage, job.storage)
+        damage(job.metrics / "metrics.jsonl")
+        outcome = Ranks(job, 1, tmp_path / name).outcome()
+        line = outcome.evaluation(metrics_of(job))
+        expected = next(line for line in whole if "eval_loss" in line)
+        assert line["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-6)
+        assert torch.isfinite(torch.tensor(line["eval_rewards/margins"]))
+        assert json.dumps(line)
+    record("metrics.jsonl", "nine kinds of damage", len(damages), "evaluated again")

@@ -1,0 +1,95 @@
+"""Faults at the n-th file operation of a process: killed, or the disk is full or broken."""
+
+import errno
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+# Python's audit events of what changes files, and which arguments are paths.
+EVENTS = {
+    "open": 1,
+    "os.mkdir": 1,
+    "os.remove": 1,
+    "os.rename": 2,
+    "os.rmdir": 1,
+    "os.truncate": 1,
+    "os.symlink": 2,
+}
+# Adds a row to the table of faults: where, which fault, how many, and how each ended.
+Record = Callable[[str, str, int, str], None]
+
+KINDS = {"kill -9": None, "disk full": errno.ENOSPC, "I/O error": errno.EIO}
+
+
+def arm(root: Path, number: int, kind: str) -> None:
+    """From now on this process fails at its operation `number` (from 1) on files below `root`.
+
+    A file that torch writes is left half written, as a kill or a full disk leaves it.
+    """
+    seen = 0
+
+    def fail(path: str) -> None:
+        nonlocal seen
+        seen += 1
+        if seen != number:
+            return
+        if KINDS[kind] is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise OSError(KINDS[kind], f"{kind} at operation {number}", path)
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event not in EVENTS or (event == "open" and not _writes(arguments)):
+            return
+        for path in arguments[: EVENTS[event]]:
+            if isinstance(path, str | Path) and Path(path).is_relative_to(root):
+                fail(str(path))
+                return
+
+    sys.addaudithook(hook)
+    if "torch" in sys.modules:
+        _break_torch_save(root, fail)
+
+
+def _writes(arguments: tuple[Any, ...]) -> bool:
+    _, mode, flags = arguments
+    if isinstance(mode, str):
+        return any(letter in mode for letter in "wax+")
+    return bool(flags & WRITES)
+
+
+def _break_torch_save(root: Path, fail: Callable[[str], None]) -> None:
+    """torch opens its files itself, which Python's audit events do not show."""
+    import torch
+
+    save = torch.save
+
+    def save_or_fail(what: Any, file: Any, *arguments: Any, **options: Any) -> None:
+        save(what, file, *arguments, **options)
+        if isinstance(file, str | Path) and Path(file).is_relative_to(root):
+            size = os.stat(file).st_size
+            whole = Path(file).read_bytes()
+            os.truncate(file, size // 2)  # counted: the process may end here
+            with open(file, "r+b") as stream:
+                stream.write(whole)
+
+    torch.save = save_or_fail
+
+
+def run_with_fault(work: Callable[[], None], root: Path, number: int, kind: str) -> bool:
+    """Does `work` in a forked process that fails at an operation. Whether there was such a one."""
+    child = os.fork()
+    if child == 0:
+        try:
+            with open(os.devnull, "w") as null:
+                os.dup2(null.fileno(), 2)
+            arm(root, number, kind)
+            work()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status) != 0
