@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 PROMPT = "Write one sentence of a positive movie review."
 RATINGS_MEMBER = "additional_resources/hutto_ICWSM_2014.tar.gz"
-# What the demo downloads: whoever can replace it would otherwise have it parsed here.
+# Of the downloads: this script parses one, the demo loads the other, and neither may be replaced.
 SDIST_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
 MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 

@@ -1,9 +1,13 @@
 """Files that are written completely or not at all, and that survive a power loss."""
 
+import errno
 import json
 import os
 from pathlib import Path
 from typing import Any
+
+# What file systems answer that cannot sync a folder.
+NO_FSYNC = {errno.EINVAL, errno.ENOTSUP}
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -25,6 +29,9 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_FSYNC:
+            raise
     finally:
         os.close(descriptor)
 

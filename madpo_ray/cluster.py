@@ -13,7 +13,7 @@ from typing import Any
 
 from madpo_ray.config import ClusterConfig
 from madpo_ray.errors import ExitCode, Stopped, UserError
-from madpo_ray.passes import ordered_execution, worker_resources
+from madpo_ray.passes import ordered_execution
 from madpo_ray.signals import on_sigterm
 
 # Ray takes a second to import, and a dry run does not need it: it is imported inside functions.
@@ -39,7 +39,7 @@ def connected(cluster: ClusterConfig, *, dashboard: bool = False) -> Iterator[No
     if ray.is_initialized():
         check_workers_fit(cluster)
         _configure_data(cluster)
-        with _explained(cluster):
+        with _reporting_unplaced_actors(cluster):
             yield
         return
 
@@ -52,7 +52,7 @@ def connected(cluster: ClusterConfig, *, dashboard: bool = False) -> Iterator[No
         try:
             check_workers_fit(cluster)
             _configure_data(cluster)
-            with _explained(cluster):
+            with _reporting_unplaced_actors(cluster):
                 yield
         except SystemExit:
             if terminated.is_set():  # Ray passes the exit on with a code of its own
@@ -64,16 +64,17 @@ def connected(cluster: ClusterConfig, *, dashboard: bool = False) -> Iterator[No
 
 
 @contextlib.contextmanager
-def _explained(cluster: ClusterConfig) -> Iterator[None]:
-    """Raises Stopped if the actors of a Ray Data pass found no place."""
+def _reporting_unplaced_actors(cluster: ClusterConfig) -> Iterator[None]:
+    """Raises Stopped if the actors of a Ray Data pass are not ready in time."""
     import ray.exceptions
 
     try:
         yield
     except ray.exceptions.GetTimeoutError as error:
         raise Stopped(
-            f"the actors were not placed and ready within cluster.placement_timeout_s: "
-            f"{cluster.placement_timeout_s:g} seconds. The same command tries again",
+            "the actors were not placed, with their models loaded, within "
+            f"cluster.placement_timeout_s: {cluster.placement_timeout_s:g} seconds. Raise it if "
+            "loading takes longer (`ray status` shows what is free); the same command tries again",
             ExitCode.FAILED,
         ) from error
 
@@ -99,13 +100,18 @@ def _start_or_connect(cluster: ClusterConfig, *, dashboard: bool) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
     # Parquet footers are read by up to 32 one-CPU actors, which would starve a small machine.
     os.environ.setdefault("RAY_DATA_PARQUET_FOOTER_NUM_ACTORS", "1")
-    # Ray writes its token there with the usual mask: whoever reads it can run code as this user.
-    tokens = Path.home() / ".ray"
-    tokens.mkdir(exist_ok=True)
-    tokens.chmod(0o700)
+    _protect_token()
     # "local": never a cluster that happens to run on this machine; its address has to be given.
     num_cpus = (os.cpu_count() or 1) + LOCAL_EXTRA_CPUS
     ray.init(address="local", num_cpus=num_cpus, include_dashboard=dashboard, **options)
+
+
+def _protect_token() -> None:
+    """Ray writes its token with the usual mask; whoever reads it can run code as this user."""
+    with contextlib.suppress(OSError, RuntimeError):  # no home, or not ours: no token goes there
+        folder = Path.home() / ".ray"
+        folder.mkdir(exist_ok=True)
+        folder.chmod(0o700)
 
 
 def _check_reachable(address: str, timeout_s: float) -> None:
@@ -154,20 +160,21 @@ def check_nodes(nodes: Sequence[Mapping[str, float]], cluster: ClusterConfig) ->
             raise UserError(_explain_too_many(cluster, reason))
 
     # And each worker on a node.
-    worker = worker_resources(cluster)
-    places = sum(
-        math.floor(min(node.get(name, 0) / amount for name, amount in worker.items()))
-        for node in nodes
-    )
+    places = sum(_places_on(node, cluster.worker_resources) for node in nodes)
     if places < cluster.num_workers:
         reason = f"the {len(nodes)} nodes have places for {places} such workers, each on one node"
         raise UserError(_explain_too_many(cluster, reason))
 
 
+def _places_on(node: Mapping[str, float], worker: Mapping[str, float]) -> int:
+    """How many workers fit on one node."""
+    return math.floor(min(node.get(name, 0) / amount for name, amount in worker.items()))
+
+
 def _explain_too_many(cluster: ClusterConfig, available: str) -> str:
-    worker = f"{cluster.cpus_per_worker:g} CPUs" + (" and a GPU" if cluster.use_gpu else "")
     return (
-        f"cluster.num_workers: {cluster.num_workers} workers of {worker} can never be placed: "
+        f"cluster.num_workers: {cluster.num_workers} workers of {cluster.worker_description} can "
+        f"never be placed: "
         f"{available}. Lower num_workers or cpus_per_worker, or set cluster.autoscaling: true if "
         "nodes will be added"
     )

@@ -1,12 +1,8 @@
-"""Errors for users, exit codes, spelling suggestions, and errors of a disk."""
+"""Errors for users, exit codes, and spelling suggestions."""
 
-import contextlib
 import difflib
 import enum
-import errno
-import shutil
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterable
 
 
 class UserError(Exception):
@@ -42,52 +38,3 @@ def did_you_mean(key: str, known: Iterable[str]) -> str:
     if matches:
         return f"; did you mean {matches[0]!r}?"
     return f"; known are {', '.join(candidates)}"
-
-
-# A disk that is full, read-only or broken.
-WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE}
-
-
-def find_write_error(error: BaseException) -> OSError | None:
-    """The error of a disk that is full, read-only or broken, in an exception's chain of causes."""
-    seen: set[int] = set()
-    todo: list[object] = [error]
-    while todo:
-        found = todo.pop(0)
-        if not isinstance(found, BaseException) or id(found) in seen:
-            continue
-        seen.add(id(found))
-        if isinstance(found, OSError) and found.errno in WRITE_ERRORS:
-            return found
-        # `cause`: Ray's errors of tasks and actors.
-        todo += [found.__cause__, found.__context__, getattr(found, "cause", None)]
-    return None
-
-
-@contextlib.contextmanager
-def ending_on_write_errors(folder: Path) -> Iterator[None]:
-    """Ends the command with one message if a disk is full, read-only or broken.
-
-    Raises:
-        Stopped: such an error in the block, or in a task of the block.
-    """
-    try:
-        yield
-    except (UserError, Stopped):
-        raise
-    except Exception as error:
-        found = find_write_error(error)
-        if found is None:
-            raise
-        raise Stopped(explain_write_error(found, folder), ExitCode.FAILED) from error
-
-
-def explain_write_error(error: OSError, folder: Path) -> str:
-    """What happened, where, and how much space is left there."""
-    where = error.filename or folder
-    try:
-        free = f"; {shutil.disk_usage(folder).free / 2**30:.2f} GiB are free in {folder}"
-    except OSError:
-        free = ""
-    reason = error.strerror or str(error)
-    return f"{where} cannot be read or written: {reason}{free}. The same command resumes"

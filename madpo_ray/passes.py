@@ -1,4 +1,4 @@
-"""What a pass of Ray Data needs: pools of actors, order, limits, and what it works on."""
+"""Helpers for a pass of Ray Data: actor pools, ordered rows, batches that kill their actors."""
 
 import contextlib
 import hashlib
@@ -21,19 +21,11 @@ if TYPE_CHECKING:
 MAX_ATTEMPTS = 4
 
 
-def worker_resources(cluster: ClusterConfig) -> dict[str, float]:
-    """Resources of one worker, by Ray's names."""
-    resources = {"CPU": cluster.cpus_per_worker}
-    if cluster.use_gpu:
-        resources["GPU"] = 1.0
-    return resources
-
-
 def actor_pool(cluster: ClusterConfig) -> dict[str, Any]:
     """Arguments of `map_batches` for as many model actors as there are workers."""
     import ray.data
 
-    resources = worker_resources(cluster)
+    resources = cluster.worker_resources
     return {
         "compute": ray.data.ActorPoolStrategy(size=cluster.num_workers),
         "num_cpus": resources["CPU"],
@@ -79,13 +71,13 @@ class BatchNotes:
             RuntimeError: the batch has killed MAX_ATTEMPTS actors.
         """
         note = self._folder / hashlib.sha256(batch.encode()).hexdigest()
-        attempts = len(note.read_text().splitlines()) if note.exists() else 0
-        if attempts == MAX_ATTEMPTS:
+        attempts = len(_lines(note))
+        if attempts >= MAX_ATTEMPTS:
             raise RuntimeError(f"{batch} killed {attempts} actors")
         with note.open("a") as stream:
             stream.write(batch + "\n")
         yield
-        note.unlink()
+        note.unlink(missing_ok=True)  # an equal batch may have been done at the same time
 
     @contextlib.contextmanager
     def naming_deaths(self) -> Iterator[None]:
@@ -94,12 +86,13 @@ class BatchNotes:
         Raises:
             Stopped: a batch killed its actors; names it.
         """
-        self._folder.mkdir(parents=True)
+        shutil.rmtree(self._folder, ignore_errors=True)  # of a pass that was killed
+        self._folder.mkdir(parents=True, exist_ok=True)
         try:
             yield
         except Exception as error:
-            attempts = [note.read_text().splitlines() for note in self._folder.iterdir()]
-            deadly = [lines[0] for lines in attempts if len(lines) == MAX_ATTEMPTS]
+            attempts = [_lines(note) for note in self._folder.iterdir()]
+            deadly = [lines[0] for lines in attempts if len(lines) >= MAX_ATTEMPTS]
             if not deadly:
                 raise
             raise Stopped(
@@ -108,7 +101,14 @@ class BatchNotes:
                 ExitCode.FAILED,
             ) from error
         finally:
-            shutil.rmtree(self._folder)
+            shutil.rmtree(self._folder, ignore_errors=True)  # other actors may still write
+
+
+def _lines(note: Path) -> list[str]:
+    try:
+        return note.read_text().splitlines()
+    except FileNotFoundError:  # another actor has just finished the batch
+        return []
 
 
 def write_rows(dataset: "ray.data.Dataset", rows: Path) -> None:

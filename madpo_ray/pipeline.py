@@ -23,7 +23,9 @@ from madpo_ray.artifacts.lock import locked
 from madpo_ray.artifacts.manifest import damage, differences, read_manifest, refuse_changed_content
 from madpo_ray.cluster import connected
 from madpo_ray.config import Config, save_config
-from madpo_ray.errors import ExitCode, Stopped, UserError, ending_on_write_errors
+from madpo_ray.config.files import dump_config
+from madpo_ray.disk import stopping_on_disk_errors
+from madpo_ray.errors import ExitCode, Stopped, UserError
 from madpo_ray.stages import evaluate, margins, pairs, reward, sft, train, tune
 from madpo_ray.stages.stage import Stage
 
@@ -76,12 +78,12 @@ def run_all(config: Config, *, say: Say, deadline: float | None = None) -> None:
     stages = wanted_stages(config)
     check(config, stages)
     saved = config.run.folder / "config.yaml"
-    if not pending(config) and saved.exists():
+    if not pending(config) and _holds(saved, config):
         say(f"nothing to do: every stage in {config.run.folder} is done for this config")
         return
 
     folder = config.run.folder
-    with ending_on_write_errors(folder), locked(folder, "run", say=say):
+    with stopping_on_disk_errors(folder), locked(folder, "run", say=say):
         # What is left, and why.
         for stage in stages:
             stage.recover(config)
@@ -102,18 +104,23 @@ def run_all(config: Config, *, say: Say, deadline: float | None = None) -> None:
 def run_stage(config: Config, stage: Stage, *, say: Say, deadline: float | None = None) -> None:
     """Runs one stage, unless its result is there for this config. Raises as `run_all` does."""
     check(config, [stage])
-    if _is_done(config, stage, say):
+    if _report_if_done(config, stage, say):
         return
     folder = config.run.folder
-    with ending_on_write_errors(folder), locked(folder, stage.name, say=say):
+    with stopping_on_disk_errors(folder), locked(folder, stage.name, say=say):
         stage.recover(config)
-        if _is_done(config, stage, say):
+        if _report_if_done(config, stage, say):
             return
         explain_redo(config, stage, say)
         _run(config, stage, say, deadline)
 
 
-def _is_done(config: Config, stage: Stage, say: Say) -> bool:
+def _holds(file: Path, config: Config) -> bool:
+    """Whether a file holds this config."""
+    return file.exists() and file.read_text(encoding="utf-8") == dump_config(config)
+
+
+def _report_if_done(config: Config, stage: Stage, say: Say) -> bool:
     is_done = stage.is_finished(config)
     if is_done:
         say(f"{stage.name}: done already, in {stage.folder(config)}")
@@ -125,29 +132,35 @@ def verify(run: Path, *, say: Say) -> None:
 
     Raises:
         UserError: the folder has no result.
-        Stopped: a file is missing or has another content. Names all of them.
+        Stopped: a file is missing or differs. The lines printed before name each one.
     """
-    folders = [path.parent for path in sorted(run.rglob(MANIFEST)) if _is_result(path.parent, run)]
+    folders = [
+        path.parent for path in sorted(run.rglob(MANIFEST)) if _is_in_place(path.parent, run)
+    ]
     if not folders:
         raise UserError(f"{run} has no finished stage: give the folder storage_path/name of a run")
-    damaged = []
+
+    num_damaged = 0
     for folder in folders:
-        lost = damage(folder, compare_hashes=True)
+        if read_manifest(folder) is None:
+            lost = [f"{MANIFEST} cannot be read"]
+        else:
+            lost = damage(folder, compare_hashes=True)
         say(f"{folder.relative_to(run)}: {'; '.join(lost) or 'as written'}")
-        damaged += lost
-    if damaged:
+        num_damaged += len(lost)
+    if num_damaged:
         raise Stopped(
-            f"{len(damaged)} files of {run} are not as they were written; `madpo-ray run` makes "
-            "stages again whose files are missing or shorter; delete the folders of others",
+            f"{run}: {num_damaged} files differ from their manifests. `madpo-ray run` repeats "
+            "stages whose files are missing or have another size; delete the folder of any other "
+            "damaged stage first",
             ExitCode.FAILED,
         )
 
 
-def _is_result(folder: Path, run: Path) -> bool:
-    """Whether a manifest is one of a result in its place that can be read."""
+def _is_in_place(folder: Path, run: Path) -> bool:
+    """Whether a folder is a result's, and not one that is being built or deleted."""
     names = folder.relative_to(run).parts
-    is_moved = any(name.startswith(".") or name.endswith((".partial", ".old")) for name in names)
-    return not is_moved and read_manifest(folder) is not None
+    return not any(name.startswith(".") or name.endswith((".partial", ".old")) for name in names)
 
 
 def explain_redo(config: Config, stage: Stage, say: Say) -> None:
@@ -166,7 +179,6 @@ def explain_redo(config: Config, stage: Stage, say: Say) -> None:
 
 
 def _run(config: Config, stage: Stage, say: Say, deadline: float | None) -> None:
-    stage.require_upstream(config)
     say(f"{stage.name}: running")
     began = time.monotonic()
     results = stage.run(config, deadline=deadline)

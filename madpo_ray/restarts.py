@@ -19,14 +19,14 @@ class Restarts:
     last_step: int = -1
     last_cause: str = ""
 
-    def allows(self, cause: str, step: int, *, is_error_of_code: bool) -> bool:
-        """Whether to start again after a failure, which is logged with its cause.
+    def record_failure(self, cause: str, step: int, *, is_deterministic: bool) -> bool:
+        """Counts and logs a failure. Returns whether to start the workers again.
 
         Args:
             cause: in one line.
             step: of the newest checkpoint.
-            is_error_of_code: the code raised it. The same one again without progress in between
-                would come again and again. A process or node that was lost may come back.
+            is_deterministic: code raised it, so that it is likely to repeat. A process or node that
+                was lost may come back.
         """
         is_same = cause == self.last_cause and step == self.last_step
         if step > self.last_step:
@@ -35,11 +35,13 @@ class Restarts:
         self.last_step = step
         self.last_cause = cause
 
-        if is_same and is_error_of_code:
-            logger.error("the same error came again after step %d; not trying again", step)
+        if is_same and is_deterministic:
+            logger.error(
+                "the same error occurred twice at step %d; not restarting: %s", step, cause
+            )
             return False
         if 0 <= self.limit < self.failures:
-            logger.error("cluster.max_failures: %d restarts brought no progress", self.limit)
+            logger.error("no progress after %d restarts (cluster.max_failures)", self.limit)
             return False
         logger.warning(
             "starting the workers again from %s, after: %s",

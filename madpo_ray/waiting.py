@@ -1,4 +1,4 @@
-"""Says on the terminal what a command waits for, if nothing happens for a minute."""
+"""Prints what a command is waiting for, after a minute without progress."""
 
 import contextlib
 import logging
@@ -10,6 +10,7 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 FIRST_NOTICE_S = 60.0
+POLLS_PER_NOTICE = 12
 
 
 def _nothing() -> None:
@@ -40,11 +41,14 @@ def waiting(
 def _watch(
     what: str, progress: Callable[[], Any], first_notice_s: float, is_done: threading.Event
 ) -> None:
-    seen = progress()
+    seen: Any = object()
     since = time.monotonic()
     notice_s = first_notice_s
-    while not is_done.wait(first_notice_s / 12):
-        now = progress()
+    while not is_done.wait(first_notice_s / POLLS_PER_NOTICE):
+        try:
+            now = progress()
+        except OSError:  # a file that moves, or a file system that fails for a moment
+            continue
         if now != seen:
             seen = now
             since = time.monotonic()

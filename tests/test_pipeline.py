@@ -16,19 +16,11 @@ from madpo_ray.config import Config, load_config, parse_config
 from madpo_ray.errors import Stopped, UserError
 from madpo_ray.stages import evaluate, margins, pairs, reward, sft, train
 from madpo_ray.training.metrics import read_metrics
+from support.locks import hold_elsewhere
 from support.models import TEMPLATE, make_model, make_tokenizer
 from support.pairs import make_rows, tiny_run, write_jsonl
 
 pytestmark = [pytest.mark.ray, pytest.mark.deepspeed]
-
-HOLD_LOCK = """
-import sys, time
-from pathlib import Path
-from madpo_ray.artifacts.lock import locked
-with locked(Path(sys.argv[1]), "reward"):
-    print("held", flush=True)
-    time.sleep(120)
-"""
 
 Run = tuple[Config, list[str]]
 Edit = Callable[[dict[str, Any], Path], None]
@@ -159,9 +151,9 @@ def test_verify_reads_every_file(finished_run: Run, tmp_path: Path) -> None:
     content = bytearray(weights_file.read_bytes())
     content[-1] ^= 1
     weights_file.write_bytes(content)
-    with pytest.raises(Stopped, match="1 files of"):
+    with pytest.raises(Stopped, match="1 files differ"):
         pipeline.verify(tmp_path / "copy", say=printed.append)
-    assert printed[-1] == "train: model/model.safetensors has another content"
+    assert printed[-1] == "train: model/model.safetensors has different content"
     with pytest.raises(UserError, match="has no finished stage"):
         pipeline.verify(tmp_path / "nothing", say=ignore)
 
@@ -169,13 +161,7 @@ def test_verify_reads_every_file(finished_run: Run, tmp_path: Path) -> None:
 def test_another_command_is_refused(finished_run: Run, tmp_path: Path) -> None:
     """Of another stage, too: it names who writes the run."""
     config, _ = finished_run
-    lock = subprocess.Popen(
-        [sys.executable, "-c", HOLD_LOCK, str(config.run.folder)],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert lock.stdout is not None
-    lock.stdout.readline()
+    lock = hold_elsewhere(config.run.folder)
     try:
         changed = with_train(config, beta=0.3)
         for work in (
@@ -308,6 +294,7 @@ def test_saves_the_resolved_config(finished_run: Run) -> None:
     assert load_config(config.run.folder / "config.yaml") == config
 
 
+@pytest.mark.slow
 def test_dpo_needs_no_reward_model(model_folder: Path, tmp_path: Path, ray_local: None) -> None:
     """Trains none, scores only the reference, and reports no margins."""
     file = write_jsonl(tmp_path / "pairs.jsonl", make_rows(60))

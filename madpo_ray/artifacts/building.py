@@ -80,14 +80,14 @@ def recover(folder: Path, inputs: Inputs) -> None:
 
 
 def discard(path: Path) -> None:
-    """Frees a name at once, then deletes the folder that had it.
+    """Frees a name at once, then deletes the folder that had it, and what earlier calls left.
 
     Files that cannot be deleted (NFS keeps those that are open somewhere) stay under another name,
-    with a warning, until the next call.
+    with a warning, until the next call for any name of the same folder.
     """
     if path.exists():
         path.rename(_unused(path))
-    for trash in path.parent.glob(f".{path.name}.trash-*"):
+    for trash in path.parent.glob(".*.trash-*"):
         try:
             (trash / MANIFEST).unlink(missing_ok=True)  # so that no part of it looks complete
             shutil.rmtree(trash)
@@ -108,7 +108,10 @@ def check_writable(folder: Path) -> None:
 
 
 def check_trusted(folder: Path) -> None:
-    """Raises UserError if someone else can write the run's folder: its checkpoints are programs."""
+    """Raises UserError if everyone can write the run's folder, or another user owns it.
+
+    Its checkpoints can run code. That its group can write is allowed.
+    """
     if not folder.exists():
         return
     status = folder.stat()

@@ -53,20 +53,22 @@ def damaged_files(
     """
 
     def check(item: tuple[str, Mapping[str, Any]]) -> str:
-        return _damage(folder / item[0], *item, compare_hash=compare_hashes)
+        name, entry = item
+        return _damage(folder, name, entry, compare_hash=compare_hashes)
 
     with ThreadPoolExecutor(THREADS) as pool:  # hashing releases the interpreter
         return [found for found in pool.map(check, files.items()) if found]
 
 
-def _damage(path: Path, name: str, entry: Mapping[str, Any], *, compare_hash: bool) -> str:
+def _damage(folder: Path, name: str, entry: Mapping[str, Any], *, compare_hash: bool) -> str:
     """What differs, or an empty string."""
+    path = folder / name
     try:
         size = path.stat().st_size
         if size != entry["size"]:
             return f"{name} has {size} bytes instead of {entry['size']}"
         if compare_hash and hash_file(path) != entry["sha256"]:
-            return f"{name} has another content"
+            return f"{name} has different content"
     except FileNotFoundError:
         return f"{name} is missing"
     except (KeyError, TypeError):

@@ -19,7 +19,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from madpo_ray.atomic import write_json
 from madpo_ray.errors import UserError
@@ -31,7 +31,8 @@ LEASE = ".lease.json"
 # Network file systems show another machine's file up to a minute late.
 LEASE_S = 90.0
 RENEW_S = 5.0
-# What file systems without locks answer.
+SETTLE_S = 1.0
+# What flock raises on file systems without locks.
 NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
 
 
@@ -42,7 +43,7 @@ class Holder:
     host: str
     pid: int
     boot: str  # of the machine's kernel: two containers of one machine have the same
-    token: str  # of this command alone
+    token: str  # of this command only
     stage: str
     renewals: int = 0
 
@@ -65,13 +66,13 @@ class RunLock:
         self._renewer = threading.Thread(target=self._renew, daemon=True, name="lease")
 
     def start(self) -> None:
-        self._write()
+        write_json(self._folder / LEASE, asdict(self._holder))
         self._renewer.start()
 
     def stop(self) -> None:
         self._stopped.set()
-        self._renewer.join()
-        if self.is_held():
+        self._renewer.join(timeout=RENEW_S)  # it may hang in a file system that does not answer
+        if not self.is_taken_over():
             (self._folder / LEASE).unlink(missing_ok=True)
 
     @contextlib.contextmanager
@@ -84,37 +85,33 @@ class RunLock:
         finally:
             self._set_stage(before)
 
-    def is_held(self) -> bool:
-        """Whether the lease is still this command's."""
+    def is_taken_over(self) -> bool:
+        """Whether another command's lease is there. One that cannot be read does not count."""
         found = read_lease(self._folder)
-        return found is not None and found.token == self._holder.token
+        return found is not None and found.token != self._holder.token
 
     def require_held(self) -> None:
         """Raises UserError if another command took the run over, as after a long pause."""
-        if not self.is_held():
+        if self.is_taken_over():
             raise UserError(
-                f"{self._folder} was taken over by another command ({read_lease(self._folder)}) "
-                f"while this one did not run for {LEASE_S:.0f} seconds; its results are not kept"
+                f"{self._folder} was taken over by another command ({read_lease(self._folder)}), "
+                "so the results of this one are not kept"
             )
 
     def _set_stage(self, stage: str) -> None:
-        self._holder = replace(self._holder, stage=stage)
-        if not self.is_held():
-            return
         with contextlib.suppress(OSError):  # a full disk: the stage itself will report it
-            self._write()
+            self._write(stage=stage)
 
-    def _write(self) -> None:
+    def _write(self, **changes: Any) -> None:
         with self._writing:
-            write_json(self._folder / LEASE, asdict(self._holder))
+            self._holder = replace(self._holder, **changes)
+            if not self.is_taken_over():
+                write_json(self._folder / LEASE, asdict(self._holder))
 
     def _renew(self) -> None:
         while not self._stopped.wait(RENEW_S):
-            if not self.is_held():
-                return
-            self._holder = replace(self._holder, renewals=self._holder.renewals + 1)
             try:
-                self._write()
+                self._write(renewals=self._holder.renewals + 1)
             except OSError as error:
                 logger.warning("the lease of %s was not renewed: %s", self._folder, error)
 
@@ -173,6 +170,10 @@ def _flock(file: TextIO, folder: Path) -> bool:
         if error.errno not in NO_LOCKS:
             raise UserError(f"{folder} cannot be locked: {error.strerror}") from None
         return False
+    # Somebody may have deleted the file, and another command made it again.
+    path = folder / LOCK
+    if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+        raise UserError(f"{path} was deleted meanwhile: run the command again")
     return True
 
 

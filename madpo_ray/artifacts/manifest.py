@@ -27,8 +27,8 @@ class Inputs:
     """What an artifact is made from.
 
     `settings` come from the config; `upstream` are fingerprints of the artifacts that it reads;
-    `content` is what the config points to (hashes of files), and `names` is where that was found.
-    Names do not count: a folder may be moved, or mounted elsewhere.
+    `content` is what the config points to (hashes of files), and `names` are the paths where that
+    was found. They are not part of the fingerprint: a folder may be moved, or mounted elsewhere.
     """
 
     stage: str
@@ -181,7 +181,7 @@ def require(folder: Path, inputs: Inputs) -> dict[str, Any]:
 
 
 def refuse_changed_content(folder: Path, inputs: Inputs) -> None:
-    """Raises UserError if what the config points to, or the package, changed, not the config.
+    """Raises UserError if the config is unchanged, but what it points to, or the package, is not.
 
     Redoing the stage then would replace results that nobody asked to replace.
     """

@@ -34,6 +34,11 @@ class RunConfig(Section):
     def folder(self) -> Path:
         return Path(self.storage_path) / self.name
 
+    @property
+    def ray_folder(self) -> Path:
+        """Where trainings keep their checkpoints and metrics."""
+        return self.folder / "ray"
+
     def deadline(self, began: float) -> float | None:
         """When a command that began at `began` (time.time()) has to save and exit."""
         return None if self.max_wall_time is None else began + self.max_wall_time
@@ -59,7 +64,10 @@ class ClusterConfig(Section):
         10.0, gt=0, description="seconds until a cluster that does not answer is an error"
     )
     placement_timeout_s: float = Field(
-        600.0, gt=0, description="seconds until workers or actors that have no place are an error"
+        600.0,
+        gt=0,
+        description="seconds until workers that are not placed, or actors that are not placed with "
+        "their models loaded, are an error",
     )
     collective_timeout_s: float = Field(
         1800.0,
@@ -67,6 +75,19 @@ class ClusterConfig(Section):
         description="seconds that ranks wait for each other; the longest is for rank 0 while it "
         "checks a checkpoint, or converts it for another number of ranks",
     )
+
+    @property
+    def worker_resources(self) -> dict[str, float]:
+        """Resources of one worker, by Ray's names."""
+        resources = {"CPU": self.cpus_per_worker}
+        if self.use_gpu:
+            resources["GPU"] = 1.0
+        return resources
+
+    @property
+    def worker_description(self) -> str:
+        """Such as `2 CPUs and a GPU`."""
+        return f"{self.cpus_per_worker:g} CPUs" + (" and a GPU" if self.use_gpu else "")
 
     @property
     def num_threads(self) -> int:

@@ -95,12 +95,14 @@ def _check_folder(path: Path) -> None:
 
 def _check_code(path: Path, model: ModelConfig) -> None:
     """Raises UserError if the model's code is of another repository, which nothing pins."""
-    code = _read_json(path / "config.json").get("auto_map") or {}
-    if model.trust_remote_code and "--" in json.dumps(code):
-        raise UserError(
-            f"model.trust_remote_code: {path} runs code of another repository (auto_map in "
-            "config.json), which has no fixed revision: copy that code into the model's folder"
-        )
+    if not model.trust_remote_code:
+        return
+    for file in path.glob("*config.json"):  # the model's, and the tokenizer's
+        if "--" in json.dumps(_read_json(file).get("auto_map") or {}):
+            raise UserError(
+                f"model.trust_remote_code: {path} runs code of another repository (auto_map in "
+                f"{file.name}), which has no fixed revision: copy that code into the model's folder"
+            )
 
 
 def _read_template(path: Path) -> str:

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from madpo_ray import columns
 from madpo_ray.artifacts.hashes import hash_file
+from madpo_ray.artifacts.tables import count_rows
 from madpo_ray.config import Config
 from madpo_ray.data.checks import check_counts, check_files, holds_messages
 from madpo_ray.data.reader import PairReader
@@ -104,6 +105,9 @@ def make(build: Build) -> dict[str, Any]:
     repeats = count_repeats(_hashes(checked))
     good = checked.map_batches(_identify, fn_kwargs={"repeats": repeats}, batch_format="pyarrow")
     write_rows(good, build.rows)
+    written = count_rows(build.rows)
+    if written != sum(results["pairs"].values()):  # as through old listings of a folder
+        raise RuntimeError(f"{written} pairs were written, not {results['pairs']}")
     rejects = checked.map_batches(_rejects, batch_format="pyarrow")
     tables = [REJECTS.empty_table(), *_tables(rejects)]
     pq.write_table(pa.concat_tables(tables), build.folder / "rejects.parquet")

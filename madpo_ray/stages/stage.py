@@ -18,7 +18,7 @@ from madpo_ray.artifacts.manifest import (
 from madpo_ray.artifacts.tables import rows_folder
 from madpo_ray.cluster import connected
 from madpo_ray.config import Config, TrainingConfig
-from madpo_ray.errors import UserError, ending_on_write_errors
+from madpo_ray.errors import UserError
 from madpo_ray.passes import BatchNotes
 
 if TYPE_CHECKING:
@@ -51,14 +51,15 @@ class Build:
     @property
     def notes(self) -> BatchNotes:
         """Where actors note what they work on."""
-        return BatchNotes(self.folder / "in-progress")
+        return BatchNotes(self.config.run.ray_folder / f"in-progress-{self.fingerprint[:16]}")
 
 
 def _nothing(config: Config) -> None:
     """No check."""
 
 
-def _no_content(config: Config) -> dict[str, Any]:
+def _empty(config: Config) -> dict[str, Any]:
+    """Nothing of this kind."""
     return {}
 
 
@@ -82,7 +83,7 @@ class Stage:
         describe: what `make` returned, for the terminal.
         upstream: the stages whose results it reads.
         content: hashes of what the config points to.
-        names: where the config says that it is; a path alone decides nothing.
+        names: where the config finds that content; recorded, but not part of the fingerprint.
         is_wanted: whether `madpo-ray run` includes it.
         check: raises UserError for what can be wrong before any stage has run.
         check_upstream: raises UserError for what can be wrong with the results that it reads.
@@ -95,8 +96,8 @@ class Stage:
     make: Callable[[Build], dict[str, Any]]
     describe: Callable[[Mapping[str, Any]], Description]
     upstream: Callable[[Config], tuple["Stage", ...]] = _no_upstream
-    content: Callable[[Config], dict[str, Any]] = _no_content
-    names: Callable[[Config], dict[str, Any]] = _no_content
+    content: Callable[[Config], dict[str, Any]] = _empty
+    names: Callable[[Config], dict[str, Any]] = _empty
     is_wanted: Callable[[Config], bool] = _always
     check: Callable[[Config], None] = _nothing
     check_upstream: Callable[[Config], None] = _nothing
@@ -150,8 +151,10 @@ class Stage:
         self.check_upstream(config)
 
     def recover(self, config: Config) -> None:
-        """Finishes what a kill interrupted while a result was moved. Needs the run's lock."""
+        """Finishes what a kill interrupted after the result was made. Needs the run's lock."""
         recover(self.folder(config), self.inputs(config))
+        if self.is_finished(config):
+            self._delete_checkpoints(config)
 
     def run(self, config: Config, *, deadline: float | None = None) -> Mapping[str, Any]:
         """Makes the result and moves it into place. Returns what `make` returned.
@@ -159,29 +162,30 @@ class Stage:
         Raises:
             UserError: an upstream result is missing or was made from other inputs, or what the
                 stage reads changed while it ran, or another command writes the run.
-            Stopped: the disk is full or broken.
         """
-        folder = self.folder(config)
-        with ending_on_write_errors(folder.parent), locked(config.run.folder, self.name) as lock:
+        with locked(config.run.folder, self.name) as lock:
             self.require_upstream(config)
             inputs = self.inputs(config)
+
+            def confirm() -> None:
+                self._confirm(config, inputs, lock)
+
             with (
-                building(folder, inputs, confirm=lambda: self._confirm(config, inputs, lock)) as (
-                    partial,
-                    results,
-                ),
+                building(self.folder(config), inputs, confirm=confirm) as (partial, results),
                 connected(config.cluster, dashboard=self.uses_dashboard),
             ):
                 build = Build(config, partial, inputs.fingerprint, deadline)
                 results.update(self.make(build))
-            if not config.run.keep_checkpoints:
-                self._delete_checkpoints(config)
+            self._delete_checkpoints(config)
         return results
 
     def _delete_checkpoints(self, config: Config) -> None:
-        """Deletes the checkpoints of the finished stage, also of other settings and of trials."""
-        for checkpoint in (config.run.folder / "ray").glob(f"{self.name}-*/checkpoint_*/"):
-            discard(checkpoint)
+        """Deletes those of the finished stage, also of other settings and of trials."""
+        if config.run.keep_checkpoints:
+            return
+        for run in config.run.ray_folder.glob(f"{self.name}-*/"):
+            for checkpoint in (*run.glob("checkpoint_*/"), *run.glob(".checkpoint_*.trash-*/")):
+                discard(checkpoint)
 
     def _confirm(self, config: Config, inputs: Inputs, lock: RunLock) -> None:
         """Raises UserError if the stage no longer has what it was made from."""
@@ -245,7 +249,7 @@ def training_job(
         base_folder=initial,
         rows=rows,
         output=build.folder,
-        storage=config.run.folder / "ray",
+        storage=config.run.ray_folder,
         deadline=build.deadline,
     )
 

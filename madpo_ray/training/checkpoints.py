@@ -9,7 +9,6 @@ import errno
 import json
 import logging
 import math
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,9 +21,11 @@ from madpo_ray.artifacts.building import discard
 from madpo_ray.artifacts.hashes import damaged_files, describe_files
 from madpo_ray.artifacts.manifest import library_versions
 from madpo_ray.atomic import sync, write_json
-from madpo_ray.errors import UserError, explain_write_error, find_write_error
+from madpo_ray.disk import explain_disk_error, find_disk_error
+from madpo_ray.errors import UserError
 from madpo_ray.training.collectives import broadcast_object, gather_objects
 from madpo_ray.training.engine import DeepSpeedEngine, make_universal
+from madpo_ray.training.schedule import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -51,11 +52,13 @@ def save_checkpoint(engine: DeepSpeedEngine, folder: Path, state: Mapping[str, A
         discard(folder)  # a torn one of the same step
     dist.barrier()
     try:
-        files = [*engine.save(folder), folder / f"rank-{rank}.pt"]
-        torch.save({**state, **_own_state(engine)}, files[-1])
+        own_file = folder / f"rank-{rank}.pt"
+        files = [*engine.save(folder), own_file]
+        torch.save({**state, **_own_state(engine)}, own_file)
         listing = {
             "step": state["progress"]["step"],
             "world_size": dist.get_world_size(),
+            "versions": library_versions(),
             "files": describe_files(folder, files),
         }
         for file in files:
@@ -68,27 +71,27 @@ def save_checkpoint(engine: DeepSpeedEngine, folder: Path, state: Mapping[str, A
 
 
 def _own_state(engine: DeepSpeedEngine) -> dict[str, Any]:
-    """Random state of this rank, and what a checkpoint needs to be loaded again."""
+    """Random state of this rank, and what it trains."""
     random_state = {"cpu": torch.get_rng_state(), "cuda": None}
     if torch.cuda.is_available():
         random_state["cuda"] = torch.cuda.get_rng_state()
     return {
         "random": random_state,
-        "versions": library_versions(),
         "shapes": engine.trained_shapes(),
     }
 
 
 def _is_write_error(error: BaseException) -> bool:
     # torch's own writer raises a RuntimeError that names neither file nor reason.
-    return find_write_error(error) is not None or "inline_container" in str(error)
+    return find_disk_error(error) is not None or "inline_container" in str(error)
 
 
 def _explain(error: BaseException, folder: Path, needed_bytes: int) -> str:
-    reason = find_write_error(error) or OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    # torch gives no reason; the free space in the message shows whether it was a full disk.
+    reason = find_disk_error(error) or OSError(errno.EIO, "torch could not write the file")
     return (
-        f"the checkpoint {folder} was not written; it needs at least "
-        f"{needed_bytes / 2**30:.3f} GiB per rank: {explain_write_error(reason, folder.parent)}"
+        f"the checkpoint {folder} was not written; this rank's part needs at least "
+        f"{needed_bytes / 2**30:.3f} GiB: {explain_disk_error(reason, folder.parent)}"
     )
 
 
@@ -122,7 +125,6 @@ def load_checkpoint(engine: DeepSpeedEngine, folder: Path) -> dict[str, Any]:
     part = folder / f"rank-{rank % saved_ranks}.pt"
     state: dict[str, Any] = torch.load(part, weights_only=True)
     _check_shapes(folder, state.pop("shapes"), engine.trained_shapes())
-    _warn_of_versions(folder, state.pop("versions"))
     random_state = state.pop("random")
 
     # Weights and optimizer.
@@ -156,13 +158,14 @@ def _check_shapes(folder: Path, saved: Mapping[str, Any], own: Mapping[str, Any]
         )
 
 
-def _warn_of_versions(folder: Path, saved: Mapping[str, str]) -> None:
-    """With other libraries a resumed run need not end with the same numbers."""
+def warn_of_versions(folder: Path) -> None:
+    """Warns if a checkpoint was saved with other libraries: its run may end with other numbers."""
     own = library_versions()
+    saved = _listing(folder, 0).get("versions", {})
     changed = [
-        f"{name} {old} -> {own.get(name)}" for name, old in saved.items() if own[name] != old
+        f"{name} {saved.get(name)} -> {own[name]}" for name in own if saved.get(name) != own[name]
     ]
-    if changed and dist.get_rank() == 0:
+    if changed:
         logger.warning("%s was saved with other libraries: %s", folder, ", ".join(changed))
 
 
@@ -178,11 +181,16 @@ def checkpoint_step(folder: Path) -> int | None:
         return None
 
 
-def _listings(folder: Path) -> list[Any]:
-    """What every rank wrote. Raises one of DAMAGE if a rank's listing is missing or torn."""
-    first = json.loads((folder / "rank-0.json").read_text())
-    others = range(1, int(first["world_size"]))
-    return [first, *(json.loads((folder / f"rank-{rank}.json").read_text()) for rank in others)]
+def _listing(folder: Path, rank: int) -> dict[str, Any]:
+    """What a rank wrote. Raises one of DAMAGE if its listing is missing, torn or unreadable."""
+    listing: dict[str, Any] = json.loads((folder / f"rank-{rank}.json").read_text(encoding="utf-8"))
+    return listing
+
+
+def _listings(folder: Path) -> list[dict[str, Any]]:
+    """What every rank wrote. Raises as `_listing` does."""
+    first = _listing(folder, 0)
+    return [first, *(_listing(folder, rank) for rank in range(1, int(first["world_size"])))]
 
 
 def newest_checkpoint(run: Path, step: int | None = None) -> tuple[int, Path] | None:
@@ -191,16 +199,21 @@ def newest_checkpoint(run: Path, step: int | None = None) -> tuple[int, Path] | 
     Only that step's, if one is given. A newer one that is torn, cannot be read or was changed after
     it was written is skipped with a warning.
     """
-    claims = {path: _claimed_step(path) for path in _checkpoint_folders(run)}
+    claims = {path: _claimed_step(path) for path in checkpoint_folders(run)}
     if step is not None:
-        claims = {path: claim for path, claim in claims.items() if claim in (step, math.inf)}
+        claims = {path: claim for path, claim in claims.items() if claim == step}
     for candidate in sorted(claims, key=lambda path: claims[path], reverse=True):
         found = checkpoint_step(candidate)
-        if found is None:
-            logger.warning("checkpoint %s is torn or was changed; using an older one", candidate)
-        elif step is None or found == step:
+        if found is not None:
             return found, candidate
+        logger.warning("checkpoint %s is torn, was changed or cannot be read", candidate)
     return None
+
+
+def newest_step(run: Path) -> int:
+    """The step of a run's newest complete checkpoint; 0 if there is none."""
+    found = newest_checkpoint(run)
+    return found[0] if found else 0
 
 
 def agreed_checkpoint(run: Path, step: int | None = None) -> Path | None:
@@ -210,23 +223,24 @@ def agreed_checkpoint(run: Path, step: int | None = None) -> Path | None:
     return agreed
 
 
-def prune_checkpoints(run: Path, step: int, *, limit: int, best_step: int) -> None:
-    """Deletes all checkpoints but those to keep. For one rank, while no other writes.
+def prune_checkpoints(run: Path, progress: Progress, *, limit: int) -> None:
+    """Deletes torn checkpoints, and old ones. For one rank, while no other writes.
 
-    Args:
-        step: of the newest complete checkpoint; it is kept. Later ones are of a part of the run
-            that was lost, or torn.
-        limit: number of checkpoints to keep, if more than `step` and `best_step`.
-        best_step: of the checkpoint with the best evaluation, which is kept; 0 if there is none.
+    The newest, the best, and up to `limit` in all are kept. So is what cannot be read, since it may
+    be complete, and what is later than `progress`, which will be reached again.
     """
-    claims = {path: _claimed_step(path) for path in _checkpoint_folders(run)}
-    earlier = sorted({claim for claim in claims.values() if claim <= step}, reverse=True)
-    kept = {step, best_step}
+    for path in checkpoint_folders(run):
+        if _is_torn(path):
+            discard(path)
+
+    claims = {path: _claimed_step(path) for path in checkpoint_folders(run)}
+    earlier = sorted({claim for claim in claims.values() if claim <= progress.step}, reverse=True)
+    kept = {progress.step, progress.best_step}
     for other in earlier:
         if len(kept - {0}) < limit:
             kept.add(int(other))
     for path, claim in claims.items():
-        if claim not in kept:
+        if claim <= progress.step and claim not in kept:
             discard(path)
 
 
@@ -237,20 +251,38 @@ def is_resized(folder: Path | None, zero_stage: int) -> bool:
     return _saved_world_size(folder) != dist.get_world_size()
 
 
-def _checkpoint_folders(run: Path) -> list[Path]:
+def checkpoint_folder(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step is written."""
+    return run / f"checkpoint_{step:08d}"
+
+
+def checkpoint_folders(run: Path) -> list[Path]:
+    """The folders of all checkpoints of a run, complete or not."""
     return [path for path in run.glob("checkpoint_*") if path.is_dir()]
 
 
 def _claimed_step(folder: Path) -> float:
-    """The step that a checkpoint claims; infinity if it claims none, to be checked first."""
+    """The step that a checkpoint claims; the one in its name if its listing cannot be read."""
     try:
-        return float(json.loads((folder / "rank-0.json").read_text())["step"])
+        return float(_listing(folder, 0)["step"])
     except DAMAGE:
-        return math.inf
+        number = folder.name.rpartition("_")[2]
+        return float(number) if number.isdigit() else math.inf
+
+
+def _is_torn(folder: Path) -> bool:
+    """Whether a listing or a file is missing or shorter. False if that cannot be found out."""
+    try:
+        files = [item for listing in _listings(folder) for item in listing["files"].items()]
+        return any((folder / name).stat().st_size != entry["size"] for name, entry in files)
+    except OSError as error:
+        return error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
+    except DAMAGE:
+        return True
 
 
 def _saved_world_size(folder: Path) -> int:
-    return int(json.loads((folder / "rank-0.json").read_text())["world_size"])
+    return int(_listing(folder, 0)["world_size"])
 
 
 def _convert(folder: Path, saved_ranks: int) -> None:

@@ -23,6 +23,7 @@ from madpo_ray.models.saving import saved_tensors
 # inside functions.
 
 TAG = "state"
+ADAM_BYTES = 8  # two float32 moments per parameter
 
 
 def deepspeed_config(
@@ -150,6 +151,7 @@ class DeepSpeedEngine:
 
         Frozen weights are not saved: they are the base model's.
         """
+        # DeepSpeed does not report which files a rank writes: its writer is wrapped for this call.
         written = []
         writer = self._engine.checkpoint_engine
         write = writer.save
@@ -167,21 +169,21 @@ class DeepSpeedEngine:
 
     def checkpoint_bytes(self) -> int:
         """What this rank's part of a checkpoint needs, at least: Adam's two moments in float32."""
-        sizes = [getattr(p, "ds_numel", p.numel()) for p in self._trainable()]
+        sizes = [getattr(p, "ds_numel", p.numel()) for p in self._trained().values()]
         shards = dist.get_world_size() if self.zero_stage > 0 else 1
         is_writer = self.zero_stage > 0 or dist.get_rank() == 0
-        return 8 * sum(sizes) // shards if is_writer else 0
+        return ADAM_BYTES * sum(sizes) // shards if is_writer else 0
 
     def trained_shapes(self) -> dict[str, list[int]]:
         """Complete shapes of all trained parameters, by name."""
         return {
             name: list(getattr(parameter, "ds_shape", parameter.shape))
-            for name, parameter in self.module.named_parameters()
-            if parameter.requires_grad
+            for name, parameter in self._trained().items()
         }
 
-    def _trainable(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+    def _trained(self) -> dict[str, nn.Parameter]:
+        parameters = self.module.named_parameters()
+        return {name: parameter for name, parameter in parameters if parameter.requires_grad}
 
     def load(self, folder: Path) -> None:
         """Reads what `save` wrote, or, if resized, what `make_universal` made of it."""

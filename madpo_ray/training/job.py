@@ -1,5 +1,6 @@
 """A training job: all that a worker needs to know, pickled to it; and the three tasks."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -82,12 +83,13 @@ class TrainingJob:
     def portable_base(self) -> str:
         """The base as an adapter names it.
 
-        A path in the run is relative to the run's folder, so that a copied run does not lead back
-        to the one that it was copied from; a model of the hub has its name there.
+        One in the run by its path from the adapter (`../../sft/model`), so that a copied run does
+        not lead back to the one that it was copied from; a model of the hub by its name there.
         """
         run = self.storage.parent
         if self.base_folder.is_relative_to(run):
-            return str(self.base_folder.relative_to(run))
+            adapter = run / self.stage / "model"
+            return os.path.relpath(self.base_folder, adapter)
         name = self.model.model_name_or_path
         return str(self.base_folder) if Path(name).is_absolute() else name
 
@@ -95,10 +97,6 @@ class TrainingJob:
     def checkpoints(self) -> Path:
         """The run's folder in Ray's storage."""
         return self.storage / self.name
-
-    def checkpoint_folder(self, step: int) -> Path:
-        """Where the checkpoint of a step is written."""
-        return self.checkpoints / f"checkpoint_{step:08d}"
 
     @property
     def metrics(self) -> Path:

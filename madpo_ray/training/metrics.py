@@ -148,8 +148,8 @@ class MetricsLog:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics file.
 
-    What a kill or a power loss left (a torn last line, zeros) is skipped; if it is not at the end,
-    with a warning.
+    A last line without its newline, as a kill leaves it, is skipped. Other lines that cannot be
+    read are skipped with a warning.
     """
     try:
         text = path.read_text(encoding="utf-8", errors="replace")

@@ -40,8 +40,6 @@ class Outcome:
 
     step: int  # whose weights are the result
     notice: Notice = Notice.NONE  # to exit, if it got one before its end
-    failure: str = ""  # why it cannot continue
-    is_user_error: bool = False  # the failure is one of config, data or model
     note: str = ""  # what a user may want to know of how it ran
 
     def evaluation(self, metrics: list[dict[str, Any]]) -> dict[str, Any]:
@@ -177,12 +175,7 @@ class _Rank:
             progress = Progress(**state["progress"])
             objective.load_state_dict(state["objective"])
         if self._site.rank == 0:
-            prune_checkpoints(
-                job.checkpoints,
-                progress.step,
-                limit=job.settings.save_total_limit,
-                best_step=progress.best_step,
-            )
+            prune_checkpoints(job.checkpoints, progress, limit=job.settings.save_total_limit)
         total_steps = self._order.total_steps
         if progress.step == total_steps or progress.ran_out_of_patience(job.settings):
             return progress, Notice.NONE

@@ -5,6 +5,7 @@ import time
 import torch
 
 from madpo_ray.training.checkpoints import (
+    checkpoint_folder,
     newest_checkpoint,
     prune_checkpoints,
     save_checkpoint,
@@ -51,20 +52,16 @@ class RunReporter:
             return
 
         # Straight to the run's storage: every rank writes its part.
-        folder = self._job.checkpoint_folder(progress.step)
+        folder = checkpoint_folder(self._job.checkpoints, progress.step)
         state = {
             "progress": progress.state_dict(),
             "objective": self._objective.state_dict(),
         }
         save_checkpoint(self._engine, folder, state)
         self._site.report(numbers)
-        if self._site.rank == 0:
-            prune_checkpoints(
-                self._job.checkpoints,
-                progress.step,
-                limit=self._job.settings.save_total_limit,
-                best_step=progress.best_step,
-            )
+        if self._site.rank == 0:  # after the barrier: every rank has written its part
+            limit = self._job.settings.save_total_limit
+            prune_checkpoints(self._job.checkpoints, progress, limit=limit)
 
     def last_checkpoint(self) -> str:
         newest = newest_checkpoint(self._job.checkpoints)

@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,20 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from madpo_ray.config import ClusterConfig
 from madpo_ray.data.order import Order
+from madpo_ray.disk import find_disk_error
 from madpo_ray.errors import ExitCode, Stopped, UserError
 from madpo_ray.models.loading import check_weights
 from madpo_ray.models.trainable import check_trainable
-from madpo_ray.passes import ordered_execution, worker_resources
+from madpo_ray.passes import BatchNotes, ordered_execution
 from madpo_ray.restarts import Restarts
 from madpo_ray.signals import on_sigterm
 from madpo_ray.training.bar import training_bar
-from madpo_ray.training.checkpoints import CheckpointWriteError, newest_checkpoint
+from madpo_ray.training.checkpoints import (
+    CheckpointWriteError,
+    newest_checkpoint,
+    newest_step,
+    warn_of_versions,
+)
 from madpo_ray.training.feed import micro_batch_dataset
 from madpo_ray.training.job import TrainingJob
 from madpo_ray.training.metrics import METRICS_FILE
@@ -31,9 +38,6 @@ from madpo_ray.waiting import waiting
 
 logger = logging.getLogger(__name__)
 
-# Ray Train's own record of checkpoints. It is not needed, since a run's checkpoints are found by
-# their content, and a torn one, or one of another version of Ray, would be an error at each start.
-SNAPSHOT = "checkpoint_manager_snapshot.json"
 # Ray Train's time-outs, which it passes on to its controller and workers.
 GROUP_START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 COLLECTIVE_TIMEOUT = "RAY_TRAIN_COLLECTIVE_TIMEOUT_S"
@@ -60,10 +64,7 @@ class RaySite:
 
 
 def _train_on_worker(spec: dict[str, TrainingJob]) -> Outcome:
-    try:
-        return run_rank(spec["job"], RaySite())
-    except (NonFiniteError, UserError) as error:  # on every rank, and again after a restart
-        return Outcome(0, failure=str(error), is_user_error=isinstance(error, UserError))
+    return run_rank(spec["job"], RaySite())
 
 
 def train_on_ray(
@@ -77,9 +78,10 @@ def train_on_ray(
     Raises:
         UserError: the model cannot be trained as the settings say, as the driver or, once it is
             loaded, the workers found.
-        Stopped: SIGTERM or the deadline came and the job has saved, or a loss or gradient is not
-            finite.
-        ray.train.TrainingFailedError: the workers failed more often than cluster.max_failures.
+        Stopped: SIGTERM or the deadline came and the job has saved; a loss or gradient is not
+            finite; a disk is full or broken; or the workers were not placed in time.
+        ray.train.TrainingFailedError: the workers failed more than cluster.max_failures times
+            without a new checkpoint, or with the same error twice at one.
     """
     # Fail before any worker starts.
     check_trainable(job.base_folder, job.model, job.settings, task_type=job.task.task_type)
@@ -96,21 +98,17 @@ def train_on_ray(
         waiting(_describe_wait(job, cluster), progress=lambda: _size(metrics_file)),
         on_sigterm(lambda: _ask_to_stop(job)) as terminated,
     ):
-        outcome = _fit(job, cluster, order, callbacks)
+        outcome = _fit(job, cluster, order, callbacks, terminated)
     job.stop_file.unlink(missing_ok=True)
-    assert isinstance(outcome, Outcome)
 
     # What it ended with.
     if outcome.note:
         logger.warning(outcome.note)
-    if outcome.is_user_error:
-        raise UserError(outcome.failure)
-    if outcome.failure:
-        raise Stopped(outcome.failure, ExitCode.FAILED)
     saved = f"saved at step {outcome.step} of {order.total_steps}; the same command resumes there"
     if outcome.notice is Notice.OUT_OF_TIME:
         raise Stopped(f"run.max_wall_time is over: {saved}", ExitCode.OUT_OF_TIME)
-    if terminated.is_set():  # perhaps too late for the workers to notice
+    # The workers may have been too late to notice; and someone else may have asked them.
+    if terminated.is_set() or outcome.notice is Notice.TERMINATED:
         raise Stopped(f"received SIGTERM: {saved}", ExitCode.TERMINATED)
     if job.export:
         shutil.copytree(job.metrics, job.output, dirs_exist_ok=True)
@@ -125,10 +123,10 @@ def _ask_to_stop(job: TrainingJob) -> None:
 
 
 def _describe_wait(job: TrainingJob, cluster: ClusterConfig) -> str:
-    worker = f"{cluster.cpus_per_worker:g} CPUs" + (" and a GPU" if cluster.use_gpu else "")
     return (
-        f"{job.stage} has logged nothing; its {cluster.num_workers} workers of {worker} are not "
-        "placed yet (`ray status` shows what is free), load the model, or are in a long step"
+        f"{job.stage} has logged nothing; its {cluster.num_workers} workers of "
+        f"{cluster.worker_description} are not placed yet (`ray status` shows what is free), load "
+        "the model, or are in a long step"
     )
 
 
@@ -137,23 +135,37 @@ def _size(file: Path) -> int:
 
 
 def _fit(
-    job: TrainingJob, cluster: ClusterConfig, order: Order, callbacks: Sequence[Any]
+    job: TrainingJob,
+    cluster: ClusterConfig,
+    order: Order,
+    callbacks: Sequence[Any],
+    terminated: threading.Event,
 ) -> Outcome:
     """Runs the workers, again after a failure that may not come again."""
-    os.environ.setdefault(GROUP_START_TIMEOUT, str(cluster.placement_timeout_s))
-    os.environ.setdefault(COLLECTIVE_TIMEOUT, str(cluster.collective_timeout_s))
+    # Ray Train reads them from the environment only; the config decides.
+    os.environ[GROUP_START_TIMEOUT] = str(cluster.placement_timeout_s)
+    os.environ[COLLECTIVE_TIMEOUT] = str(cluster.collective_timeout_s)
+    notes = BatchNotes(job.checkpoints / "in-progress")
     restarts = Restarts(cluster.max_failures)
     while True:
-        (job.checkpoints / SNAPSHOT).unlink(missing_ok=True)
+        newest = newest_checkpoint(job.checkpoints)  # here, so that its warnings are seen
+        if newest is not None:
+            warn_of_versions(newest[1])
+        trainer = _trainer(job, cluster, order, callbacks, newest[0] if newest else 0, notes)
         try:
-            outcome = _trainer(job, cluster, order, callbacks).fit().return_value
+            with notes.naming_deaths():
+                outcome = trainer.fit().return_value
         except ray.train.TrainingFailedError as error:
+            if terminated.is_set():
+                message = "received SIGTERM, and the workers failed: the same command resumes"
+                raise Stopped(message, ExitCode.TERMINATED) from error
             _end_if_certain(error, cluster)
-            newest = newest_checkpoint(job.checkpoints)
-            cause, is_error_of_code = _cause(error)
-            if not restarts.allows(
-                cause, newest[0] if newest else 0, is_error_of_code=is_error_of_code
-            ):
+            if _is_preemption(error):
+                logger.warning("a node was preempted: starting the workers again")
+                continue
+            cause, is_deterministic = _cause(error)
+            step = newest_step(job.checkpoints)
+            if not restarts.record_failure(cause, step, is_deterministic=is_deterministic):
                 raise
             continue
         assert isinstance(outcome, Outcome)
@@ -170,10 +182,14 @@ def _failures(error: ray.train.TrainingFailedError) -> list[BaseException]:
 
 
 def _end_if_certain(error: ray.train.TrainingFailedError, cluster: ClusterConfig) -> None:
-    """Raises Stopped for a failure that a restart cannot change."""
+    """Raises UserError or Stopped for a failure that a restart cannot change."""
     for failure in _failures(error):
-        if isinstance(failure, CheckpointWriteError):
+        if isinstance(failure, UserError):
+            raise UserError(str(failure)) from error
+        if isinstance(failure, CheckpointWriteError | NonFiniteError):
             raise Stopped(str(failure), ExitCode.FAILED) from error
+        if (broken := find_disk_error(failure)) is not None:
+            raise broken
         if type(failure).__name__ == "WorkerGroupStartupTimeoutError":  # not public
             raise Stopped(
                 f"the {cluster.num_workers} workers were not placed within "
@@ -181,6 +197,15 @@ def _end_if_certain(error: ray.train.TrainingFailedError, cluster: ClusterConfig
                 "command resumes",
                 ExitCode.FAILED,
             ) from error
+
+
+def _is_preemption(error: ray.train.TrainingFailedError) -> bool:
+    """Whether a node was taken away, announced or not."""
+    if isinstance(error, ray.train.PreemptionError):
+        return True
+    # A lost worker's error is inside that of the health check that found out.
+    deaths = [getattr(failure, "health_check_failure", failure) for failure in _failures(error)]
+    return any(getattr(death, "preempted", False) for death in deaths)
 
 
 def _cause(error: ray.train.TrainingFailedError) -> tuple[str, bool]:
@@ -196,16 +221,18 @@ def _cause(error: ray.train.TrainingFailedError) -> tuple[str, bool]:
 
 
 def _trainer(
-    job: TrainingJob, cluster: ClusterConfig, order: Order, callbacks: Sequence[Any]
+    job: TrainingJob,
+    cluster: ClusterConfig,
+    order: Order,
+    callbacks: Sequence[Any],
+    start_step: int,
+    notes: BatchNotes,
 ) -> TorchTrainer:
     spec = job.order_spec(cluster.num_workers)
     first_micro_batches = order.first_micro_batches
 
     def dataset() -> ray.data.Dataset:
-        # Called at every (re)start of the workers, so that the data resumes at the same step as
-        # they do.
-        newest = newest_checkpoint(job.checkpoints)
-        return micro_batch_dataset(spec, first_micro_batches, newest[0] if newest else 0)
+        return micro_batch_dataset(spec, first_micro_batches, start_step, notes)
 
     return TorchTrainer(
         _train_on_worker,
@@ -214,7 +241,7 @@ def _trainer(
         scaling_config=ray.train.ScalingConfig(
             num_workers=cluster.num_workers,
             use_gpu=cluster.use_gpu,
-            resources_per_worker=worker_resources(cluster),
+            resources_per_worker=cluster.worker_resources,
         ),
         datasets={"train": dataset},
         dataset_config=ray.train.DataConfig(
@@ -227,6 +254,8 @@ def _trainer(
             storage_path=str(job.storage),
             callbacks=list(callbacks) or None,
             # `_fit` decides about restarts, by what failed and how far the training came.
-            failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=0),
+            failure_config=ray.train.FailureConfig(
+                max_failures=0, controller_failure_limit=0, max_preemption_failures=0
+            ),
         ),
     )

@@ -25,7 +25,7 @@ def test_hash_follows_an_edit_of_equal_size(tmp_path: Path) -> None:
     ("text", "by_size", "by_hash"),
     [
         ("one", [], []),
-        ("two", [], ["a/b.txt has another content"]),
+        ("two", [], ["a/b.txt has different content"]),
         ("three", ["a/b.txt has 5 bytes instead of 3"], ["a/b.txt has 5 bytes instead of 3"]),
         (None, ["a/b.txt is missing"], ["a/b.txt is missing"]),
     ],

@@ -5,8 +5,6 @@ import fcntl
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,25 +15,7 @@ import pytest
 from madpo_ray.artifacts import lock
 from madpo_ray.artifacts.lock import LEASE, Holder, locked, read_lease
 from madpo_ray.errors import UserError
-
-HOLD = """
-import sys, time
-from pathlib import Path
-from madpo_ray.artifacts.lock import locked
-with locked(Path(sys.argv[1]), "reward"):
-    print("held", flush=True)
-    time.sleep(60)
-"""
-
-
-def hold_elsewhere(folder: Path) -> "subprocess.Popen[str]":
-    """Another process that holds the lock."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "held\n"
-    return process
+from support.locks import hold_elsewhere
 
 
 def write_lease(folder: Path, holder: Holder) -> None:

@@ -169,7 +169,7 @@ def test_changed_byte_is_found_by_its_hash(tmp_path: Path) -> None:
     build(tmp_path / "pairs")
     (tmp_path / "pairs" / "file.txt").write_text("y")
     assert damage(tmp_path / "pairs") == []
-    expected = ["file.txt has another content"]
+    expected = ["file.txt has different content"]
     assert damage(tmp_path / "pairs", compare_hashes=True) == expected
 
 

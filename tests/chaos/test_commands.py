@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
 from safetensors.torch import load_file
 
@@ -27,7 +26,8 @@ from support.pairs import tiny_run
 
 pytestmark = [pytest.mark.ray, pytest.mark.deepspeed]
 
-FAULTS_PER_STAGE = 6
+MIN_FAULTS = 5
+MAX_FAULTS = 16
 STAGES = [pairs.STAGE, reward.STAGE, margins.STAGE, train.STAGE, evaluate.STAGE]
 BIN = Path(sys.executable).parent
 
@@ -116,7 +116,6 @@ def assert_same_result(stage: Stage, config: Config, finished: Config) -> None:
     if (theirs / "evaluation.json").exists():
         hashes = [hash_file(folder / "evaluation.json") for folder in (ours, theirs)]
         assert hashes[0] == hashes[1]
-    assert isinstance(pa.__version__, str)
     names = {path.name for path in config.run.folder.iterdir()}
     assert not any(name.endswith((".partial", ".old")) or "trash" in name for name in names)
 
@@ -127,7 +126,7 @@ def test_driver_is_killed(stage: Stage, finished: Config, tmp_path: Path, record
     count = 0
     number = 1
     step = 1
-    while count < FAULTS_PER_STAGE * 4:
+    while count < MAX_FAULTS:
         config = before(stage, finished, tmp_path / str(number))
         raw = config.model_dump(mode="json")
         if run(raw, stage, number) == 0:
@@ -138,7 +137,7 @@ def test_driver_is_killed(stage: Stage, finished: Config, tmp_path: Path, record
         count += 1
         number += step
         step += 1 if count % 2 == 0 else 0
-    assert count >= FAULTS_PER_STAGE - 1
+    assert count >= MIN_FAULTS
     record(f"driver of {stage.name}", "kill -9 at the n-th file operation", count, "same result")
 
 

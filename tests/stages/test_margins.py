@@ -132,6 +132,7 @@ def test_other_reward_model_keeps_the_reference_pass(copied_run: dict[str, Any])
     assert after["reward"] > before["reward"]
 
 
+@pytest.mark.slow
 def test_other_initial_policy_keeps_the_reward_pass(copied_run: dict[str, Any]) -> None:
     old = parse_config(copied_run)
     before = manifests(old)

@@ -25,10 +25,12 @@ Record = Callable[[str, str, int, str], None]
 KINDS = {"kill -9": None, "disk full": errno.ENOSPC, "I/O error": errno.EIO}
 
 
-def arm(root: Path, number: int, kind: str) -> None:
+def arm(root: Path, number: int, kind: str) -> Callable[[], bool]:
     """From now on this process fails at its operation `number` (from 1) on files below `root`.
 
     A file that torch writes is left half written, as a kill or a full disk leaves it.
+
+    Returns a function that tells whether the operation has been reached.
     """
     seen = 0
 
@@ -52,6 +54,7 @@ def arm(root: Path, number: int, kind: str) -> None:
     sys.addaudithook(hook)
     if "torch" in sys.modules:
         _break_torch_save(root, fail)
+    return lambda: seen >= number
 
 
 def _writes(arguments: tuple[Any, ...]) -> bool:

@@ -1,14 +1,24 @@
 """Which checkpoint a run resumes from."""
 
+import errno
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from madpo_ray.artifacts.hashes import describe_files
-from madpo_ray.training.checkpoints import checkpoint_step, newest_checkpoint, prune_checkpoints
-from support.ranks import MakeJob, TrainOn, weights_of
+from madpo_ray.artifacts.manifest import library_versions
+from madpo_ray.training.checkpoints import (
+    checkpoint_step,
+    newest_checkpoint,
+    newest_step,
+    prune_checkpoints,
+    warn_of_versions,
+)
+from madpo_ray.training.schedule import Progress
+from support.ranks import MakeJob, Ranks, TrainOn, weights_of
 
 
 def write_checkpoint(folder: Path, step: int, ranks: int = 2) -> Path:
@@ -54,7 +64,7 @@ def test_torn_checkpoint_is_skipped(
     found = newest_checkpoint(tmp_path)
     assert found is not None
     assert found[0] == 4
-    assert "is torn or was changed" in caplog.text
+    assert "is torn, was changed or cannot be read" in caplog.text
 
 
 def test_files_next_to_checkpoints_are_none(tmp_path: Path) -> None:
@@ -88,8 +98,8 @@ def test_run_resumes_before_a_torn_checkpoint(policy_job: MakeJob, train_on: Tra
         (9, 2, 3, [3, 9]),
         (9, 1, 3, [3, 9]),
         (9, 3, 3, [3, 6, 9]),
-        (6, 2, 0, [3, 6]),  # 9 is of a part of the run that was lost
-        (0, 2, 0, []),
+        (6, 1, 0, [6, 9]),  # 9 will be reached again
+        (0, 2, 0, [3, 6, 9]),
     ],
 )
 def test_old_and_torn_checkpoints_are_deleted(
@@ -98,5 +108,58 @@ def test_old_and_torn_checkpoints_are_deleted(
     for saved in (3, 6, 9):
         write_checkpoint(tmp_path, saved)
     (write_checkpoint(tmp_path, 7) / "rank-0.json").write_text("")
-    prune_checkpoints(tmp_path, step, limit=limit, best_step=best_step)
+    (write_checkpoint(tmp_path, 12) / "part-1.pt").write_text("")
+    (tmp_path / ".checkpoint_00000001.trash-0").mkdir()  # of a kill in an earlier deletion
+    prune_checkpoints(tmp_path, Progress(step, best_step=best_step), limit=limit)
     assert sorted(tmp_path.iterdir()) == [tmp_path / f"checkpoint_{i:08d}" for i in kept]
+
+
+def test_unreadable_checkpoint_is_skipped_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file system may fail for a moment: another one is used, and nothing is deleted."""
+    write_checkpoint(tmp_path, 3)
+    newest = write_checkpoint(tmp_path, 6)
+    read_text = Path.read_text
+
+    def fail(path: Path, *arguments: Any, **options: Any) -> str:
+        if newest in path.parents:
+            raise OSError(errno.ESTALE, "Stale file handle", str(path))
+        return read_text(path, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", fail)
+        assert newest_step(tmp_path) == 3
+        prune_checkpoints(tmp_path, Progress(3), limit=1)
+        prune_checkpoints(tmp_path, Progress(9, best_step=6), limit=1)
+    assert newest_step(tmp_path) == 6
+
+
+def test_other_libraries_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = write_checkpoint(tmp_path, 3)
+    listing = json.loads((folder / "rank-0.json").read_text())
+    listing["versions"] = library_versions()
+    (folder / "rank-0.json").write_text(json.dumps(listing))
+    warn_of_versions(folder)
+    assert caplog.text == ""
+    listing["versions"]["torch"] = "1.0"
+    (folder / "rank-0.json").write_text(json.dumps(listing))
+    warn_of_versions(folder)
+    assert "was saved with other libraries: torch 1.0 -> " in caplog.text
+
+
+@pytest.mark.deepspeed
+def test_checkpoint_of_other_parameters_is_refused(policy_job: MakeJob, tmp_path: Path) -> None:
+    """DeepSpeed would keep fresh weights for the names that it does not find."""
+    job = policy_job("renamed", max_steps=2)
+    Ranks(job, 1, tmp_path).outcome()
+    (folder,) = job.checkpoints.glob("checkpoint_*")
+    state = torch.load(folder / "rank-0.pt", weights_only=True)
+    name, shape = state["shapes"].popitem()
+    state["shapes"][f"old.{name}"] = shape
+    torch.save(state, folder / "rank-0.pt")
+    listing = json.loads((folder / "rank-0.json").read_text())
+    listing["files"] = describe_files(folder, [folder / file for file in listing["files"]])
+    (folder / "rank-0.json").write_text(json.dumps(listing))
+    (error,) = Ranks(job, 1, tmp_path).errors()
+    assert "was saved from other parameters: 2 differ" in error

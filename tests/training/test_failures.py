@@ -1,5 +1,7 @@
 """What a training makes of Ray Train's errors."""
 
+import errno
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -7,9 +9,10 @@ import ray.exceptions
 import ray.train
 
 from madpo_ray.config import ClusterConfig
-from madpo_ray.errors import ExitCode, Stopped
+from madpo_ray.errors import ExitCode, Stopped, UserError
 from madpo_ray.training.checkpoints import CheckpointWriteError
-from madpo_ray.training.trainer import _cause, _end_if_certain
+from madpo_ray.training.protocols import NonFiniteError
+from madpo_ray.training.trainer import _cause, _end_if_certain, _is_preemption
 
 LOST: Any = ray.exceptions.ActorDiedError()
 BROKEN = ValueError("a shape\nin two lines")
@@ -26,9 +29,9 @@ def test_error_of_code_would_come_again() -> None:
 
 def test_lost_worker_is_the_cause() -> None:
     """Whatever the other ranks raise because it does not answer."""
-    cause, is_error_of_code = _cause(of_ranks(r0=BROKEN, r1=LOST))
+    cause, is_deterministic = _cause(of_ranks(r0=BROKEN, r1=LOST))
     assert cause.startswith("ActorDiedError: ")
-    assert not is_error_of_code
+    assert not is_deterministic
 
 
 def test_full_disk_is_not_tried_again() -> None:
@@ -38,6 +41,31 @@ def test_full_disk_is_not_tried_again() -> None:
     assert caught.value.message == "no space in /a"
     assert caught.value.exit_code is ExitCode.FAILED
     _end_if_certain(of_ranks(r0=BROKEN), ClusterConfig())
+
+
+def test_full_disk_outside_of_a_checkpoint_is_found() -> None:
+    error = of_ranks(r0=OSError(errno.ENOSPC, "No space left on device", "/a/metrics.jsonl"))
+    with pytest.raises(OSError, match="No space left"):
+        _end_if_certain(error, ClusterConfig())
+
+
+def test_error_for_the_user_reaches_the_user() -> None:
+    error = of_ranks(r0=RuntimeError("a rank was lost"), r1=UserError("the model cannot be read"))
+    with pytest.raises(UserError, match="the model cannot be read"):
+        _end_if_certain(error, ClusterConfig())
+    with pytest.raises(Stopped, match="the loss is NaN"):
+        _end_if_certain(of_ranks(r0=NonFiniteError("the loss is NaN")), ClusterConfig())
+
+
+def test_preemption_is_no_failure() -> None:
+    """Announced, or found by the health check."""
+    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+
+    preempted = ray.exceptions.RayActorError(preempted=True)
+    assert _is_preemption(of_ranks(r0=WorkerHealthCheckFailedError("lost", preempted)))
+    assert not _is_preemption(of_ranks(r0=WorkerHealthCheckFailedError("lost", LOST)))
+    info: Any = SimpleNamespace(preempted_ranks=[0])
+    assert _is_preemption(ray.train.PreemptionError(info))
 
 
 def test_workers_without_a_place_end_with_the_time() -> None:

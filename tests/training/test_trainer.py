@@ -142,6 +142,7 @@ def assert_ends_undisturbed(train_on: TrainOn, tmp_path: Path) -> Check:
     return check
 
 
+@pytest.mark.slow
 def test_killed_worker_and_sigterm(command: MakeCommand, assert_ends_undisturbed: Check) -> None:
     """Both resume from a checkpoint, to bitwise the same weights."""
     disturbed = command("disturbed")
