@@ -148,6 +148,31 @@ def test_template_that_changes_the_prompt_is_refused(tokenizer: Any) -> None:
         tokenize_pair(CONVERSATION, changing, 64)
 
 
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_prompt_that_one_response_changes_is_refused(side: str, tokenizer: Any) -> None:
+    """Either of them is enough."""
+    changing = copy.deepcopy(tokenizer)
+    content = {"chosen": "a", "rejected": "b"}[side]  # as CONVERSATION has them
+    changing.chat_template = (
+        "{% if messages[-1].content == '" + content + "' %}other {% endif %}"
+        "{% for m in messages %}{{ m.content }};{% endfor %}"
+    )
+    with pytest.raises(BadRowError, match="renders the prompt differently"):
+        tokenize_pair(CONVERSATION, changing, 64)
+
+
+def test_tools_are_looked_for_after_the_generation_prompt(tokenizer: Any) -> None:
+    """Most templates end a prompt with the beginning of an answer."""
+    ignoring = copy.deepcopy(tokenizer)
+    ignoring.chat_template = (
+        "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    pair = Pair(ASKS, CONVERSATION.chosen, OTHER, tools=[{"name": "look"}])
+    with pytest.raises(BadRowError, match="leaves out the tools"):
+        tokenize_pair(pair, ignoring, 200)
+
+
 def test_pair_without_a_shared_token_is_refused(tokenizer: Any) -> None:
     """ "the" is one token, "th" two others."""
     with pytest.raises(BadRowError, match="share no token"):
