@@ -60,6 +60,7 @@ def ray_local() -> Iterator[None]:
 
     # Logical CPUs, more than there are: the tests' workers wait more than they compute.
     ray.init(
+        address="local",  # never one that happens to run on this machine
         num_cpus=8,
         num_gpus=0,
         include_dashboard=False,

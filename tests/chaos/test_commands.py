@@ -41,13 +41,17 @@ def address() -> Iterator[str]:
     start += ["--node-ip-address=127.0.0.1", "--include-dashboard=false"]
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}  # only this machine reaches it
     process = subprocess.Popen(
-        start, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        start,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     status = [BIN / "ray", "status", f"--address=127.0.0.1:{port}"]
     while subprocess.run(status, capture_output=True, check=False).returncode:
         assert process.poll() is None
     yield f"127.0.0.1:{port}"
-    process.terminate()
+    os.killpg(process.pid, signal.SIGTERM)
     process.wait()
 
 
