@@ -153,7 +153,7 @@ def test_verify_reads_every_file(finished_run: Run, tmp_path: Path) -> None:
     weights_file.write_bytes(content)
     with pytest.raises(Stopped, match="1 files differ"):
         pipeline.verify(tmp_path / "copy", say=printed.append)
-    assert printed[-1] == "train: model/model.safetensors has different content"
+    assert "train: model/model.safetensors has different content" in printed
     with pytest.raises(UserError, match="has no finished stage"):
         pipeline.verify(tmp_path / "nothing", say=ignore)
 
