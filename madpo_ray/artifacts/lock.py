@@ -31,7 +31,7 @@ LEASE = ".lease.json"
 # Network file systems show another machine's file up to a minute late.
 LEASE_S = 90.0
 RENEW_S = 5.0
-SETTLE_S = 1.0
+SETTLE_S = 1.0  # without locks: of two commands that start at once, the later one stays
 # What flock raises on file systems without locks.
 NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
 
@@ -92,10 +92,11 @@ class RunLock:
 
     def require_held(self) -> None:
         """Raises UserError if another command took the run over, as after a long pause."""
-        if self.is_taken_over():
+        found = read_lease(self._folder)
+        if found is not None and found.token != self._holder.token:
             raise UserError(
-                f"{self._folder} was taken over by another command ({read_lease(self._folder)}), "
-                "so the results of this one are not kept"
+                f"{self._folder} was taken over by another command ({found}), so the results of "
+                "this one are not kept"
             )
 
     def _set_stage(self, stage: str) -> None:
@@ -146,6 +147,9 @@ def locked(
         lock.start()
         _held[folder] = lock
         try:
+            if not has_locks:
+                time.sleep(SETTLE_S)
+                lock.require_held()
             yield lock
         finally:
             del _held[folder]

@@ -82,6 +82,21 @@ def test_abandoned_lease_is_taken_over(tmp_path: Path) -> None:
         held.require_held()
 
 
+@pytest.mark.usefixtures("without_locks")
+def test_of_two_that_start_at_once_the_later_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both found no lease."""
+    other = Holder("other", 7, "boot", "token", "pairs")
+    monkeypatch.setattr(time, "sleep", lambda seconds: write_lease(tmp_path, other))
+    with (
+        pytest.raises(UserError, match="pairs by process 7 on other"),
+        locked(tmp_path, "reward"),
+    ):
+        pass
+    assert read_lease(tmp_path) == other
+
+
 def test_lease_of_another_machine_is_watched(tmp_path: Path) -> None:
     """Locks may be of each machine for itself; the lease of this one needs no wait."""
     said: list[str] = []
