@@ -1,7 +1,11 @@
 """Fixtures: tiny models, pairs, jobs, and one local Ray for all tests that need it."""
 
 import os
+import secrets
 
+# Ray listens on all interfaces; the processes of these tests alone know the token.
+os.environ["RAY_AUTH_MODE"] = "token"
+os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 os.environ.setdefault("RAY_DATA_PARQUET_FOOTER_NUM_ACTORS", "1")
 os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
@@ -20,6 +24,7 @@ from madpo_ray.artifacts.tables import write_table
 from madpo_ray.columns import MARGIN, REF_LOGPS
 from madpo_ray.config import Config, DataConfig, ModelConfig, PolicyConfig, parse_config
 from madpo_ray.training.job import PolicyTask, TrainingJob
+from support.faults import ROWS, Record
 from support.models import make_model, make_tokenizer
 from support.pairs import make_rows, tiny_run, write_jsonl
 from support.ranks import THIRTY_STEPS, MakeJob, Ranks, TrainOn, logged
@@ -175,3 +180,27 @@ def undisturbed(
     losses = logged(job)
     assert len(losses) == len(set(losses.tolist())) == 30
     return job
+
+
+@pytest.fixture
+def record() -> Record:
+    """Adds a row to the table: where, which fault, how many of it, and how each ended."""
+
+    def add(place: str, fault: str, count: int, outcome: str) -> None:
+        ROWS.append((place, fault, count, outcome))
+
+    return add
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterator[None]:
+    yield
+    if not ROWS:
+        return
+    terminalreporter.section("faults")
+    terminalreporter.write_line("| where | fault | faults | each time after it |")
+    terminalreporter.write_line("|---|---|---|---|")
+    for place, fault, count, outcome in ROWS:
+        terminalreporter.write_line(f"| {place} | {fault} | {count} | {outcome} |")
+    total = sum(count for _, _, count, _ in ROWS)
+    terminalreporter.write_line(f"| all | | {total} | |")

@@ -10,7 +10,7 @@ import pytest
 from madpo_ray.artifacts.building import building, check_trusted, discard, recover
 from madpo_ray.artifacts.manifest import Inputs, is_finished, read_manifest
 from madpo_ray.errors import UserError
-from support.faults import KINDS, run_with_fault
+from support.faults import KINDS, Record, run_with_fault
 
 OLD = Inputs("pairs", settings={"seed": 0})
 NEW = Inputs("pairs", settings={"seed": 1})
@@ -29,7 +29,9 @@ def content(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("has_old", [False, True])
-def test_one_result_survives_every_fault(kind: str, has_old: bool, tmp_path: Path) -> None:
+def test_one_result_survives_every_fault(
+    kind: str, has_old: bool, tmp_path: Path, record: Record
+) -> None:
     """Whichever file operation fails: the old result or the new one is complete, and the build
     gives the new one when it is repeated.
     """
@@ -50,6 +52,8 @@ def test_one_result_survives_every_fault(kind: str, has_old: bool, tmp_path: Pat
         build(folder, OLD)  # what the fault left is in nobody's way
         assert [path.name for path in root.iterdir()] == ["pairs"]
     assert number > 8
+    place = "result in place of an old one" if has_old else "first result"
+    record(place, f"{kind} at the n-th file operation", number - 1, "same result")
 
 
 def test_finished_partial_is_adopted(tmp_path: Path) -> None:

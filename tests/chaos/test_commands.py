@@ -39,13 +39,8 @@ def address() -> Iterator[str]:
     port = random.Random().randint(20000, 30000)
     start = [BIN / "ray", "start", "--head", "--num-cpus=8", f"--port={port}", "--block"]
     start += ["--node-ip-address=127.0.0.1", "--include-dashboard=false"]
-    environment = {
-        **os.environ,
-        "RAY_AUTH_MODE": "disabled",
-    }  # drivers of the fork server have no token
     process = subprocess.Popen(
         start,
-        env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,

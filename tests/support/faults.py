@@ -1,4 +1,4 @@
-"""Faults at the n-th file operation of a process: killed, or the disk is full or broken."""
+"""Faults at the n-th file operation of a process, and damage to files that are there."""
 
 import errno
 import os
@@ -21,6 +21,7 @@ EVENTS = {
 }
 # Adds a row to the table of faults: where, which fault, how many, and how each ended.
 Record = Callable[[str, str, int, str], None]
+ROWS: list[tuple[str, str, int, str]] = []
 
 KINDS = {"kill -9": None, "disk full": errno.ENOSPC, "I/O error": errno.EIO}
 
@@ -96,3 +97,52 @@ def run_with_fault(work: Callable[[], None], root: Path, number: int, kind: str)
         os._exit(0)
     _, status = os.waitpid(child, 0)
     return os.waitstatus_to_exitcode(status) != 0
+
+
+def _empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def _zeros(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def _half(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _one_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def _text(content: str) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        path.write_text(content)
+
+    return change
+
+
+def _folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def _dangling(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.with_name("nothing"))
+
+
+DAMAGES: dict[str, Callable[[Path], None]] = {
+    "missing": Path.unlink,
+    "empty": _empty,
+    "zeros": _zeros,
+    "half": _half,
+    "one bit changed": _one_bit,
+    "null": _text("null"),
+    "{}": _text("{}"),
+    "a list": _text("[1]"),
+    "a folder": _folder,
+    "a dangling link": _dangling,
+}
