@@ -22,6 +22,7 @@ from madpo_ray.signals import on_sigterm
 LOCAL_EXTRA_CPUS = 2
 # What Ray Data needs next to the workers: a read task, and the actor that builds micro-batches.
 DATA_CPUS = 1.5
+IF_NODES_COME = ", or set cluster.autoscaling: true if nodes will be added"
 
 
 @contextlib.contextmanager
@@ -37,9 +38,7 @@ def connected(cluster: ClusterConfig, *, dashboard: bool = False) -> Iterator[No
     import ray
 
     if ray.is_initialized():
-        check_workers_fit(cluster)
-        _configure_data(cluster)
-        with _reporting_unplaced_actors(cluster):
+        with _ready_for_passes(cluster):
             yield
         return
 
@@ -50,9 +49,7 @@ def connected(cluster: ClusterConfig, *, dashboard: bool = False) -> Iterator[No
     # its own when it starts.
     with on_sigterm(lambda: sys.exit(ExitCode.TERMINATED), prepare=start) as terminated:
         try:
-            check_workers_fit(cluster)
-            _configure_data(cluster)
-            with _reporting_unplaced_actors(cluster):
+            with _ready_for_passes(cluster):
                 yield
         except SystemExit:
             if terminated.is_set():  # Ray passes the exit on with a code of its own
@@ -64,10 +61,12 @@ def connected(cluster: ClusterConfig, *, dashboard: bool = False) -> Iterator[No
 
 
 @contextlib.contextmanager
-def _reporting_unplaced_actors(cluster: ClusterConfig) -> Iterator[None]:
-    """Raises Stopped if the actors of a Ray Data pass are not ready in time."""
+def _ready_for_passes(cluster: ClusterConfig) -> Iterator[None]:
+    """Checks the cluster, sets Ray Data's options, and raises Stopped if actors find no place."""
     import ray.exceptions
 
+    check_workers_fit(cluster)
+    _configure_data(cluster)
     try:
         yield
     except ray.exceptions.GetTimeoutError as error:
@@ -107,7 +106,10 @@ def _start_or_connect(cluster: ClusterConfig, *, dashboard: bool) -> None:
 
 
 def _protect_token() -> None:
-    """Ray writes its token with the usual mask; whoever reads it can run code as this user."""
+    """Makes ~/.ray private: Ray writes its token there, readable by everyone.
+
+    Whoever reads it can run code as this user.
+    """
     with contextlib.suppress(OSError, RuntimeError):  # no home, or not ours: no token goes there
         folder = Path.home() / ".ray"
         folder.mkdir(exist_ok=True)
@@ -151,19 +153,17 @@ def check_nodes(nodes: Sequence[Mapping[str, float]], cluster: ClusterConfig) ->
     if cluster.use_gpu:
         needed["GPU"] = cluster.num_workers
     for resource, amount in needed.items():
-        count = available[resource]
-        if amount > count:
-            reason = (
-                f"the cluster has {count:g} {resource}s in all, and feeding the workers needs "
-                f"{DATA_CPUS:g} CPUs"
-            )
-            raise UserError(_explain_too_many(cluster, reason))
+        if amount > available[resource]:
+            reason = f"the cluster has {available[resource]:g} {resource}s in all"
+            if resource == "CPU":
+                reason += f", and feeding the workers needs {DATA_CPUS:g} of them"
+            raise UserError(_explain_too_many(cluster, reason) + IF_NODES_COME)
 
     # And each worker on a node.
     places = sum(_places_on(node, cluster.worker_resources) for node in nodes)
     if places < cluster.num_workers:
         reason = f"the {len(nodes)} nodes have places for {places} such workers, each on one node"
-        raise UserError(_explain_too_many(cluster, reason))
+        raise UserError(_explain_too_many(cluster, reason) + IF_NODES_COME)
 
 
 def _places_on(node: Mapping[str, float], worker: Mapping[str, float]) -> int:
@@ -171,12 +171,10 @@ def _places_on(node: Mapping[str, float], worker: Mapping[str, float]) -> int:
     return math.floor(min(node.get(name, 0) / amount for name, amount in worker.items()))
 
 
-def _explain_too_many(cluster: ClusterConfig, available: str) -> str:
+def _explain_too_many(cluster: ClusterConfig, reason: str) -> str:
     return (
         f"cluster.num_workers: {cluster.num_workers} workers of {cluster.worker_description} can "
-        f"never be placed: "
-        f"{available}. Lower num_workers or cpus_per_worker, or set cluster.autoscaling: true if "
-        "nodes will be added"
+        f"never be placed: {reason}. Lower num_workers or cpus_per_worker"
     )
 
 

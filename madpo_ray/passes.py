@@ -41,11 +41,11 @@ def ordered_execution() -> "ray.data.ExecutionOptions":
 
 
 def received(dataset: "ray.data.Dataset", what: str) -> "Iterator[pa.Table]":
-    """The tables of a Ray dataset, as they come. If none comes for a minute, the log says so."""
+    """The tables of a Ray dataset, as they come. If none comes for a minute, a notice is logged."""
     count = 0
     with waiting(
-        f"no {what} came; the actors are not placed yet (`ray status` shows what is free), load "
-        "their models, or work on a long batch",
+        f"no {what} came; the actors may be waiting for a place (`ray status` shows what is free), "
+        "loading their models, or working on a long batch",
         progress=lambda: count,
     ):
         for table in dataset.iter_batches(batch_format="pyarrow", batch_size=None):
@@ -65,7 +65,7 @@ class BatchNotes:
 
     @contextlib.contextmanager
     def working_on(self, batch: str) -> Iterator[None]:
-        """In an actor, around the work on a batch. What a death leaves is counted.
+        """For an actor, around its work on a batch. A note that stays counts as a death.
 
         Raises:
             RuntimeError: the batch has killed MAX_ATTEMPTS actors.
@@ -80,8 +80,8 @@ class BatchNotes:
         note.unlink(missing_ok=True)  # an equal batch may have been done at the same time
 
     @contextlib.contextmanager
-    def naming_deaths(self) -> Iterator[None]:
-        """In the driver, around a pass.
+    def reporting_deaths(self) -> Iterator[None]:
+        """For the driver, around a pass.
 
         Raises:
             Stopped: a batch killed its actors; names it.

@@ -77,12 +77,12 @@ def run_all(config: Config, *, say: Say, deadline: float | None = None) -> None:
     """
     stages = wanted_stages(config)
     check(config, stages)
-    saved = config.run.folder / "config.yaml"
-    if not pending(config) and _holds(saved, config):
-        say(f"nothing to do: every stage in {config.run.folder} is done for this config")
+    folder = config.run.folder
+    config_file = folder / "config.yaml"
+    if not pending(config) and _holds(config_file, config):
+        say(f"nothing to do: every stage in {folder} is done for this config")
         return
 
-    folder = config.run.folder
     with stopping_on_disk_errors(folder), locked(folder, "run", say=say):
         # What is left, and why.
         for stage in stages:
@@ -90,13 +90,13 @@ def run_all(config: Config, *, say: Say, deadline: float | None = None) -> None:
         todo = pending(config)
         for stage in todo:
             explain_redo(config, stage, say)
-        save_config(config, saved)
+        save_config(config, config_file)
 
         with connected(config.cluster):
             for stage in stages:
                 if stage in todo:
                     _run(config, stage, say, deadline)
-                    check(config, stages)  # again: the result may show more
+                    check(config, stages)  # again, with what this result shows
                 else:
                     say(f"{stage.name}: done already")
 
@@ -146,13 +146,13 @@ def verify(run: Path, *, say: Say) -> None:
             lost = [f"{MANIFEST} cannot be read"]
         else:
             lost = damage(folder, compare_hashes=True)
-        say(f"{folder.relative_to(run)}: {'; '.join(lost) or 'as written'}")
+        say(f"{folder.relative_to(run)}: {'; '.join(lost) or 'intact'}")
         num_damaged += len(lost)
     if num_damaged:
         raise Stopped(
-            f"{run}: {num_damaged} files differ from their manifests. `madpo-ray run` repeats "
-            "stages whose files are missing or have another size; delete the folder of any other "
-            "damaged stage first",
+            f"{run}: files that differ from their manifests: {num_damaged}. `madpo-ray run` "
+            "repeats stages whose files are missing or have another size; delete the folder of any "
+            "other damaged stage first",
             ExitCode.FAILED,
         )
 

@@ -7,13 +7,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 
-def _nothing() -> None:
-    """Nothing to prepare."""
-
-
 @contextlib.contextmanager
 def on_sigterm(
-    react: Callable[[], None], *, prepare: Callable[[], None] = _nothing
+    react: Callable[[], None], *, prepare: Callable[[], None] = lambda: None
 ) -> Iterator[threading.Event]:
     """Calls `react` on the first SIGTERM inside the block and sets the event that it yields.
 

@@ -13,13 +13,9 @@ FIRST_NOTICE_S = 60.0
 POLLS_PER_NOTICE = 12
 
 
-def _nothing() -> None:
-    """No progress to see."""
-
-
 @contextlib.contextmanager
 def waiting(
-    what: str, *, progress: Callable[[], Any] = _nothing, first_notice_s: float = FIRST_NOTICE_S
+    what: str, *, progress: Callable[[], Any] = lambda: None, first_notice_s: float = FIRST_NOTICE_S
 ) -> Iterator[None]:
     """Logs `what` after a minute in the block without progress, then after 2, 4, 8, ... minutes.
 
@@ -55,5 +51,5 @@ def _watch(
             notice_s = first_notice_s
         waited_s = time.monotonic() - since
         if waited_s >= notice_s:
-            logger.info("waiting for %.0f s: %s", waited_s, what)
+            logger.info("no progress for %.0f s: %s", waited_s, what)
             notice_s *= 2

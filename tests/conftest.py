@@ -3,7 +3,7 @@
 import os
 import secrets
 
-# Ray listens on all interfaces; the processes of these tests alone know the token.
+# Ray listens on all interfaces; only the processes of these tests know the token.
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 os.environ.setdefault("RAY_DATA_PARQUET_FOOTER_NUM_ACTORS", "1")

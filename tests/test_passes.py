@@ -41,7 +41,7 @@ def run(notes: BatchNotes, victim: int) -> list[pa.Table]:
         batch_format="pyarrow",
         **actor_pool(ClusterConfig()),
     )
-    with notes.naming_deaths():
+    with notes.reporting_deaths():
         return list(received(dataset, "rows"))
 
 

@@ -143,15 +143,15 @@ def test_verify_reads_every_file(finished_run: Run, tmp_path: Path) -> None:
     config, _ = finished_run
     printed: list[Any] = []
     pipeline.verify(config.run.folder, say=printed.append)
-    assert "train: as written" in printed
-    assert "scores/reference: as written" in printed
+    assert "train: intact" in printed
+    assert "scores/reference: intact" in printed
 
     shutil.copytree(config.run.folder, tmp_path / "copy")
     weights_file = tmp_path / "copy" / "train" / "model" / "model.safetensors"
     content = bytearray(weights_file.read_bytes())
     content[-1] ^= 1
     weights_file.write_bytes(content)
-    with pytest.raises(Stopped, match="1 files differ"):
+    with pytest.raises(Stopped, match="files that differ from their manifests: 1"):
         pipeline.verify(tmp_path / "copy", say=printed.append)
     assert "train: model/model.safetensors has different content" in printed
     with pytest.raises(UserError, match="has no finished stage"):

@@ -8,7 +8,7 @@ import pytest
 from madpo_ray.waiting import waiting
 
 
-def test_says_what_it_waits_for(caplog: pytest.LogCaptureFixture) -> None:
+def test_reports_a_wait(caplog: pytest.LogCaptureFixture) -> None:
     """Less often each time."""
     caplog.set_level(logging.INFO)
     with waiting("a place for the workers", first_notice_s=0.1):
@@ -17,7 +17,7 @@ def test_says_what_it_waits_for(caplog: pytest.LogCaptureFixture) -> None:
     assert 2 <= len(caplog.records) <= 4
 
 
-def test_says_nothing_while_something_happens(caplog: pytest.LogCaptureFixture) -> None:
+def test_progress_resets_the_wait(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     with waiting("steps", progress=time.monotonic, first_notice_s=0.1):
         time.sleep(0.5)

@@ -22,13 +22,9 @@ from madpo_ray.errors import UserError
 logger = logging.getLogger(__name__)
 
 
-def _nothing() -> None:
-    """Nothing to confirm."""
-
-
 @contextlib.contextmanager
 def building(
-    folder: Path, inputs: Inputs, *, confirm: Callable[[], None] = _nothing
+    folder: Path, inputs: Inputs, *, confirm: Callable[[], None] = lambda: None
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
     """A fresh folder to build an artifact in, and a dict for its results.
 
@@ -110,14 +106,15 @@ def check_writable(folder: Path) -> None:
 def check_trusted(folder: Path) -> None:
     """Raises UserError if everyone can write the run's folder, or another user owns it.
 
-    Its checkpoints can run code. That its group can write is allowed.
+    Checkpoints there can run code. Write access for the group is allowed.
     """
     if not folder.exists():
         return
     status = folder.stat()
     if status.st_mode & stat.S_IWOTH:
         raise UserError(
-            f"everyone can write to {folder}, and checkpoints there can run code: chmod o-w it"
+            f"everyone can write to {folder}, and checkpoints there can run code: run "
+            f"`chmod o-w {folder}`"
         )
     user = os.geteuid()
     if user != 0 and status.st_uid not in (0, user):

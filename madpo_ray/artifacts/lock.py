@@ -1,9 +1,9 @@
 """One command at a time writes a run: a lock on its folder, and a lease next to it.
 
-The lock (`flock`) ends with the process that holds it, however it ends. Some shared file systems do
-not have it, or have it on each node for itself, so the holder also renews a lease, a small file. A
-command that finds the lease of another machine watches it before it starts: as long as it is
-renewed, the other command is running.
+The lock (`flock`) is released when its process ends, however it ends. Some shared file systems have
+no locks, or lock per node only, so the holder also renews a lease, a small file. A command that
+finds another machine's lease watches it first: while it is being renewed, the other command is
+running.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ LEASE = ".lease.json"
 # Network file systems show another machine's file up to a minute late.
 LEASE_S = 90.0
 RENEW_S = 5.0
-SETTLE_S = 1.0  # without locks: of two commands that start at once, the later one stays
+SETTLE_S = 1.0  # without locks: of two commands that start at once, the later one keeps the run
 # What flock raises on file systems without locks.
 NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
 
@@ -66,13 +66,16 @@ class RunLock:
         self._renewer = threading.Thread(target=self._renew, daemon=True, name="lease")
 
     def start(self) -> None:
-        write_json(self._folder / LEASE, asdict(self._holder))
+        try:
+            write_json(self._folder / LEASE, asdict(self._holder))
+        except FileNotFoundError:  # without locks: another command writes its lease right now
+            raise _refusal(self._folder, read_lease(self._folder)) from None
         self._renewer.start()
 
     def stop(self) -> None:
         self._stopped.set()
         self._renewer.join(timeout=RENEW_S)  # it may hang in a file system that does not answer
-        if not self.is_taken_over():
+        if self._other_holder() is None:
             (self._folder / LEASE).unlink(missing_ok=True)
 
     @contextlib.contextmanager
@@ -85,19 +88,18 @@ class RunLock:
         finally:
             self._set_stage(before)
 
-    def is_taken_over(self) -> bool:
-        """Whether another command's lease is there. One that cannot be read does not count."""
-        found = read_lease(self._folder)
-        return found is not None and found.token != self._holder.token
-
     def require_held(self) -> None:
         """Raises UserError if another command took the run over, as after a long pause."""
-        found = read_lease(self._folder)
-        if found is not None and found.token != self._holder.token:
+        if (other := self._other_holder()) is not None:
             raise UserError(
-                f"{self._folder} was taken over by another command ({found}), so the results of "
+                f"{self._folder} was taken over by another command ({other}), so the results of "
                 "this one are not kept"
             )
+
+    def _other_holder(self) -> Holder | None:
+        """Another command whose lease is there. One that cannot be read does not count."""
+        found = read_lease(self._folder)
+        return None if found is None or found.token == self._holder.token else found
 
     def _set_stage(self, stage: str) -> None:
         with contextlib.suppress(OSError):  # a full disk: the stage itself will report it
@@ -106,7 +108,7 @@ class RunLock:
     def _write(self, **changes: Any) -> None:
         with self._writing:
             self._holder = replace(self._holder, **changes)
-            if not self.is_taken_over():
+            if self._other_holder() is None:
                 write_json(self._folder / LEASE, asdict(self._holder))
 
     def _renew(self) -> None:
@@ -128,7 +130,7 @@ def locked(
 
     Args:
         stage: what the command makes, for the message that another one prints.
-        lease_s: for so long the lease of another machine is watched.
+        lease_s: how long the lease of another machine is watched.
 
     Raises:
         UserError: another command writes the run; names its host, process and stage.

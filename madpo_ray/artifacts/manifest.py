@@ -89,6 +89,14 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return found
 
 
+def _finished_manifest(folder: Path) -> dict[str, Any]:
+    """Raises FileNotFoundError if there is no finished artifact."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise FileNotFoundError(f"{folder} is not finished")
+    return manifest
+
+
 def _is_manifest(manifest: Any) -> bool:
     parts = ("inputs", "results", "files")
     if not isinstance(manifest, dict):
@@ -107,10 +115,7 @@ def differences(folder: Path, inputs: Inputs) -> list[Difference]:
     Raises:
         FileNotFoundError: there is no finished artifact.
     """
-    manifest = read_manifest(folder)
-    if manifest is None:
-        raise FileNotFoundError(f"{folder} is not finished")
-    return compare_inputs(manifest["inputs"], inputs.parts)
+    return compare_inputs(_finished_manifest(folder)["inputs"], inputs.parts)
 
 
 def compare_inputs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
@@ -136,17 +141,16 @@ def damage(folder: Path, *, compare_hashes: bool = False) -> list[str]:
     Raises:
         FileNotFoundError: there is no finished artifact.
     """
-    manifest = read_manifest(folder)
-    if manifest is None:
-        raise FileNotFoundError(f"{folder} is not finished")
-    return damaged_files(folder, manifest["files"], compare_hashes=compare_hashes)
+    files = _finished_manifest(folder)["files"]
+    return damaged_files(folder, files, compare_hashes=compare_hashes)
 
 
 def is_finished(folder: Path, inputs: Inputs) -> bool:
     """Whether an artifact is there, complete, and was made from these inputs."""
-    return (
-        read_manifest(folder) is not None and not differences(folder, inputs) and not damage(folder)
-    )
+    manifest = read_manifest(folder)
+    if manifest is None or compare_inputs(manifest["inputs"], inputs.parts):
+        return False
+    return not damaged_files(folder, manifest["files"])
 
 
 def require(folder: Path, inputs: Inputs) -> dict[str, Any]:
@@ -163,7 +167,7 @@ def require(folder: Path, inputs: Inputs) -> dict[str, Any]:
         )
 
     # Made from what it would be made from now?
-    if found := differences(folder, inputs):
+    if found := compare_inputs(manifest["inputs"], inputs.parts):
         raise UserError(
             f"{folder} was made from other inputs:\n  "
             + "\n  ".join(map(str, found))
@@ -172,7 +176,7 @@ def require(folder: Path, inputs: Inputs) -> dict[str, Any]:
         )
 
     # And complete?
-    if lost := damage(folder):
+    if lost := damaged_files(folder, manifest["files"]):
         raise UserError(
             f"{folder} is damaged: {'; '.join(lost)}. Run `madpo-ray {inputs.stage}` to make it "
             "again, or `madpo-ray run`"
@@ -185,9 +189,9 @@ def refuse_changed_content(folder: Path, inputs: Inputs) -> None:
 
     Redoing the stage then would replace results that nobody asked to replace.
     """
-    found = differences(folder, inputs)
+    manifest = _finished_manifest(folder)
+    found = compare_inputs(manifest["inputs"], inputs.parts)
     parts = {difference.part for difference in found}
-    manifest = read_manifest(folder) or {}
     is_same_config = manifest.get("names") == dict(inputs.names) and parts <= {"content"}
     if found and (is_same_config or parts == {"package"}):
         raise UserError(

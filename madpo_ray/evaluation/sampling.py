@@ -169,5 +169,5 @@ def sample_responses(
             **actor_pool(cluster),
         )
     )
-    with notes.naming_deaths():
+    with notes.reporting_deaths():
         return pa.concat_tables(received(sampled, "samples")).sort_by(INDEX)

@@ -130,7 +130,7 @@ def _score(
         batch_format="pyarrow",
         **actor_pool(cluster),
     )
-    with notes.naming_deaths():
+    with notes.reporting_deaths():
         table = pa.concat_tables(received(scored, "scores"))
     if REFUSAL in table.column_names:
         raise UserError(table[REFUSAL][0].as_py())

@@ -198,7 +198,7 @@ def _read_all(build: Build, folder: Path) -> "ray.data.Dataset":
         )
     )
     what = f"{num_actors} actors read and tokenise {len(files)} files"
-    with build.notes.naming_deaths(), waiting(what):
+    with build.notes.reporting_deaths(), waiting(what):
         return checked.materialize()
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from madpo_ray.config import Config
 from madpo_ray.models.source import base_model, check_model, model_inputs
 from madpo_ray.stages import pairs
-from madpo_ray.stages.stage import Build, Description, Stage, check_training, train
+from madpo_ray.stages.stage import Build, Description, Stage, check_training, train, training_job
 
 
 def _settings(config: Config) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def make(build: Build) -> dict[str, Any]:
     from madpo_ray.training.job import RewardTask
 
     config = build.config
-    return train(
+    job = training_job(
         build,
         STAGE.name,
         RewardTask(),
@@ -49,6 +49,7 @@ def make(build: Build) -> dict[str, Any]:
         initial=base_model(config.model, config.run),
         rows=pairs.STAGE.rows(config),
     )
+    return train(job, config.cluster)
 
 
 def describe(results: Mapping[str, Any]) -> Description:

@@ -12,7 +12,7 @@ from madpo_ray.config import Config
 from madpo_ray.errors import UserError
 from madpo_ray.models.source import base_model, check_model, model_inputs
 from madpo_ray.stages import pairs
-from madpo_ray.stages.stage import Build, Description, Stage, check_training, train
+from madpo_ray.stages.stage import Build, Description, Stage, check_training, train, training_job
 
 
 def _settings(config: Config) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def make(build: Build) -> dict[str, Any]:
 
     config = build.config
     assert config.sft is not None
-    return train(
+    job = training_job(
         build,
         STAGE.name,
         SFTTask(),
@@ -56,6 +56,7 @@ def make(build: Build) -> dict[str, Any]:
         initial=base_model(config.model, config.run),
         rows=pairs.STAGE.rows(config),
     )
+    return train(job, config.cluster)
 
 
 def describe(results: Mapping[str, Any]) -> Description:

@@ -17,7 +17,7 @@ from madpo_ray.artifacts.manifest import (
 )
 from madpo_ray.artifacts.tables import rows_folder
 from madpo_ray.cluster import connected
-from madpo_ray.config import Config, TrainingConfig
+from madpo_ray.config import ClusterConfig, Config, TrainingConfig
 from madpo_ray.errors import UserError
 from madpo_ray.passes import BatchNotes
 
@@ -54,7 +54,7 @@ class Build:
         return BatchNotes(self.config.run.ray_folder / f"in-progress-{self.fingerprint[:16]}")
 
 
-def _nothing(config: Config) -> None:
+def _no_check(config: Config) -> None:
     """No check."""
 
 
@@ -99,8 +99,8 @@ class Stage:
     content: Callable[[Config], dict[str, Any]] = _empty
     names: Callable[[Config], dict[str, Any]] = _empty
     is_wanted: Callable[[Config], bool] = _always
-    check: Callable[[Config], None] = _nothing
-    check_upstream: Callable[[Config], None] = _nothing
+    check: Callable[[Config], None] = _no_check
+    check_upstream: Callable[[Config], None] = _no_check
     uses_dashboard: bool = False
 
     def inputs(self, config: Config) -> Inputs:
@@ -199,29 +199,16 @@ class Stage:
             )
 
 
-def train(
-    build: Build,
-    stage: str,
-    task: "Task",
-    settings: TrainingConfig,
-    *,
-    initial: Path,
-    rows: Path,
-) -> dict[str, Any]:
+def train(job: "TrainingJob", cluster: ClusterConfig) -> dict[str, Any]:
     """Runs a training on Ray; returns its last, or best, evaluation.
 
-    Writes `model/`, `metrics.jsonl` and `tensorboard/`.
-
-    Args:
-        initial: folder of the model that the training starts from.
-        rows: folder of Parquet files with tokens and the task's columns.
+    Writes `model/`, `metrics.jsonl` and `tensorboard/` into the job's output folder.
     """
     from madpo_ray.training.metrics import METRICS_FILE, read_metrics
     from madpo_ray.training.trainer import train_on_ray
 
-    job = training_job(build, stage, task, settings, initial=initial, rows=rows)
-    outcome = train_on_ray(job, build.config.cluster)
-    return outcome.evaluation(read_metrics(build.folder / METRICS_FILE))
+    outcome = train_on_ray(job, cluster)
+    return outcome.evaluation(read_metrics(job.output / METRICS_FILE))
 
 
 def training_job(
@@ -233,10 +220,14 @@ def training_job(
     initial: Path,
     rows: Path,
 ) -> "TrainingJob":
-    """The job of `train`, without running it."""
+    """The training of a stage, with only the parts of the config that a worker needs.
+
+    Args:
+        initial: folder of the model that the training starts from.
+        rows: folder of Parquet files with tokens and the task's columns.
+    """
     from madpo_ray.training.job import TrainingJob
 
-    # Only the parts of the config that a worker needs.
     config = build.config
     return TrainingJob(
         stage=stage,

@@ -95,15 +95,7 @@ def policy_job(build: Build) -> "TrainingJob":
 
 def make(build: Build) -> dict[str, Any]:
     """Trains the policy; writes `model/` (a LoRA adapter or full weights) and `metrics.jsonl`."""
-    config = build.config
-    return stage.train(
-        build,
-        STAGE.name,
-        policy_task(config),
-        config.train,
-        initial=initial_policy(config),
-        rows=margins.STAGE.rows(config),
-    )
+    return stage.train(policy_job(build), build.config.cluster)
 
 
 def describe(results: Mapping[str, Any]) -> Description:

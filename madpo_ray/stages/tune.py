@@ -190,8 +190,8 @@ def _search(job: "TrainingJob", config: Config) -> "ray.tune.ResultGrid":
     )
     trials = f"{job.name}-*/metrics/{METRICS_FILE}"
     with waiting(
-        "no trial has logged anything; their workers are not placed yet, load the model, or are "
-        "in a long step",
+        "no trial has logged anything; their workers may be waiting for a place, loading the "
+        "model, or in a long step",
         progress=lambda: sum(file.stat().st_size for file in job.storage.glob(trials)),
     ):
         found = tuner.fit()

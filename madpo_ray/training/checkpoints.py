@@ -210,12 +210,6 @@ def newest_checkpoint(run: Path, step: int | None = None) -> tuple[int, Path] | 
     return None
 
 
-def newest_step(run: Path) -> int:
-    """The step of a run's newest complete checkpoint; 0 if there is none."""
-    found = newest_checkpoint(run)
-    return found[0] if found else 0
-
-
 def agreed_checkpoint(run: Path, step: int | None = None) -> Path | None:
     """The folder of `newest_checkpoint` as rank 0 sees it, on every rank. A collective."""
     found = newest_checkpoint(run, step) if dist.get_rank() == 0 else None

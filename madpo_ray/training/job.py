@@ -113,7 +113,10 @@ class TrainingJob:
         return self.checkpoints / "stop"
 
     def is_asked_to_stop(self) -> bool:
-        return self.stop_file.exists() and bool(self.stop_file.read_bytes())
+        try:
+            return bool(self.stop_file.read_bytes())
+        except FileNotFoundError:
+            return False
 
     def may_share_prefix(self) -> bool:
         """Whether a pair may be one row [prompt | chosen | rejected]; ranks find out at load."""

@@ -6,7 +6,6 @@ import shutil
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import ray.data
@@ -15,7 +14,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from madpo_ray.config import ClusterConfig
 from madpo_ray.data.order import Order
-from madpo_ray.disk import find_disk_error
+from madpo_ray.disk import explain_disk_error, find_disk_error
 from madpo_ray.errors import ExitCode, Stopped, UserError
 from madpo_ray.models.loading import check_weights
 from madpo_ray.models.trainable import check_trainable
@@ -26,7 +25,6 @@ from madpo_ray.training.bar import training_bar
 from madpo_ray.training.checkpoints import (
     CheckpointWriteError,
     newest_checkpoint,
-    newest_step,
     warn_of_versions,
 )
 from madpo_ray.training.feed import micro_batch_dataset
@@ -68,7 +66,7 @@ def _train_on_worker(spec: dict[str, TrainingJob]) -> Outcome:
 
 
 def train_on_ray(
-    job: TrainingJob, cluster: ClusterConfig, callbacks: Sequence[Any] = ()
+    job: TrainingJob, cluster: ClusterConfig, callbacks: Sequence[ray.train.UserCallback] = ()
 ) -> Outcome:
     """Runs a job to its end. A job of the same name resumes from its newest checkpoint.
 
@@ -81,7 +79,7 @@ def train_on_ray(
         Stopped: SIGTERM or the deadline came and the job has saved; a loss or gradient is not
             finite; a disk is full or broken; or the workers were not placed in time.
         ray.train.TrainingFailedError: the workers failed more than cluster.max_failures times
-            without a new checkpoint, or with the same error twice at one.
+            without a new checkpoint, or twice with the same error at the same checkpoint.
     """
     # Fail before any worker starts.
     check_trainable(job.base_folder, job.model, job.settings, task_type=job.task.task_type)
@@ -107,7 +105,7 @@ def train_on_ray(
     saved = f"saved at step {outcome.step} of {order.total_steps}; the same command resumes there"
     if outcome.notice is Notice.OUT_OF_TIME:
         raise Stopped(f"run.max_wall_time is over: {saved}", ExitCode.OUT_OF_TIME)
-    # The workers may have been too late to notice; and someone else may have asked them.
+    # The signal may have come too late for the workers, or someone else may have asked them.
     if terminated.is_set() or outcome.notice is Notice.TERMINATED:
         raise Stopped(f"received SIGTERM: {saved}", ExitCode.TERMINATED)
     if job.export:
@@ -125,8 +123,8 @@ def _ask_to_stop(job: TrainingJob) -> None:
 def _describe_wait(job: TrainingJob, cluster: ClusterConfig) -> str:
     return (
         f"{job.stage} has logged nothing; its {cluster.num_workers} workers of "
-        f"{cluster.worker_description} are not placed yet (`ray status` shows what is free), load "
-        "the model, or are in a long step"
+        f"{cluster.worker_description} may be waiting for a place (`ray status` shows what is "
+        "free), loading the model, or in a long step"
     )
 
 
@@ -138,7 +136,7 @@ def _fit(
     job: TrainingJob,
     cluster: ClusterConfig,
     order: Order,
-    callbacks: Sequence[Any],
+    callbacks: Sequence[ray.train.UserCallback],
     terminated: threading.Event,
 ) -> Outcome:
     """Runs the workers, again after a failure that may not come again."""
@@ -147,24 +145,25 @@ def _fit(
     os.environ[COLLECTIVE_TIMEOUT] = str(cluster.collective_timeout_s)
     notes = BatchNotes(job.checkpoints / "in-progress")
     restarts = Restarts(cluster.max_failures)
+    newest = newest_checkpoint(job.checkpoints)  # here, so that its warnings are seen
+    if newest is not None:
+        warn_of_versions(newest[1])
     while True:
-        newest = newest_checkpoint(job.checkpoints)  # here, so that its warnings are seen
-        if newest is not None:
-            warn_of_versions(newest[1])
-        trainer = _trainer(job, cluster, order, callbacks, newest[0] if newest else 0, notes)
+        trainer = _make_trainer(job, cluster, order, callbacks, newest[0] if newest else 0, notes)
         try:
-            with notes.naming_deaths():
+            with notes.reporting_deaths():
                 outcome = trainer.fit().return_value
         except ray.train.TrainingFailedError as error:
             if terminated.is_set():
                 message = "received SIGTERM, and the workers failed: the same command resumes"
                 raise Stopped(message, ExitCode.TERMINATED) from error
-            _end_if_certain(error, cluster)
-            if _is_preemption(error):
+            end_if_certain(error, cluster, job.checkpoints)
+            newest = newest_checkpoint(job.checkpoints)
+            if is_preemption(error):
                 logger.warning("a node was preempted: starting the workers again")
                 continue
-            cause, is_deterministic = _cause(error)
-            step = newest_step(job.checkpoints)
+            cause, is_deterministic = failure_cause(error)
+            step = newest[0] if newest else 0
             if not restarts.record_failure(cause, step, is_deterministic=is_deterministic):
                 raise
             continue
@@ -181,15 +180,21 @@ def _failures(error: ray.train.TrainingFailedError) -> list[BaseException]:
     return [error]
 
 
-def _end_if_certain(error: ray.train.TrainingFailedError, cluster: ClusterConfig) -> None:
-    """Raises UserError or Stopped for a failure that a restart cannot change."""
+def end_if_certain(
+    error: ray.train.TrainingFailedError, cluster: ClusterConfig, folder: Path
+) -> None:
+    """Raises UserError or Stopped for a failure that a restart cannot change.
+
+    Args:
+        folder: of the run, whose free space is named if a disk is full.
+    """
     for failure in _failures(error):
         if isinstance(failure, UserError):
             raise UserError(str(failure)) from error
         if isinstance(failure, CheckpointWriteError | NonFiniteError):
             raise Stopped(str(failure), ExitCode.FAILED) from error
         if (broken := find_disk_error(failure)) is not None:
-            raise broken
+            raise Stopped(explain_disk_error(broken, folder), ExitCode.FAILED) from error
         if type(failure).__name__ == "WorkerGroupStartupTimeoutError":  # not public
             raise Stopped(
                 f"the {cluster.num_workers} workers were not placed within "
@@ -199,7 +204,7 @@ def _end_if_certain(error: ray.train.TrainingFailedError, cluster: ClusterConfig
             ) from error
 
 
-def _is_preemption(error: ray.train.TrainingFailedError) -> bool:
+def is_preemption(error: ray.train.TrainingFailedError) -> bool:
     """Whether a node was taken away, announced or not."""
     if isinstance(error, ray.train.PreemptionError):
         return True
@@ -208,8 +213,8 @@ def _is_preemption(error: ray.train.TrainingFailedError) -> bool:
     return any(getattr(death, "preempted", False) for death in deaths)
 
 
-def _cause(error: ray.train.TrainingFailedError) -> tuple[str, bool]:
-    """In one line why the workers failed, and whether the same would come again.
+def failure_cause(error: ray.train.TrainingFailedError) -> tuple[str, bool]:
+    """One line with the reason why the workers failed, and whether it is likely to repeat.
 
     If a process was lost, that is the cause: the other ranks fail because it does not answer.
     """
@@ -220,11 +225,11 @@ def _cause(error: ray.train.TrainingFailedError) -> tuple[str, bool]:
     return f"{type(cause).__name__}: {first_line}", not lost
 
 
-def _trainer(
+def _make_trainer(
     job: TrainingJob,
     cluster: ClusterConfig,
     order: Order,
-    callbacks: Sequence[Any],
+    callbacks: Sequence[ray.train.UserCallback],
     start_step: int,
     notes: BatchNotes,
 ) -> TorchTrainer:

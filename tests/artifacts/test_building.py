@@ -49,7 +49,7 @@ def test_one_result_survives_every_fault(
             build(folder, NEW)
         assert is_finished(folder, NEW)
         assert content(folder) == ["1 0", "1 1", "1 2"]
-        build(folder, OLD)  # what the fault left is in nobody's way
+        build(folder, OLD)  # what the fault left behind does not matter
         assert [path.name for path in root.iterdir()] == ["pairs"]
     assert number > 8
     place = "result in place of an old one" if has_old else "first result"
@@ -100,7 +100,7 @@ def test_folder_may_be_a_link(tmp_path: Path) -> None:
     assert [path.name for path in folder.parent.iterdir()] == ["pairs"]
 
 
-def test_undeletable_old_result_is_in_nobodys_way(
+def test_undeletable_old_result_is_tolerated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As on NFS, which keeps files that are open somewhere."""

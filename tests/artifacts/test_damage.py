@@ -1,13 +1,15 @@
 """Files of a run that are damaged while no command runs."""
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from madpo_ray.artifacts.building import building
-from madpo_ray.artifacts.lock import LEASE, locked
+from madpo_ray.artifacts.lock import LEASE, Holder, locked
 from madpo_ray.artifacts.manifest import Inputs, damage, is_finished
-from support.faults import DAMAGES, Record
+from support.faults import DAMAGES, FILE_DAMAGES, Record
 
 INPUTS = Inputs("pairs")
 # What only `madpo-ray verify` finds: sizes are compared at each start, hashes are not.
@@ -46,16 +48,20 @@ def test_damage_of_the_same_size_is_found_by_hash(tmp_path: Path, record: Record
         build(folder)
         change(folder / "data" / "part.txt")
         assert len(damage(folder, compare_hashes=True)) == 1
-    record("finished result, data/part.txt", "two of the same size", 2, "found by `verify`")
+    record(
+        "finished result, data/part.txt",
+        f"{len(SAME_SIZE)} of the same size",
+        len(SAME_SIZE),
+        "found by `verify`",
+    )
 
 
-def test_damaged_lease_is_in_nobodys_way(tmp_path: Path, record: Record) -> None:
-    damages = {name: change for name, change in DAMAGES.items() if name != "a folder"}
-    for change in damages.values():
-        (tmp_path / LEASE).write_text(
-            '{"host": "a", "pid": 1, "boot": "", "token": "", "stage": ""}'
-        )
+def test_damaged_lease_is_ignored(tmp_path: Path, record: Record) -> None:
+    holder = json.dumps(asdict(Holder("a", 1, "", "", "")))
+    for change in FILE_DAMAGES.values():
+        (tmp_path / LEASE).write_text(holder)
         change(tmp_path / LEASE)
         with locked(tmp_path, "pairs", lease_s=0.1):
             pass
-    record(LEASE, "nine kinds of damage", len(damages), "the next command starts")
+    kinds = f"{len(FILE_DAMAGES)} kinds of damage"
+    record(LEASE, kinds, len(FILE_DAMAGES), "the next command starts")

@@ -83,10 +83,10 @@ def test_abandoned_lease_is_taken_over(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("without_locks")
-def test_of_two_that_start_at_once_the_later_stays(
+def test_simultaneous_start_keeps_the_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both found no lease."""
+    """Without locks, and when neither found a lease."""
     other = Holder("other", 7, "boot", "token", "pairs")
     monkeypatch.setattr(time, "sleep", lambda seconds: write_lease(tmp_path, other))
     with (
@@ -98,7 +98,7 @@ def test_of_two_that_start_at_once_the_later_stays(
 
 
 def test_lease_of_another_machine_is_watched(tmp_path: Path) -> None:
-    """Locks may be of each machine for itself; the lease of this one needs no wait."""
+    """Locks may hold per machine only; a lease of this machine needs no wait."""
     said: list[str] = []
     abandoned = Holder.of_this_process("reward")
     write_lease(tmp_path, abandoned)

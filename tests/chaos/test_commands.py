@@ -1,10 +1,12 @@
 """Commands whose driver is killed at its file operations, on a Ray that lives on."""
 
+import contextlib
 import multiprocessing
 import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -36,7 +38,9 @@ BIN = Path(sys.executable).parent
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     """A Ray that no command starts or ends."""
-    port = random.Random().randint(20000, 30000)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     start = [BIN / "ray", "start", "--head", "--num-cpus=8", f"--port={port}", "--block"]
     start += ["--node-ip-address=127.0.0.1", "--include-dashboard=false"]
     process = subprocess.Popen(
@@ -46,11 +50,14 @@ def address() -> Iterator[str]:
         start_new_session=True,
     )
     status = [BIN / "ray", "status", f"--address=127.0.0.1:{port}"]
-    while subprocess.run(status, capture_output=True, check=False).returncode:
-        assert process.poll() is None
-    yield f"127.0.0.1:{port}"
-    os.killpg(process.pid, signal.SIGTERM)
-    process.wait()
+    try:
+        while subprocess.run(status, capture_output=True, check=False).returncode:
+            assert process.poll() is None, "ray did not start"
+        yield f"127.0.0.1:{port}"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
 
 
 def run_in_this_process(raw: dict[str, Any], stage: str, number: int | None) -> None:
@@ -98,7 +105,7 @@ def finished(
     return config
 
 
-def before(stage: Stage, finished: Config, storage: Path) -> Config:
+def copy_before(stage: Stage, finished: Config, storage: Path) -> Config:
     """A copy of the run as it was before a stage ran."""
     raw = finished.model_dump(mode="json")
     raw["run"]["storage_path"] = str(storage)
@@ -135,7 +142,7 @@ def test_driver_is_killed(stage: Stage, finished: Config, tmp_path: Path, record
     count = 0
     number = 1
     while count < MAX_FAULTS:
-        config = before(stage, finished, tmp_path / str(number))
+        config = copy_before(stage, finished, tmp_path / str(number))
         raw = config.model_dump(mode="json")
         if run(raw, stage, number) == 0:
             break
@@ -152,7 +159,7 @@ def test_second_command_at_random_moments(finished: Config, tmp_path: Path, reco
     """It is refused as long as the first runs."""
     rng = random.Random(0)
     count = 0
-    config = before(reward.STAGE, finished, tmp_path)
+    config = copy_before(reward.STAGE, finished, tmp_path)
     raw = config.model_dump(mode="json")
     process = start(raw, reward.STAGE)
     while not (config.run.folder / ".lease.json").exists():
@@ -180,7 +187,7 @@ def test_run_moves_between_kill_and_resume(
 ) -> None:
     count = 0
     for stage in (reward.STAGE, train.STAGE):
-        config = before(stage, finished, tmp_path / stage.name)
+        config = copy_before(stage, finished, tmp_path / stage.name)
         raw = config.model_dump(mode="json")
         process = start(raw, stage)
         while not list(config.run.folder.glob("ray/*/checkpoint_*")) and process.is_alive():

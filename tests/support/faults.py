@@ -19,6 +19,7 @@ EVENTS = {
     "os.truncate": 1,
     "os.symlink": 2,
 }
+SURVIVED = 3  # exit code of a process that ended although an operation had failed
 # Adds a row to the table of faults: where, which fault, how many, and how each ended.
 Record = Callable[[str, str, int, str], None]
 ROWS: list[tuple[str, str, int, str]] = []
@@ -84,17 +85,20 @@ def _break_torch_save(root: Path, fail: Callable[[str], None]) -> None:
 
 
 def run_with_fault(work: Callable[[], None], root: Path, number: int, kind: str) -> bool:
-    """Does `work` in a forked process that fails at an operation. Whether there was such a one."""
+    """Does `work` in a forked process that fails at an operation.
+
+    Returns whether the operation was reached.
+    """
     child = os.fork()
     if child == 0:
         try:
             with open(os.devnull, "w") as null:
                 os.dup2(null.fileno(), 2)
-            arm(root, number, kind)
+            has_failed = arm(root, number, kind)
             work()
         except BaseException:
             os._exit(1)
-        os._exit(0)
+        os._exit(SURVIVED if has_failed() else 0)
     _, status = os.waitpid(child, 0)
     return os.waitstatus_to_exitcode(status) != 0
 
@@ -146,3 +150,5 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
     "a folder": _folder,
     "a dangling link": _dangling,
 }
+# Those that leave a file, or nothing.
+FILE_DAMAGES = {name: change for name, change in DAMAGES.items() if name != "a folder"}

@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
+from madpo_ray.errors import UserError
 from madpo_ray.training.job import TrainingJob
 from madpo_ray.training.metrics import read_metrics
-from madpo_ray.training.rank import Outcome
+from madpo_ray.training.rank import Outcome, run_rank
+from madpo_ray.training.sites import LocalSite, join_ranks
 
 MakeJob = Callable[..., TrainingJob]
 TrainOn = Callable[[TrainingJob, int], Outcome]
@@ -36,12 +39,6 @@ THIRTY_STEPS = {"max_steps": 30, "num_train_epochs": 9, "learning_rate": 1e-3}
 
 
 def _be_a_rank(job: TrainingJob, rank: int, world_size: int, store: str, outcomes: Any) -> None:
-    import torch.distributed as dist
-
-    from madpo_ray.errors import UserError
-    from madpo_ray.training.rank import run_rank
-    from madpo_ray.training.sites import LocalSite, join_ranks
-
     join_ranks(rank, world_size, Path(store))
     try:
         outcomes.put(run_rank(job, LocalSite(job)))

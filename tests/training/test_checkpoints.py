@@ -13,7 +13,6 @@ from madpo_ray.artifacts.manifest import library_versions
 from madpo_ray.training.checkpoints import (
     checkpoint_step,
     newest_checkpoint,
-    newest_step,
     prune_checkpoints,
     warn_of_versions,
 )
@@ -129,10 +128,12 @@ def test_unreadable_checkpoint_is_skipped_and_kept(
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "read_text", fail)
-        assert newest_step(tmp_path) == 3
+        found = newest_checkpoint(tmp_path)
+        assert found is not None
+        assert found[0] == 3
         prune_checkpoints(tmp_path, Progress(3), limit=1)
         prune_checkpoints(tmp_path, Progress(9, best_step=6), limit=1)
-    assert newest_step(tmp_path) == 6
+    assert newest_checkpoint(tmp_path) == (6, newest)
 
 
 def test_other_libraries_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,6 +1,7 @@
 """What a training makes of Ray Train's errors."""
 
 import errno
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,8 +13,9 @@ from madpo_ray.config import ClusterConfig
 from madpo_ray.errors import ExitCode, Stopped, UserError
 from madpo_ray.training.checkpoints import CheckpointWriteError
 from madpo_ray.training.protocols import NonFiniteError
-from madpo_ray.training.trainer import _cause, _end_if_certain, _is_preemption
+from madpo_ray.training.trainer import end_if_certain, failure_cause, is_preemption
 
+FOLDER = Path("/tmp")
 LOST: Any = ray.exceptions.ActorDiedError()
 BROKEN = ValueError("a shape\nin two lines")
 
@@ -24,12 +26,12 @@ def of_ranks(**failures: Exception) -> ray.train.WorkerGroupError:
 
 
 def test_error_of_code_would_come_again() -> None:
-    assert _cause(of_ranks(r0=BROKEN, r1=BROKEN)) == ("ValueError: a shape", True)
+    assert failure_cause(of_ranks(r0=BROKEN, r1=BROKEN)) == ("ValueError: a shape", True)
 
 
-def test_lost_worker_is_the_cause() -> None:
+def test_lost_worker_is_thefailure_cause() -> None:
     """Whatever the other ranks raise because it does not answer."""
-    cause, is_deterministic = _cause(of_ranks(r0=BROKEN, r1=LOST))
+    cause, is_deterministic = failure_cause(of_ranks(r0=BROKEN, r1=LOST))
     assert cause.startswith("ActorDiedError: ")
     assert not is_deterministic
 
@@ -37,24 +39,24 @@ def test_lost_worker_is_the_cause() -> None:
 def test_full_disk_is_not_tried_again() -> None:
     error = of_ranks(r0=RuntimeError("a rank was lost"), r1=CheckpointWriteError("no space in /a"))
     with pytest.raises(Stopped) as caught:
-        _end_if_certain(error, ClusterConfig())
+        end_if_certain(error, ClusterConfig(), FOLDER)
     assert caught.value.message == "no space in /a"
     assert caught.value.exit_code is ExitCode.FAILED
-    _end_if_certain(of_ranks(r0=BROKEN), ClusterConfig())
+    end_if_certain(of_ranks(r0=BROKEN), ClusterConfig(), FOLDER)
 
 
 def test_full_disk_outside_of_a_checkpoint_is_found() -> None:
     error = of_ranks(r0=OSError(errno.ENOSPC, "No space left on device", "/a/metrics.jsonl"))
-    with pytest.raises(OSError, match="No space left"):
-        _end_if_certain(error, ClusterConfig())
+    with pytest.raises(Stopped, match=r"metrics\.jsonl cannot be read or written: No space left"):
+        end_if_certain(error, ClusterConfig(), FOLDER)
 
 
 def test_error_for_the_user_reaches_the_user() -> None:
     error = of_ranks(r0=RuntimeError("a rank was lost"), r1=UserError("the model cannot be read"))
     with pytest.raises(UserError, match="the model cannot be read"):
-        _end_if_certain(error, ClusterConfig())
+        end_if_certain(error, ClusterConfig(), FOLDER)
     with pytest.raises(Stopped, match="the loss is NaN"):
-        _end_if_certain(of_ranks(r0=NonFiniteError("the loss is NaN")), ClusterConfig())
+        end_if_certain(of_ranks(r0=NonFiniteError("the loss is NaN")), ClusterConfig(), FOLDER)
 
 
 def test_preemption_is_no_failure() -> None:
@@ -62,10 +64,10 @@ def test_preemption_is_no_failure() -> None:
     from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
     preempted = ray.exceptions.RayActorError(preempted=True)
-    assert _is_preemption(of_ranks(r0=WorkerHealthCheckFailedError("lost", preempted)))
-    assert not _is_preemption(of_ranks(r0=WorkerHealthCheckFailedError("lost", LOST)))
+    assert is_preemption(of_ranks(r0=WorkerHealthCheckFailedError("lost", preempted)))
+    assert not is_preemption(of_ranks(r0=WorkerHealthCheckFailedError("lost", LOST)))
     info: Any = SimpleNamespace(preempted_ranks=[0])
-    assert _is_preemption(ray.train.PreemptionError(info))
+    assert is_preemption(ray.train.PreemptionError(info))
 
 
 def test_workers_without_a_place_end_with_the_time() -> None:
@@ -73,4 +75,4 @@ def test_workers_without_a_place_end_with_the_time() -> None:
 
     error = ray.train.ControllerError(WorkerGroupStartupTimeoutError(2))
     with pytest.raises(Stopped, match="the 3 workers were not placed within"):
-        _end_if_certain(error, ClusterConfig(num_workers=3))
+        end_if_certain(error, ClusterConfig(num_workers=3), FOLDER)
