@@ -71,7 +71,7 @@ def test_verify_runs(finished_run: tuple[Config, list[str]]) -> None:
     command = [program, "verify", str(finished_run[0].run.folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "pairs: as written\n" in done.stdout
+    assert "pairs: intact\n" in done.stdout
 
 
 def test_every_command_is_covered() -> None:
