@@ -79,7 +79,7 @@ def _add_command(
 
 @contextlib.contextmanager
 def exit_codes() -> Iterator[None]:
-    """Prints what is for the user, without a traceback, and exits with the code that belongs to it.
+    """Turns what ends a command into a message without a traceback, and into its exit code.
 
     Also sets up logging: warnings of libraries, and what this package reports.
     """
@@ -93,8 +93,12 @@ def exit_codes() -> Iterator[None]:
         _print_error(f"error: {error}", style="bold red")
         raise SystemExit(ExitCode.USER_ERROR) from None
     except Stopped as stopped:
-        _print_error(stopped.message)
+        is_error = stopped.exit_code is ExitCode.FAILED
+        _print_error(f"error: {stopped.message}" if is_error else stopped.message)
         raise SystemExit(stopped.exit_code) from None
+    except KeyboardInterrupt:
+        _print_error("interrupted: the same command resumes")
+        raise SystemExit(ExitCode.INTERRUPTED) from None
 
 
 def print_plan(config: Config, stages: list[Stage]) -> None:

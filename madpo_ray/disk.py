@@ -2,12 +2,15 @@
 
 import contextlib
 import errno
+import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from madpo_ray.errors import ExitCode, Stopped, UserError
 
+RUST_ERROR = re.compile(r"\(os error (\d+)\)")
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE}
 
 
@@ -22,9 +25,21 @@ def find_disk_error(error: BaseException) -> OSError | None:
         seen.add(id(found))
         if isinstance(found, OSError) and found.errno in DISK_ERRORS:
             return found
+        # safetensors and tokenizers are written in Rust; their errors are text.
+        if (match := RUST_ERROR.search(str(found))) and int(match[1]) in DISK_ERRORS:
+            return OSError(int(match[1]), os.strerror(int(match[1])))
         # `cause`: Ray's errors of tasks and actors.
         todo += [found.__cause__, found.__context__, getattr(found, "cause", None)]
     return None
+
+
+def find_write_error(error: BaseException) -> OSError | None:
+    """`find_disk_error`, for what torch's own writer may have raised, too."""
+    found = find_disk_error(error)
+    if found is None and "inline_container" in str(error):
+        # It names neither file nor reason; the free space that is reported shows which it was.
+        return OSError(errno.EIO, "torch could not write the file")
+    return found
 
 
 @contextlib.contextmanager
@@ -49,8 +64,13 @@ def explain_disk_error(error: OSError, folder: Path) -> str:
     """What happened, where, and how much space is left there."""
     where = error.filename or folder
     try:
-        free = f"; {shutil.disk_usage(folder).free / 2**30:.2f} GiB are free in {folder}"
+        free = f"; {in_units(shutil.disk_usage(folder).free)} are free in {folder}"
     except OSError:
         free = ""
     reason = error.strerror or str(error)
     return f"{where} cannot be read or written: {reason}{free}. The same command resumes"
+
+
+def in_units(num_bytes: int) -> str:
+    """A number of bytes for a message: in GiB, or in MiB if there are few."""
+    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"

@@ -19,6 +19,7 @@ class ExitCode(enum.IntEnum):
     FAILED = 1
     USER_ERROR = 2
     OUT_OF_TIME = 75  # EX_TEMPFAIL of sysexits.h: saved; the same command resumes
+    INTERRUPTED = 130  # 128 + SIGINT, as shells say; the same command resumes
     TERMINATED = 143  # 128 + SIGTERM: saved; the same command resumes
 
 

@@ -79,8 +79,10 @@ def run_all(config: Config, *, say: Say, deadline: float | None = None) -> None:
     check(config, stages)
     folder = config.run.folder
     config_file = folder / "config.yaml"
-    if not pending(config) and _holds(config_file, config):
-        say(f"nothing to do: every stage in {folder} is done for this config")
+    nothing_to_do = f"nothing to do: every stage in {folder} is done for this config"
+    has_leftovers = any(stage.has_leftovers(config) for stage in stages)
+    if not has_leftovers and not pending(config) and _holds(config_file, config):
+        say(nothing_to_do)
         return
 
     with stopping_on_disk_errors(folder), locked(folder, "run", say=say):
@@ -91,6 +93,9 @@ def run_all(config: Config, *, say: Say, deadline: float | None = None) -> None:
         for stage in todo:
             explain_redo(config, stage, say)
         save_config(config, config_file)
+        if not todo:
+            say(nothing_to_do)
+            return
 
         with connected(config.cluster):
             for stage in stages:
@@ -104,7 +109,7 @@ def run_all(config: Config, *, say: Say, deadline: float | None = None) -> None:
 def run_stage(config: Config, stage: Stage, *, say: Say, deadline: float | None = None) -> None:
     """Runs one stage, unless its result is there for this config. Raises as `run_all` does."""
     check(config, [stage])
-    if _report_if_done(config, stage, say):
+    if not stage.has_leftovers(config) and _report_if_done(config, stage, say):
         return
     folder = config.run.folder
     with stopping_on_disk_errors(folder), locked(folder, stage.name, say=say):
@@ -117,7 +122,10 @@ def run_stage(config: Config, stage: Stage, *, say: Say, deadline: float | None 
 
 def _holds(file: Path, config: Config) -> bool:
     """Whether a file holds this config."""
-    return file.exists() and file.read_text(encoding="utf-8") == dump_config(config)
+    try:
+        return file.read_text(encoding="utf-8") == dump_config(config)
+    except (OSError, ValueError):  # missing or damaged
+        return False
 
 
 def _report_if_done(config: Config, stage: Stage, say: Say) -> bool:
@@ -134,18 +142,22 @@ def verify(run: Path, *, say: Say) -> None:
         UserError: the folder has no result.
         Stopped: a file is missing or differs. The lines printed before name each one.
     """
-    folders = [
-        path.parent for path in sorted(run.rglob(MANIFEST)) if _is_in_place(path.parent, run)
-    ]
+    folders = sorted(
+        folder for folder in (*run.glob("*/"), *run.glob("scores/*/")) if _is_result(folder)
+    )
     if not folders:
         raise UserError(f"{run} has no finished stage: give the folder storage_path/name of a run")
 
     num_damaged = 0
     for folder in folders:
-        if read_manifest(folder) is None:
-            lost = [f"{MANIFEST} cannot be read"]
+        manifest = read_manifest(folder)
+        if manifest is None:
+            lost = [f"{MANIFEST} is missing or cannot be read"]
         else:
             lost = damage(folder, compare_hashes=True)
+            upstream = manifest["inputs"].get("upstream", {})
+            missing = [name for name in upstream if not (run / name).is_dir()]
+            lost += [f"{name}, which it was made from, is missing" for name in missing]
         say(f"{folder.relative_to(run)}: {'; '.join(lost) or 'intact'}")
         num_damaged += len(lost)
     if num_damaged:
@@ -157,10 +169,12 @@ def verify(run: Path, *, say: Say) -> None:
         )
 
 
-def _is_in_place(folder: Path, run: Path) -> bool:
-    """Whether a folder is a result's, and not one that is being built or deleted."""
-    names = folder.relative_to(run).parts
-    return not any(name.startswith(".") or name.endswith((".partial", ".old")) for name in names)
+def _is_result(folder: Path) -> bool:
+    """Whether a folder has, or should have, a manifest, and is not being built or deleted."""
+    name = folder.name
+    if name.startswith(".") or name.endswith((".partial", ".old")):
+        return False
+    return (folder / MANIFEST).exists() or name in {stage.name for stage in STAGES}
 
 
 def explain_redo(config: Config, stage: Stage, say: Say) -> None:

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from madpo_ray import pipeline
-from madpo_ray.cli import app
+from madpo_ray.cli import app, exit_codes
 from madpo_ray.config import Config
+from madpo_ray.errors import ExitCode, Stopped, UserError
 from support.pairs import Edit, write_jsonl
 
 runner = CliRunner()
@@ -268,3 +269,21 @@ def test_installed_command() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: config file /none.yaml does not exist\n"
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "message"),
+    [
+        (UserError("wrong"), 2, "error: wrong\n"),
+        (Stopped("broken", ExitCode.FAILED), 1, "error: broken\n"),
+        (Stopped("saved", ExitCode.TERMINATED), 143, "saved\n"),
+        (KeyboardInterrupt(), 130, "interrupted: the same command resumes\n"),
+    ],
+)
+def test_ends_with_one_message_and_a_code(
+    raised: BaseException, code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught, exit_codes():
+        raise raised
+    assert caught.value.code == code
+    assert capsys.readouterr().err == message

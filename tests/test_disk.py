@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from madpo_ray.disk import find_disk_error, stopping_on_disk_errors
+from madpo_ray.disk import find_disk_error, find_write_error, in_units, stopping_on_disk_errors
 from madpo_ray.errors import ExitCode, Stopped, UserError
 
 
@@ -17,7 +17,7 @@ def test_full_disk_ends_with_one_message(tmp_path: Path) -> None:
         raise failed
     assert caught.value.exit_code is ExitCode.FAILED
     assert caught.value.message.startswith("/data/a cannot be read or written: No space left on")
-    assert f"GiB are free in {tmp_path}. The same command resumes" in caught.value.message
+    assert f"are free in {tmp_path}. The same command resumes" in caught.value.message
 
 
 def test_other_errors_pass(tmp_path: Path) -> None:
@@ -25,3 +25,28 @@ def test_other_errors_pass(tmp_path: Path) -> None:
         assert find_disk_error(error) is None
         with pytest.raises(type(error)), stopping_on_disk_errors(tmp_path):
             raise error
+
+
+def test_full_disk_is_found_in_the_text_of_rusts_errors(tmp_path: Path) -> None:
+    """As safetensors and tokenizers raise it, also through a Ray task."""
+    error = RuntimeError("a task failed")
+    error.__cause__ = Exception("Error while serializing: No space left on device (os error 28)")
+    found = find_disk_error(error)
+    assert found is not None
+    assert found.errno == errno.ENOSPC
+    assert find_disk_error(Exception("No such file or directory (os error 2)")) is None
+
+
+def test_torchs_write_error_is_one() -> None:
+    """Where something was being written: a torn file that is read raises the same."""
+    error = RuntimeError("[enforce fail at inline_container.cc:672] unexpected pos 64 vs 0")
+    assert find_disk_error(error) is None
+    found = find_write_error(error)
+    assert found is not None
+    assert found.errno == errno.EIO
+    assert find_write_error(RuntimeError("shapes differ")) is None
+
+
+def test_sizes_are_readable() -> None:
+    assert in_units(200 * 2**10) == "0.2 MiB"
+    assert in_units(3 * 2**30) == "3.0 GiB"

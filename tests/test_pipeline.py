@@ -158,6 +158,45 @@ def test_verify_reads_every_file(finished_run: Run, tmp_path: Path) -> None:
         pipeline.verify(tmp_path / "nothing", say=ignore)
 
 
+def test_verify_follows_links(finished_run: Run, tmp_path: Path) -> None:
+    """A stage may be on another disk. One that lost its manifest, or is missing, is named."""
+    config, _ = finished_run
+    run = tmp_path / "run"
+    shutil.copytree(config.run.folder, run)
+    (run / "train").rename(tmp_path / "train")
+    (run / "train").symlink_to(tmp_path / "train")
+    (tmp_path / "train" / "metrics.jsonl").write_text("")
+    (run / "pairs" / "manifest.json").unlink()
+    shutil.rmtree(run / "reward")
+    printed: list[Any] = []
+    with pytest.raises(Stopped, match="files that differ from their manifests: 4"):
+        pipeline.verify(run, say=printed.append)
+    assert "pairs: manifest.json is missing or cannot be read" in printed
+    assert any(line.startswith("train: metrics.jsonl has 0 bytes") for line in printed)
+    assert "margins: reward, which it was made from, is missing" in printed
+
+
+def test_leftovers_of_a_kill_are_deleted(finished_run: Run, tmp_path: Path) -> None:
+    """Also if every stage is finished, and the saved config is damaged."""
+    config, _ = finished_run
+    shutil.copytree(config.run.folder, tmp_path / config.run.name)
+    raw = config.model_dump(mode="json")
+    raw["run"]["storage_path"] = str(tmp_path)
+    config = parse_config(raw)
+    old = train.STAGE.folder(config).with_name("train.old")
+    shutil.copytree(train.STAGE.folder(config), old)
+    checkpoint = next(config.run.ray_folder.glob("train-*")) / "checkpoint_00000001"
+    checkpoint.mkdir()
+    config_file = config.run.folder / "config.yaml"
+    config_file.write_bytes(b"\xff")
+    printed: list[str] = []
+    pipeline.run_all(config, say=lambda what: printed.append(str(what)))
+    assert printed[-1].startswith("nothing to do")
+    assert not old.exists()
+    assert not checkpoint.exists()
+    assert load_config(config_file) == config
+
+
 def test_another_command_is_refused(finished_run: Run, tmp_path: Path) -> None:
     """Of another stage, too: it names who writes the run."""
     config, _ = finished_run

@@ -21,6 +21,9 @@ from madpo_ray.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+# Stages, trainings and checkpoints of a run.
+CHECKED_FOLDERS = ("*/", "ray/*/", "ray/*/checkpoint_*/")
+
 
 @contextlib.contextmanager
 def building(
@@ -73,18 +76,30 @@ def recover(folder: Path, inputs: Inputs) -> None:
         old.rename(place)
     if read_manifest(place) is not None:
         discard(old)
+    if is_finished(place, inputs):
+        discard(partial)
+
+
+def has_leftovers(folder: Path) -> bool:
+    """Whether a kill left something next to an artifact that `recover` finishes or deletes."""
+    place = _place(folder)
+    names = (_partial(place), _old(place))
+    return any(os.path.lexists(name) for name in names) or any(_trash_in(place.parent))
 
 
 def discard(path: Path) -> None:
-    """Frees a name at once, then deletes the folder that had it, and what earlier calls left.
+    """Frees a name at once, then deletes what had it, and what earlier calls left.
 
     Files that cannot be deleted (NFS keeps those that are open somewhere) stay under another name,
     with a warning, until the next call for any name of the same folder.
     """
-    if path.exists():
+    if os.path.lexists(path):
         path.rename(_unused(path))
-    for trash in path.parent.glob(".*.trash-*"):
+    for trash in _trash_in(path.parent):
         try:
+            if trash.is_symlink() or trash.is_file():  # what a link leads to is not ours
+                trash.unlink()
+                continue
             (trash / MANIFEST).unlink(missing_ok=True)  # so that no part of it looks complete
             shutil.rmtree(trash)
         except OSError as error:
@@ -104,24 +119,28 @@ def check_writable(folder: Path) -> None:
 
 
 def check_trusted(folder: Path) -> None:
-    """Raises UserError if everyone can write the run's folder, or another user owns it.
+    """Raises UserError if everyone can write a folder of the run, or another user owns one.
 
-    Checkpoints there can run code. Write access for the group is allowed.
+    Checkpoints there can run code. Write access for the group is allowed, and root may use the runs
+    of others.
     """
-    if not folder.exists():
-        return
-    status = folder.stat()
-    if status.st_mode & stat.S_IWOTH:
-        raise UserError(
-            f"everyone can write to {folder}, and checkpoints there can run code: run "
-            f"`chmod o-w {folder}`"
-        )
     user = os.geteuid()
-    if user != 0 and status.st_uid not in (0, user):
-        raise UserError(
-            f"{folder} belongs to another user, and checkpoints there can run code: copy the run, "
-            "or set another run.name"
-        )
+    below = [path for pattern in CHECKED_FOLDERS for path in folder.glob(pattern)]
+    for path in (folder, *below):
+        try:
+            status = path.stat()
+        except FileNotFoundError:  # not there yet, or deleted meanwhile
+            continue
+        if status.st_mode & stat.S_IWOTH:
+            raise UserError(
+                f"everyone can write to {path}, and checkpoints there can run code: run "
+                f"`chmod -R o-w {folder}`"
+            )
+        if user != 0 and status.st_uid not in (0, user):
+            raise UserError(
+                f"{path} belongs to another user, and checkpoints there can run code: copy the "
+                "run, or set another run.name"
+            )
 
 
 def _swap(partial: Path, place: Path) -> None:
@@ -150,6 +169,10 @@ def _old(place: Path) -> Path:
 
 def _unused(path: Path) -> Path:
     number = 0
-    while (trash := path.with_name(f".{path.name}.trash-{number}")).exists():
+    while os.path.lexists(trash := path.with_name(f".{path.name}.trash-{number}")):
         number += 1
     return trash
+
+
+def _trash_in(folder: Path) -> list[Path]:
+    return list(folder.glob(".*.trash-*"))

@@ -14,11 +14,16 @@ THREADS = 8
 def hash_file(path: Path) -> str:
     """SHA-256 of a file's content, in hex. Cached per process by size and time of change."""
     stat = path.stat()
-    return _hash_file(path, stat.st_size, stat.st_mtime_ns)
+    return _cached_hash(path, stat.st_size, stat.st_mtime_ns)
 
 
 @functools.cache
-def _hash_file(path: Path, size: int, mtime_ns: int) -> str:
+def _cached_hash(path: Path, size: int, mtime_ns: int) -> str:
+    return read_hash(path)
+
+
+def read_hash(path: Path) -> str:
+    """`hash_file` without the cache: what is on the disk now."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -67,7 +72,7 @@ def _damage(folder: Path, name: str, entry: Mapping[str, Any], *, compare_hash: 
         size = path.stat().st_size
         if size != entry["size"]:
             return f"{name} has {size} bytes instead of {entry['size']}"
-        if compare_hash and hash_file(path) != entry["sha256"]:
+        if compare_hash and read_hash(path) != entry["sha256"]:
             return f"{name} has different content"
     except FileNotFoundError:
         return f"{name} is missing"

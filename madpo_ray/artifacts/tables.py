@@ -9,6 +9,7 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 
 from madpo_ray import columns
+from madpo_ray.artifacts.manifest import read_manifest
 
 
 def rows_folder(artifact: Path) -> Path:
@@ -17,8 +18,16 @@ def rows_folder(artifact: Path) -> Path:
 
 
 def rows_files(rows: Path) -> list[Path]:
-    """The Parquet files of a folder of rows, in the order of the rows."""
-    return sorted(rows.glob("*.parquet"))
+    """The Parquet files of a folder of rows, in the order of the rows.
+
+    Those that the artifact's manifest lists: a copied file next to them is none, and a network file
+    system may show an old listing. All of them as long as the artifact is being built.
+    """
+    manifest = read_manifest(rows.parent)
+    if manifest is None:
+        return sorted(rows.glob("*.parquet"))
+    files = (rows.parent / name for name in manifest["files"])
+    return sorted(file for file in files if file.parent == rows and file.suffix == ".parquet")
 
 
 def read_columns(rows: Path, names: Sequence[str]) -> pa.Table:

@@ -264,7 +264,7 @@ def _check_name(key: str, path: str) -> None:
     if "://" in path:
         raise UserError(f"{key}: {path} is a URI; give a path on every node, or a hub name")
     try:
-        parts = os.fsencode(path).split(b"/")
+        parts = path.encode("utf-8").split(b"/")
     except UnicodeEncodeError:
         parts = [b"\0"]
     if any(len(part) > 255 or b"\0" in part for part in parts):

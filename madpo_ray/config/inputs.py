@@ -11,7 +11,10 @@ from madpo_ray.config.base import Section, Strings, operational
 
 class RunConfig(Section):
     name: str = Field(
-        "madpo", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run's folder"
+        "madpo",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        max_length=200,
+        description="name of the run's folder",
     )
     storage_path: str = Field(
         "runs", description="folder that every node mounts; results go to storage_path/name"

@@ -45,6 +45,7 @@ def check_model(model: ModelConfig) -> None:
             if stream.read(4) != b"GGUF":
                 raise UserError(f"model.model_name_or_path: {path} is not a GGUF file")
         _check_package("gguf", f"{path.name} needs the package gguf: pip install gguf")
+        _check_code(path.parent, model)
     elif path.is_absolute():
         _check_folder(path)
         _check_code(path, model)

@@ -10,7 +10,7 @@ import pyarrow as pa
 import ray.data
 import torch
 
-from madpo_ray.artifacts.tables import read_columns
+from madpo_ray.artifacts.tables import read_columns, rows_files
 from madpo_ray.columns import PAIR_ID
 from madpo_ray.config import ClusterConfig
 from madpo_ray.errors import UserError
@@ -83,7 +83,8 @@ def score_rows(
     """
     names = dict.fromkeys(name for scorer in scorers for name in scorer.reads)
     # partitioning: a folder named key=value is not a column.
-    dataset = ray.data.read_parquet(str(rows), partitioning=None)
+    files = [str(file) for file in rows_files(rows)]
+    dataset = ray.data.read_parquet(files, partitioning=None)
     dataset = dataset.select_columns([PAIR_ID, *names])
     ids = read_columns(rows, [PAIR_ID])[PAIR_ID]
     return _score(dataset, ids, scorers, cluster, batch_size=batch_size, notes=notes)

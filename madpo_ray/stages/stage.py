@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from madpo_ray.artifacts.building import building, discard, recover
+from madpo_ray.artifacts.building import building, discard, has_leftovers, recover
 from madpo_ray.artifacts.lock import RunLock, locked
 from madpo_ray.artifacts.manifest import (
     Inputs,
@@ -150,6 +150,10 @@ class Stage:
             stage.require(config)
         self.check_upstream(config)
 
+    def has_leftovers(self, config: Config) -> bool:
+        """Whether there is something that `recover` would finish or delete."""
+        return has_leftovers(self.folder(config)) or bool(self._unneeded_checkpoints(config))
+
     def recover(self, config: Config) -> None:
         """Finishes what a kill interrupted after the result was made. Needs the run's lock."""
         recover(self.folder(config), self.inputs(config))
@@ -180,12 +184,16 @@ class Stage:
         return results
 
     def _delete_checkpoints(self, config: Config) -> None:
-        """Deletes those of the finished stage, also of other settings and of trials."""
+        for checkpoint in self._unneeded_checkpoints(config):
+            discard(checkpoint)
+
+    def _unneeded_checkpoints(self, config: Config) -> list[Path]:
+        """Those of the finished stage, also of other settings and of trials."""
         if config.run.keep_checkpoints:
-            return
-        for run in config.run.ray_folder.glob(f"{self.name}-*/"):
-            for checkpoint in (*run.glob("checkpoint_*/"), *run.glob(".checkpoint_*.trash-*/")):
-                discard(checkpoint)
+            return []
+        runs = list(config.run.ray_folder.glob(f"{self.name}-*/"))
+        patterns = ("checkpoint_*/", ".checkpoint_*.trash-*/")
+        return [path for run in runs for pattern in patterns for path in run.glob(pattern)]
 
     def _confirm(self, config: Config, inputs: Inputs, lock: RunLock) -> None:
         """Raises UserError if the stage no longer has what it was made from."""

@@ -21,7 +21,7 @@ from madpo_ray.artifacts.building import discard
 from madpo_ray.artifacts.hashes import damaged_files, describe_files
 from madpo_ray.artifacts.manifest import library_versions
 from madpo_ray.atomic import sync, write_json
-from madpo_ray.disk import explain_disk_error, find_disk_error
+from madpo_ray.disk import explain_disk_error, find_write_error, in_units
 from madpo_ray.errors import UserError
 from madpo_ray.training.collectives import broadcast_object, gather_objects
 from madpo_ray.training.engine import DeepSpeedEngine, make_universal
@@ -47,6 +47,7 @@ def save_checkpoint(engine: DeepSpeedEngine, folder: Path, state: Mapping[str, A
     Raises:
         CheckpointWriteError: the disk is full or broken. Names the folder and what is needed.
     """
+    run = folder.parent
     rank = dist.get_rank()
     if rank == 0:
         discard(folder)  # a torn one of the same step
@@ -57,6 +58,7 @@ def save_checkpoint(engine: DeepSpeedEngine, folder: Path, state: Mapping[str, A
         torch.save({**state, **_own_state(engine)}, own_file)
         listing = {
             "step": state["progress"]["step"],
+            "best_step": state["progress"]["best_step"],
             "world_size": dist.get_world_size(),
             "versions": library_versions(),
             "files": describe_files(folder, files),
@@ -65,9 +67,12 @@ def save_checkpoint(engine: DeepSpeedEngine, folder: Path, state: Mapping[str, A
             sync(file)
         write_json(folder / f"rank-{rank}.json", listing)  # the last file, which syncs the folder
     except (OSError, RuntimeError) as error:
-        if not _is_write_error(error):
+        if (broken := find_write_error(error)) is None:
             raise
-        raise CheckpointWriteError(_explain(error, folder, engine.checkpoint_bytes())) from error
+        raise CheckpointWriteError(
+            f"the checkpoint {folder} was not written; this rank's part needs at least "
+            f"{in_units(engine.checkpoint_bytes())}: {explain_disk_error(broken, run)}"
+        ) from error
 
 
 def _own_state(engine: DeepSpeedEngine) -> dict[str, Any]:
@@ -81,20 +86,6 @@ def _own_state(engine: DeepSpeedEngine) -> dict[str, Any]:
     }
 
 
-def _is_write_error(error: BaseException) -> bool:
-    # torch's own writer raises a RuntimeError that names neither file nor reason.
-    return find_disk_error(error) is not None or "inline_container" in str(error)
-
-
-def _explain(error: BaseException, folder: Path, needed_bytes: int) -> str:
-    # torch gives no reason; the free space in the message shows whether it was a full disk.
-    reason = find_disk_error(error) or OSError(errno.EIO, "torch could not write the file")
-    return (
-        f"the checkpoint {folder} was not written; this rank's part needs at least "
-        f"{needed_bytes / 2**30:.3f} GiB: {explain_disk_error(reason, folder.parent)}"
-    )
-
-
 def check_space(engine: DeepSpeedEngine, run: Path) -> None:
     """Raises CheckpointWriteError, on every rank, if the next checkpoint cannot fit."""
     needed = sum(gather_objects(engine.checkpoint_bytes()))
@@ -105,8 +96,8 @@ def check_space(engine: DeepSpeedEngine, run: Path) -> None:
     free = broadcast_object(free)
     if free < needed:
         raise CheckpointWriteError(
-            f"a checkpoint needs at least {needed / 2**30:.3f} GiB, and {free / 2**30:.3f} GiB are "
-            f"free in {run}: make room there, or set run.storage_path. The same command resumes"
+            f"a checkpoint needs at least {in_units(needed)}, and {in_units(free)} are free in "
+            f"{run}: make room there, or set run.storage_path. The same command resumes"
         )
 
 
@@ -197,17 +188,27 @@ def newest_checkpoint(run: Path, step: int | None = None) -> tuple[int, Path] | 
     """Step and folder of a run's newest complete checkpoint, or None.
 
     Only that step's, if one is given. A newer one that is torn, cannot be read or was changed after
-    it was written is skipped with a warning.
+    it was written is skipped with a warning, and so is one whose best step is lost.
     """
     claims = {path: _claimed_step(path) for path in checkpoint_folders(run)}
     if step is not None:
         claims = {path: claim for path, claim in claims.items() if claim == step}
     for candidate in sorted(claims, key=lambda path: claims[path], reverse=True):
         found = checkpoint_step(candidate)
-        if found is not None:
+        if found is None:
+            logger.warning("checkpoint %s is torn, was changed or cannot be read", candidate)
+        elif step is None and not _has_best(run, candidate):
+            logger.warning("the best step's checkpoint is lost, so %s is of no use", candidate)
+        else:
             return found, candidate
-        logger.warning("checkpoint %s is torn, was changed or cannot be read", candidate)
     return None
+
+
+def _has_best(run: Path, candidate: Path) -> bool:
+    """Whether the step whose weights would be exported now is complete, too."""
+    listing = _listing(candidate, 0)
+    best = listing["best_step"]
+    return best in (0, listing["step"]) or newest_checkpoint(run, best) is not None
 
 
 def agreed_checkpoint(run: Path, step: int | None = None) -> Path | None:
@@ -285,5 +286,11 @@ def _convert(folder: Path, saved_ranks: int) -> None:
     for stale in (partial, folder / UNIVERSAL):
         shutil.rmtree(stale, ignore_errors=True)
     logger.warning("%s was saved by %d ranks; converting it", folder, saved_ranks)
-    make_universal(folder, partial)
+    try:
+        make_universal(folder, partial)
+    except (OSError, RuntimeError) as error:
+        if (broken := find_write_error(error)) is None:
+            raise
+        message = f"{folder} was not converted: {explain_disk_error(broken, folder)}"
+        raise CheckpointWriteError(message) from error
     partial.rename(folder / UNIVERSAL)

@@ -166,7 +166,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def _parse_line(text: str) -> dict[str, Any] | None:
     try:
         line = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     is_line = isinstance(line, dict) and isinstance(line.get("step"), int)
     return line if is_line else None

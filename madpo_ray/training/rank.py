@@ -151,7 +151,7 @@ class _Rank:
         if checkpoint is None:
             raise RuntimeError(
                 f"the best step was {step}, and {self._job.checkpoints} has no complete "
-                "checkpoint of it; metric_for_best_model: null exports the last step's weights"
+                "checkpoint of it any more: another start resumes before it"
             )
         engine = self.start_engine(checkpoint)
         load_checkpoint(engine, checkpoint)

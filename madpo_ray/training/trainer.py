@@ -153,6 +153,10 @@ def _fit(
         try:
             with notes.reporting_deaths():
                 outcome = trainer.fit().return_value
+        except SystemExit:  # what Ray Train's handler of SIGINT raises
+            if terminated.is_set():
+                raise
+            raise KeyboardInterrupt from None
         except ray.train.TrainingFailedError as error:
             if terminated.is_set():
                 message = "received SIGTERM, and the workers failed: the same command resumes"

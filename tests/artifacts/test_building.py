@@ -7,7 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from madpo_ray.artifacts.building import building, check_trusted, discard, recover
+from madpo_ray.artifacts.building import (
+    building,
+    check_trusted,
+    discard,
+    has_leftovers,
+    recover,
+)
 from madpo_ray.artifacts.manifest import Inputs, is_finished, read_manifest
 from madpo_ray.errors import UserError
 from support.faults import KINDS, Record, run_with_fault
@@ -144,7 +150,7 @@ def test_folder_that_others_can_write_is_not_trusted(tmp_path: Path) -> None:
     run.mkdir()
     check_trusted(run)
     run.chmod(0o777)
-    with pytest.raises(UserError, match="chmod o-w"):
+    with pytest.raises(UserError, match="chmod -R o-w"):
         check_trusted(run)
 
 
@@ -156,4 +162,41 @@ def test_folder_of_another_user_is_not_trusted(
     check_trusted(tmp_path)
     monkeypatch.setattr(os, "geteuid", lambda: 4321)
     with pytest.raises(UserError, match="belongs to another user"):
+        check_trusted(tmp_path)
+
+
+def test_discards_whatever_has_the_name(tmp_path: Path) -> None:
+    """A file, or a link; what a link leads to stays."""
+    archive = tmp_path / "archive"
+    build(archive, OLD)
+    folder = tmp_path / "run" / "pairs"
+    folder.parent.mkdir()
+    folder.with_name("pairs.partial").symlink_to(tmp_path / "nothing")
+    folder.with_name("pairs.old").symlink_to(archive)
+    folder.write_text("a file")
+    build(folder, NEW)
+    assert [path.name for path in folder.parent.iterdir()] == ["pairs"]
+    assert is_finished(archive, OLD)
+
+
+@pytest.mark.parametrize("name", ["pairs.partial", "pairs.old", ".pairs.old.trash-0"])
+def test_leftovers_are_found_and_deleted(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "pairs"
+    build(folder, NEW)
+    assert not has_leftovers(folder)
+    build(tmp_path / "other", OLD)
+    (tmp_path / "other").rename(tmp_path / name)
+    assert has_leftovers(folder)
+    recover(folder, NEW)
+    discard(tmp_path / "nothing")
+    assert not has_leftovers(folder)
+    assert is_finished(folder, NEW)
+
+
+@pytest.mark.parametrize("below", ["train", "ray/train-1", "ray/train-1/checkpoint_00000001"])
+def test_folders_of_a_run_are_not_trusted_either(below: str, tmp_path: Path) -> None:
+    (tmp_path / below).mkdir(parents=True)
+    check_trusted(tmp_path)
+    (tmp_path / below).chmod(0o777)
+    with pytest.raises(UserError, match=f"{below}, and checkpoints .* `chmod -R o-w {tmp_path}`"):
         check_trusted(tmp_path)

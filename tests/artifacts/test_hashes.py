@@ -56,3 +56,14 @@ def test_unreadable_file_is_damaged(tmp_path: Path) -> None:
     assert damaged_files(tmp_path, files) == [
         "a.txt cannot be read (Too many levels of symbolic links)"
     ]
+
+
+def test_bit_rot_is_found(tmp_path: Path) -> None:
+    """In a file that this process has hashed: neither its size nor its time changes."""
+    file = tmp_path / "a.txt"
+    write_text(file, "one")
+    files = describe_files(tmp_path)
+    time = file.stat().st_mtime_ns
+    file.write_text("two")
+    os.utime(file, ns=(time, time))
+    assert damaged_files(tmp_path, files, compare_hashes=True) == ["a.txt has different content"]

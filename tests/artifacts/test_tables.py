@@ -1,17 +1,21 @@
 """Rows as Parquet files, in order."""
 
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from madpo_ray.artifacts.building import building
+from madpo_ray.artifacts.manifest import Inputs
 from madpo_ray.artifacts.tables import (
     column_names,
     count_rows,
     read_columns,
     read_split,
     read_split_contiguous,
+    rows_folder,
     write_table,
     write_with_columns,
 )
@@ -67,3 +71,15 @@ def test_refuses_columns_of_other_rows(ids: list[int], rows: Path, tmp_path: Pat
 def test_writes_a_table(tmp_path: Path) -> None:
     write_table(pa.table({"a": [1, 2]}), tmp_path / "data")
     assert read_columns(tmp_path / "data", ["a"])["a"].to_pylist() == [1, 2]
+
+
+def test_copied_file_is_no_row(tmp_path: Path) -> None:
+    """A finished artifact's files are those of its manifest."""
+    table = pa.table({"pair_id": ["a", "b"], "split": ["train", "train"]})
+    with building(tmp_path / "pairs", Inputs("pairs")) as (partial, _):
+        write_table(table, rows_folder(partial))
+        assert count_rows(rows_folder(partial)) == 2
+    rows = rows_folder(tmp_path / "pairs")
+    shutil.copy(rows / "part-000000.parquet", rows / "part-000000 (copy).parquet")
+    (rows / "._part-000000.parquet").write_bytes(b"")
+    assert count_rows(rows) == 2

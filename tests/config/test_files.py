@@ -117,7 +117,7 @@ def test_override_changes_one_of_two_aliased_sections(tmp_path: Path) -> None:
     assert (config.train.lora_r, config.reward.lora_r) == (8, 4)
 
 
-@pytest.mark.parametrize("path", ["x" * 300, "a\0b"])
+@pytest.mark.parametrize("path", ["x" * 300, "a\0b", "not-utf-8-\udcff"])
 @pytest.mark.parametrize("key", ["run.storage_path", "model.model_name_or_path"])
 def test_refuses_impossible_paths(raw_config: dict[str, Any], key: str, path: str) -> None:
     section, name = key.split(".")

@@ -192,3 +192,12 @@ def test_what_is_no_gguf_is_named(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"<html>")
     with pytest.raises(UserError, match=r"model\.gguf is not a GGUF file"):
         check_model(ModelConfig(model_name_or_path=str(tmp_path / "model.gguf")))
+
+
+def test_gguf_brings_no_code_of_others(tmp_path: Path) -> None:
+    """Of the tokenizer next to it."""
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    (tmp_path / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": "a/b--t.T"}}')
+    model = ModelConfig(model_name_or_path=str(tmp_path / "model.gguf"), trust_remote_code=True)
+    with pytest.raises(UserError, match="runs code of another repository"):
+        check_model(model)

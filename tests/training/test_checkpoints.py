@@ -20,7 +20,7 @@ from madpo_ray.training.schedule import Progress
 from support.ranks import MakeJob, Ranks, TrainOn, weights_of
 
 
-def write_checkpoint(folder: Path, step: int, ranks: int = 2) -> Path:
+def write_checkpoint(folder: Path, step: int, ranks: int = 2, best_step: int = 0) -> Path:
     """What `save_checkpoint` writes, with files that hold only text."""
     checkpoint = folder / f"checkpoint_{step:08d}"
     checkpoint.mkdir(parents=True)
@@ -28,7 +28,7 @@ def write_checkpoint(folder: Path, step: int, ranks: int = 2) -> Path:
         part = checkpoint / f"part-{rank}.pt"
         part.write_text(f"step {step}, rank {rank}")
         files = describe_files(checkpoint, [part])
-        listing = {"step": step, "world_size": ranks, "files": files}
+        listing = {"step": step, "best_step": best_step, "world_size": ranks, "files": files}
         (checkpoint / f"rank-{rank}.json").write_text(json.dumps(listing))
     return checkpoint
 
@@ -164,3 +164,38 @@ def test_checkpoint_of_other_parameters_is_refused(policy_job: MakeJob, tmp_path
     (folder / "rank-0.json").write_text(json.dumps(listing))
     (error,) = Ranks(job, 1, tmp_path).errors()
     assert "was saved from other parameters: 2 differ" in error
+
+
+def test_checkpoint_without_its_best_step_is_skipped(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its training would end without the weights that it has to export."""
+    write_checkpoint(tmp_path, 2, best_step=2)
+    best = write_checkpoint(tmp_path, 4, best_step=4)
+    newest = write_checkpoint(tmp_path, 6, best_step=4)
+    assert newest_checkpoint(tmp_path) == (6, newest)
+    (best / "part-0.pt").write_text("step 5, rank 0")
+    found = newest_checkpoint(tmp_path)
+    assert found is not None
+    assert found[0] == 2
+    assert "the best step's checkpoint is lost" in caplog.text
+
+
+def test_lost_best_checkpoint_is_trained_again(policy_job: MakeJob, train_on: TrainOn) -> None:
+    """To the same weights, also if it was lost after the last step."""
+    job = policy_job(
+        "best",
+        max_steps=6,
+        save_steps=2,
+        eval_steps=2,
+        save_total_limit=9,
+        metric_for_best_model="rewards/margins",
+    )
+    outcome = train_on(job, 1)
+    finished = weights_of(job)
+    best = job.checkpoints / f"checkpoint_{outcome.step:08d}"
+    part = next(best.rglob("*optim_states.pt"))
+    part.write_bytes(part.read_bytes()[:-1])
+    assert train_on(job, 1) == outcome
+    again = weights_of(job)
+    assert all(torch.equal(weight, finished[name]) for name, weight in again.items())

@@ -130,3 +130,8 @@ def test_tensorboard_shows_what_the_log_holds(tmp_path: Path) -> None:
     shown.Reload()
     points = [(event.step, event.value) for event in shown.Scalars("loss")]
     assert points == [(1, 1.0), (2, 2.0), (3, 30.0)]
+
+
+def test_line_that_is_nested_too_deep_is_skipped(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("[" * 200_000 + '\n{"step": 1}\n')
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1}]
