@@ -14,6 +14,12 @@ CHOSEN_IDS = "chosen_ids"
 REJECTED_IDS = "rejected_ids"
 RESPONSE_IDS = (CHOSEN_IDS, REJECTED_IDS)
 TOKEN_COLUMNS = (PROMPT_IDS, *RESPONSE_IDS)
+# Their numbers of tokens: the order of pairs follows from them, without reading the tokens.
+LENGTHS = {
+    PROMPT_IDS: "prompt_length",
+    CHOSEN_IDS: "chosen_length",
+    REJECTED_IDS: "rejected_length",
+}
 
 REWARDS = ("chosen_reward", "rejected_reward")
 MARGIN = "margin"
@@ -38,6 +44,7 @@ RESERVED = frozenset(
         SPLIT,
         *TEXT_COLUMNS,
         *TOKEN_COLUMNS,
+        *LENGTHS.values(),
         *REWARDS,
         MARGIN,
         *REF_LOGPS,

@@ -221,6 +221,7 @@ def test_checkpoints_go_when_their_stage_is_finished(finished_run: Run) -> None:
     assert len(runs) == 1
     assert not list(runs[0].glob("checkpoint_*"))
     assert (runs[0] / "metrics" / "metrics.jsonl").exists()
+    assert not list(config.run.ray_folder.glob("tokens-*"))
 
 
 def with_train(config: Config, **changes: Any) -> Config:

@@ -31,7 +31,6 @@ TESTED_ELSEWHERE = {
     "stages/sft": "training/test_tasks.py and stages/test_stage.py",
     "stages/reward": "stages/test_margins.py",
     "training/bar": "needs a terminal",
-    "training/feed": "training/test_trainer.py, on a real Ray",
     "training/job": "training/test_tasks.py",
     "training/protocols": "interfaces only",
     "training/rank": "training/test_resume.py and the other tests on real ranks",

@@ -17,6 +17,12 @@ def rows_folder(artifact: Path) -> Path:
     return artifact / "data"
 
 
+def rows_fingerprint(rows: Path) -> str:
+    """The fingerprint of the artifact that the rows are of; a name if it is being built."""
+    manifest = read_manifest(rows.parent)
+    return "unfinished" if manifest is None else str(manifest["fingerprint"])
+
+
 def rows_files(rows: Path) -> list[Path]:
     """The Parquet files of a folder of rows, in the order of the rows.
 

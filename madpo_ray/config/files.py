@@ -214,7 +214,6 @@ def _with_absolute_paths(config: Config) -> Config:
     _check_name("model.model_name_or_path", config.model.model_name_or_path)
     storage_path = _absolute("run.storage_path", config.run.storage_path)
     files = tuple(_absolute("data.files", file) for file in config.data.files)
-    _check_doubles(files)
 
     # A model's name may be a path or the name of a repository on the hub.
     model = config.model
@@ -234,16 +233,6 @@ def _with_absolute_paths(config: Config) -> Config:
             "run": config.run.model_copy(update={"storage_path": storage_path}),
         }
     )
-
-
-def _check_doubles(files: Sequence[str]) -> None:
-    """Raises UserError if two names lead to one file: all of its pairs would be doubled."""
-    first: dict[str, str] = {}
-    for file in files:
-        real = os.path.realpath(file)
-        if real in first:
-            raise UserError(f"data.files: {file} and {first[real]} are one file: list it once")
-        first[real] = file
 
 
 def _absolute(key: str, path: str) -> str:

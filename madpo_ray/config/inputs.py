@@ -138,7 +138,7 @@ class ModelConfig(Section):
 
 class DataConfig(Section):
     files: Strings = Field(
-        min_length=1, description="Parquet or JSON Lines files with preference pairs, as TRL's"
+        min_length=1, description="files of preference pairs as TRL's, folders of them, or patterns"
     )
     prompt_column: str = Field("prompt", description="column with the prompt")
     chosen_column: str = Field("chosen", description="column with the preferred response")

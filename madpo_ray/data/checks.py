@@ -9,7 +9,8 @@ from madpo_ray import columns
 from madpo_ray.config import DataConfig
 from madpo_ray.data.formats import UNREAD, parse_pair
 from madpo_ray.data.messages import BadRowError, UnreadColumnError
-from madpo_ray.data.sources import open_source
+from madpo_ray.data.rows import DAMAGED
+from madpo_ray.data.sources import list_files, open_source
 from madpo_ray.errors import UserError, did_you_mean
 
 # Rows of a file that are read to find out what the prompt is.
@@ -23,7 +24,7 @@ def check_files(data: DataConfig) -> None:
     needed = [data.chosen_column, data.rejected_column, *data.keep_columns]
     optional = (data.split_column, data.group_column, data.system_column)
     needed += [name for name in optional if name is not None]
-    for file in data.files:
+    for file in list_files(data.files):
         available = open_source(file).columns()
         if available is None:
             continue
@@ -69,7 +70,7 @@ def _check_first_rows(file: str, available: Sequence[str], data: DataConfig) -> 
 
 def holds_messages(data: DataConfig) -> bool:
     """Whether the first good row holds messages."""
-    for file in data.files:
+    for file in list_files(data.files):
         for row in open_source(file).rows():
             try:
                 if isinstance(row, dict):
@@ -92,6 +93,13 @@ def check_counts(results: Mapping[str, Any], data: DataConfig) -> None:
     if not num_pairs:
         raise UserError(
             f"no usable pair in {', '.join(data.files)}: {reasons or 'the files are empty'}"
+        )
+
+    # Nobody knows how many rows are lost.
+    if num_damaged := rejects[DAMAGED]:
+        raise UserError(
+            f"{num_damaged} of the files in {', '.join(data.files)} are damaged or end too early: "
+            "repair them, or leave them out of data.files"
         )
 
     # The config leaves out what belongs to the prompt: not a matter of single rows.

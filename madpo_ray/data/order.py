@@ -2,25 +2,20 @@
 
 The order follows from (seed, epoch, lengths) only. Micro-batches are numbered over all steps of a
 run; each step is filled up with empty ones to a multiple of the workers, and rank r of W reads
-numbers r, r + W, r + 2W, ... A micro-batch is sent as a table of one row, encoded and decoded here.
+numbers r, r + W, r + 2W, ...
 
-Imports no torch: the Ray Data actor that builds micro-batches starts faster without it.
+Imports no torch: the Ray Data actor that reads micro-batches starts faster without it.
 """
 
-import dataclasses
-import functools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
-from madpo_ray.artifacts.tables import read_split, read_split_contiguous
-from madpo_ray.columns import PAIR_ID, PROMPT_IDS, RESPONSE_IDS
+from madpo_ray.artifacts.tables import read_split
+from madpo_ray.columns import LENGTHS, PROMPT_IDS, RESPONSE_IDS
 from madpo_ray.errors import UserError
 
 # Steps whose pairs are sorted by length together: enough for little padding, few enough to keep
@@ -32,7 +27,8 @@ STEPS_PER_WINDOW = 16
 class OrderSpec:
     """What decides the order, and where the rows are."""
 
-    rows: Path  # folder of Parquet files with tokens and `columns`
+    rows: Path  # folder of Parquet files with tokens, their lengths and `columns`
+    token_files: Path  # folder for the split's tokens as flat files
     split: str
     columns: tuple[str, ...]
     seed: int
@@ -46,6 +42,10 @@ class OrderSpec:
     max_steps: int = -1
     is_shuffled: bool = True
 
+    @property
+    def token_columns(self) -> tuple[str, ...]:
+        return (PROMPT_IDS, *self.responses)
+
 
 @dataclass(frozen=True)
 class StepPlace:
@@ -55,6 +55,14 @@ class StepPlace:
     pairs_in_step: int = 1  # over all ranks and micro-batches
     response_tokens_in_step: int = 1  # over all ranks and micro-batches
     is_last: bool = True  # this rank's last micro-batch of the step
+
+
+class Epoch(NamedTuple):
+    """An epoch's pairs in order, cut into micro-batches, and these into steps."""
+
+    members: np.ndarray  # (pairs,) row numbers
+    micro_batches: np.ndarray  # (M + 1,) where each micro-batch begins in `members`, and the end
+    steps: np.ndarray  # (S + 1,) where each step begins in `micro_batches`, and the end
 
 
 def count_steps(steps_per_epoch: int, num_epochs: int, max_steps: int) -> int:
@@ -71,8 +79,8 @@ def order_epoch(
     micro_batch_size: int,
     tokens_read: np.ndarray | None = None,
     max_tokens: int | None = None,
-) -> list[list[np.ndarray]]:
-    """Micro-batches of row numbers, per optimizer step.
+) -> Epoch:
+    """Orders the pairs of an epoch.
 
     A function of its arguments only, never of the number of workers. The pairs are shuffled by
     (seed, epoch), sorted by length within windows of a few steps and cut into steps; a window's
@@ -86,53 +94,70 @@ def order_epoch(
         lengths: tokens of each pair, (pairs,).
         tokens_read: tokens that the model reads for each pair, (pairs,), if they are others.
     """
-    rng = None if epoch is None else np.random.default_rng([seed, epoch])
-    order = np.arange(len(lengths)) if rng is None else rng.permutation(len(lengths))
-    window = global_batch_size * (1 if rng is None else STEPS_PER_WINDOW)
-
-    # Cut windows of similar lengths into steps.
-    steps: list[np.ndarray] = []
-    for start in range(0, len(order), window):
-        members = order[start : start + window]
-        members = members[np.argsort(-lengths[members], kind="stable")]
-        in_window = _chunks(members, global_batch_size)
-        if rng is not None:
-            num_full = len(members) // global_batch_size
-            in_window[:num_full] = [in_window[i] for i in rng.permutation(num_full)]
-        steps += in_window
-
-    # Cut steps into micro-batches.
+    members = _ordered_members(lengths, seed=seed, epoch=epoch, global_batch_size=global_batch_size)
+    starts = np.arange(0, len(members), global_batch_size)  # of the steps
     if max_tokens is None:
-        return [_chunks(step, micro_batch_size) for step in steps]
-    tokens = lengths if tokens_read is None else tokens_read
-    return [_within_budget(step, tokens, max_tokens) for step in steps]
+        offsets = np.arange(0, global_batch_size, micro_batch_size)
+        micro_batches = (starts[:, None] + offsets).ravel()
+        micro_batches = micro_batches[micro_batches < len(members)]  # the last step may be short
+    else:
+        tokens = lengths if tokens_read is None else tokens_read
+        micro_batches = _cut_by_budget(tokens[members], global_batch_size, max_tokens)
+    steps = np.searchsorted(micro_batches, starts)
+    return Epoch(
+        members,
+        np.append(micro_batches, len(members)),
+        np.append(steps, len(micro_batches)),
+    )
 
 
-def _chunks(members: np.ndarray, size: int) -> list[np.ndarray]:
-    return [members[i : i + size] for i in range(0, len(members), size)]
+def _ordered_members(
+    lengths: np.ndarray, *, seed: int, epoch: int | None, global_batch_size: int
+) -> np.ndarray:
+    """Row numbers, (pairs,); consecutive `global_batch_size` of them are a step."""
+    count = len(lengths)
+    rng = None if epoch is None else np.random.default_rng([seed, epoch])
+    order = np.arange(count) if rng is None else rng.permutation(count)
+    steps_per_window = 1 if rng is None else STEPS_PER_WINDOW
+
+    # Sort each window by length, the longest first; equal ones stay in their order.
+    window = np.arange(count) // (global_batch_size * steps_per_window)
+    members: np.ndarray = order[np.lexsort((-lengths[order], window))]
+    if rng is None:
+        return members
+
+    # Shuffle each window's full steps.
+    num_full = count // global_batch_size
+    shuffled = np.arange(num_full)
+    for start in range(0, num_full, steps_per_window):
+        in_window = shuffled[start : start + steps_per_window]
+        shuffled[start : start + steps_per_window] = in_window[rng.permutation(len(in_window))]
+    full, rest = np.split(members, [num_full * global_batch_size])
+    return np.concatenate([full.reshape(num_full, global_batch_size)[shuffled].ravel(), rest])
 
 
-def _within_budget(members: np.ndarray, tokens: np.ndarray, max_tokens: int) -> list[np.ndarray]:
-    """Cuts a step so that no micro-batch is padded to more tokens than the budget."""
-    cut = []
+def _cut_by_budget(tokens: np.ndarray, global_batch_size: int, max_tokens: int) -> np.ndarray:
+    """Where micro-batches begin, so that none is padded to more tokens than the budget."""
+    starts = []
     start = 0
     longest = 0
-    for end, count in enumerate(tokens[members].tolist()):
-        if end > start and max(longest, count) * (end - start + 1) > max_tokens:
-            cut.append(members[start:end])
-            start = end
-            longest = 0
+    for end, count in enumerate(tokens.tolist()):
         longest = max(longest, count)
-    return [*cut, members[start:]]
+        if end % global_batch_size == 0 or longest * (end - start + 1) > max_tokens:
+            starts.append(end)
+            start = end
+            longest = count
+    return np.array(starts, dtype=np.int64)
 
 
 class Order:
-    """The micro-batches of a complete run.
+    """The micro-batches of a complete run, by number.
 
-    Reads the tokens of the split once for their lengths, and again when the first micro-batch is
-    asked for.
+    Reads the lengths of the split's pairs, never their tokens.
 
     Attributes:
+        spec: what it was made from.
+        lengths: tokens of prompt and responses, (pairs, 1 + responses).
         tokens_read: tokens that the model reads for each pair of the split, (pairs,).
         steps_per_epoch, total_steps: optimizer steps.
         max_response_tokens: the largest number of response tokens in a micro-batch.
@@ -143,27 +168,34 @@ class Order:
     """
 
     def __init__(self, spec: OrderSpec) -> None:
-        self._spec = spec
-        self._read_lengths()
+        self.spec = spec
+        self.lengths = _read_lengths(spec)
+        self._pair_lengths = self.lengths.sum(1)
+        self._response_tokens = self.lengths[:, 1:].sum(1)
+        self.tokens_read = self._pair_lengths
+        if not spec.shared_prefix:  # a row for each response, padded to the longer one
+            longest_row = self.lengths[:, 0] + self.lengths[:, 1:].max(1)
+            self.tokens_read = len(spec.responses) * longest_row
         self._check_budget()
 
         # Steps of the run.
-        num_pairs = len(self._lengths)
+        num_pairs = len(self.lengths)
         self._global_batch_size = spec.global_batch_size or num_pairs
         self.steps_per_epoch = math.ceil(num_pairs / self._global_batch_size)
         self.total_steps = count_steps(self.steps_per_epoch, spec.num_epochs, spec.max_steps)
 
         # Micro-batches of each step, filled up to a multiple of the workers.
         self._epoch_number = -1
-        self._epoch_steps: list[list[np.ndarray]] = []
         self.max_response_tokens = 0
         counts = []
-        for epoch in range(math.ceil(self.total_steps / self.steps_per_epoch)):
-            for step in self._steps_of(epoch):
-                counts.append(math.ceil(len(step) / spec.num_workers) * spec.num_workers)
-                largest = max(int(self._response_tokens[rows].sum()) for rows in step)
-                self.max_response_tokens = max(self.max_response_tokens, largest)
-        self.first_micro_batches = np.concatenate([[0], np.cumsum(counts[: self.total_steps])])
+        for number in range(math.ceil(self.total_steps / self.steps_per_epoch)):
+            epoch = self._epoch_of(number)
+            rounds = np.ceil(np.diff(epoch.steps) / spec.num_workers).astype(np.int64)
+            counts.append(rounds * spec.num_workers)
+            in_micro_batch = self._sum_responses(epoch, epoch.micro_batches)
+            self.max_response_tokens = max(self.max_response_tokens, int(in_micro_batch.max()))
+        in_step = np.concatenate(counts)[: self.total_steps]
+        self.first_micro_batches = np.concatenate([[0], np.cumsum(in_step)])
 
     @property
     def num_micro_batches(self) -> int:
@@ -174,91 +206,62 @@ class Order:
         """The number of a step's first micro-batch; the end for the step after the last."""
         return int(self.first_micro_batches[step])
 
-    def micro_batch(self, number: int) -> pa.Table:
-        """Micro-batch `number` of the run, as a table of one row for `decode_micro_batch`."""
+    def members(self, number: int) -> tuple[np.ndarray, StepPlace]:
+        """Row numbers of a micro-batch of the run, none if it only fills up, and its place."""
         step = int(np.searchsorted(self.first_micro_batches, number, side="right")) - 1
-        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        micro_batches = self._steps_of(epoch)[step_in_epoch]
+        epoch_number, step_in_epoch = divmod(step, self.steps_per_epoch)
+        epoch = self._epoch_of(epoch_number)
 
-        index = number - self.first_micro_batch(step)
-        is_filler = index >= len(micro_batches)
-        members = np.array([], dtype=np.int64) if is_filler else micro_batches[index]
-
-        in_step = np.concatenate(micro_batches)
+        first, end = epoch.steps[step_in_epoch : step_in_epoch + 2]
+        index = first + number - self.first_micro_batch(step)
+        members = epoch.members[:0]
+        if index < end:
+            start, stop = epoch.micro_batches[index : index + 2]
+            members = epoch.members[start:stop]
         place = StepPlace(
             step=step,
-            pairs_in_step=len(in_step),
-            response_tokens_in_step=int(self._response_tokens[in_step].sum()),
-            is_last=number >= self.first_micro_batch(step + 1) - self._spec.num_workers,
+            pairs_in_step=int(epoch.micro_batches[end] - epoch.micro_batches[first]),
+            response_tokens_in_step=int(self._step_tokens[step_in_epoch]),
+            is_last=number >= self.first_micro_batch(step + 1) - self.spec.num_workers,
         )
-        return _encode_micro_batch(self._table.take(members), place)
-
-    def _read_lengths(self) -> None:
-        spec = self._spec
-        tokens = read_split(spec.rows, spec.split, self._token_columns)
-        if tokens.num_rows == 0:
-            raise UserError(
-                f"no pair of {spec.rows.parent} is in split {spec.split!r}: see data.split_column "
-                "and the fractions"
-            )
-        prompt, *responses = (
-            pc.list_value_length(tokens[name]).to_numpy() for name in self._token_columns
-        )
-        self._response_tokens = np.sum(responses, axis=0)
-        self._lengths = prompt + self._response_tokens
-        self.tokens_read = self._lengths
-        if not spec.shared_prefix:  # a row for each response, padded to the longer one
-            self.tokens_read = len(responses) * (prompt + np.max(responses, axis=0))
+        return members, place
 
     def _check_budget(self) -> None:
         longest = int(self.tokens_read.max())
-        budget = self._spec.max_tokens
+        budget = self.spec.max_tokens
         if budget is not None and longest > budget:
             raise UserError(
                 f"max_tokens_per_device: {budget} is less than the longest pair's {longest} "
                 "tokens: raise it, or lower data.max_length"
             )
 
-    def _steps_of(self, epoch: int) -> list[list[np.ndarray]]:
-        if self._epoch_number != epoch:
-            self._epoch_number = epoch
-            self._epoch_steps = order_epoch(
-                self._lengths,
-                seed=self._spec.seed,
-                epoch=epoch if self._spec.is_shuffled else None,
+    def _epoch_of(self, number: int) -> Epoch:
+        if self._epoch_number != number:
+            self._epoch_number = number
+            self._epoch = order_epoch(
+                self._pair_lengths,
+                seed=self.spec.seed,
+                epoch=number if self.spec.is_shuffled else None,
                 global_batch_size=self._global_batch_size,
-                micro_batch_size=self._spec.micro_batch_size,
+                micro_batch_size=self.spec.micro_batch_size,
                 tokens_read=self.tokens_read,
-                max_tokens=self._spec.max_tokens,
+                max_tokens=self.spec.max_tokens,
             )
-        return self._epoch_steps
+            starts = self._epoch.micro_batches[self._epoch.steps]
+            self._step_tokens = self._sum_responses(self._epoch, starts)
+        return self._epoch
 
-    @property
-    def _token_columns(self) -> tuple[str, ...]:
-        return (PROMPT_IDS, *self._spec.responses)
-
-    @functools.cached_property
-    def _table(self) -> pa.Table:
-        names = (PAIR_ID, *self._token_columns, *self._spec.columns)
-        return read_split_contiguous(self._spec.rows, self._spec.split, names)
+    def _sum_responses(self, epoch: Epoch, bounds: np.ndarray) -> np.ndarray:
+        """Response tokens between places in `epoch.members`."""
+        return np.add.reduceat(self._response_tokens[epoch.members], bounds[:-1])
 
 
-def _encode_micro_batch(pairs: pa.Table, place: StepPlace) -> pa.Table:
-    """One row: the fields of `place`, and each column of `pairs` as one list."""
-    row = {name: pa.array([value]) for name, value in dataclasses.asdict(place).items()}
-    offsets = pa.array([0, pairs.num_rows], type=pa.int64())
-    for name in pairs.column_names:
-        row[name] = pa.LargeListArray.from_arrays(offsets, pairs[name].combine_chunks())
-    return pa.table(row)
-
-
-def decode_micro_batch(row: pa.Table) -> tuple[list[dict[str, Any]], StepPlace]:
-    """The pairs of a row of `Order.micro_batch`, one dict per pair, and their place."""
-    values = {name: row[name][0].as_py() for name in row.column_names}
-    place_names = [field.name for field in dataclasses.fields(StepPlace)]
-    place = StepPlace(**{name: values.pop(name) for name in place_names})
-
-    def pair(cells: Sequence[Any]) -> dict[str, Any]:
-        return dict(zip(values, cells, strict=True))
-
-    return [pair(cells) for cells in zip(*values.values(), strict=True)], place
+def _read_lengths(spec: OrderSpec) -> np.ndarray:
+    names = [LENGTHS[name] for name in spec.token_columns]
+    table = read_split(spec.rows, spec.split, names)
+    if table.num_rows == 0:
+        raise UserError(
+            f"no pair of {spec.rows.parent} is in split {spec.split!r}: see data.split_column "
+            "and the fractions"
+        )
+    return np.stack([table[name].to_numpy() for name in names], axis=1).astype(np.int64)

@@ -1,6 +1,7 @@
 """Rows of files become checked, tokenised pairs with group and split, or rejects with a reason."""
 
 import math
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -10,12 +11,17 @@ from madpo_ray import columns
 from madpo_ray.config import DataConfig
 from madpo_ray.data.formats import parse_pair
 from madpo_ray.data.messages import BadRowError, as_text
-from madpo_ray.data.sources import ROWS_PER_BATCH, Row, open_source
+from madpo_ray.data.rows import ROWS_PER_BATCH, Row
+from madpo_ray.data.sources import open_source
 from madpo_ray.data.splits import content_hash, default_group, split_of
 from madpo_ray.data.tokens import tokenize_pair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+# A number in a file whose values are all text.
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
 class PairReader:
@@ -32,29 +38,31 @@ class PairReader:
     def tables(self, file: str, file_number: int) -> Iterator[pa.Table]:
         """All rows of a file, in order; a reject has a `reason` and little else."""
         rows: list[Row] = []
-        for row_number, row in enumerate(open_source(file).rows()):
+        source = open_source(file)
+        for row_number, row in enumerate(source.rows()):
             place = {
                 columns.FILE: file,
                 columns.FILE_NUMBER: file_number,
                 columns.ROW: row_number,
             }
-            rows.append(place | self.read(row))
+            rows.append(place | self.read(row, has_types=source.has_types))
             if len(rows) == ROWS_PER_BATCH:
                 yield pa.Table.from_pylist(rows, schema=self._schema)
                 rows = []
         yield pa.Table.from_pylist(rows, schema=self._schema)
 
-    def read(self, row: Row | str) -> Row:
+    def read(self, row: Row | str, *, has_types: bool = True) -> Row:
         """The row's pair, tokens, group and split, or the reason why it has none.
 
         Args:
             row: a row of a source, or the source's reason why it cannot be read.
+            has_types: whether numbers are numbers; else they are text.
         """
         try:
             if isinstance(row, str):
                 kind, _, detail = row.partition(": ")
                 raise BadRowError(kind, detail)
-            return self._checked(row)
+            return self._checked(row, has_types)
         except BadRowError as error:
             return _reject(error.kind, str(error))
         # Whatever a row's values make the tokenizer, a template or a conversion raise is about the
@@ -63,7 +71,7 @@ class PairReader:
             kind = f"the row cannot be read ({type(error).__name__})"
             return _reject(kind, f"{kind}: {error}")
 
-    def _checked(self, row: Row) -> Row:
+    def _checked(self, row: Row, has_types: bool) -> Row:
         data = self._data
         pair = parse_pair(row, data)
         tokens = tokenize_pair(pair, self._tokenizer, data.max_length)
@@ -84,7 +92,7 @@ class PairReader:
             columns.CHOSEN: as_text(pair.chosen),
             columns.REJECTED: as_text(pair.rejected),
             **tokens.as_columns(),
-            **{name: _number(row, name) for name in data.keep_columns},
+            **{name: _number(row, name, has_types) for name in data.keep_columns},
             columns.CONTENT_HASH: content_hash(pair),
             columns.GROUP: group,
             columns.SPLIT: split,
@@ -120,8 +128,10 @@ def _text(row: Row, name: str) -> str:
     return text
 
 
-def _number(row: Row, name: str) -> float:
+def _number(row: Row, name: str, has_types: bool) -> float:
     value = row.get(name)
+    if not has_types and isinstance(value, str) and NUMBER.fullmatch(value.strip()):
+        value = float(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise BadRowError(f"{name} is not a number", type(value).__name__)
     try:
@@ -149,6 +159,7 @@ def pairs_schema(data: DataConfig) -> pa.Schema:
     # What the pair is.
     fields += [(name, pa.string()) for name in columns.TEXT_COLUMNS]
     fields += [(name, pa.list_(pa.int32())) for name in columns.TOKEN_COLUMNS]
+    fields += [(name, pa.int32()) for name in columns.LENGTHS.values()]
     fields += [
         (columns.CONTENT_HASH, pa.string()),
         (columns.GROUP, pa.string()),

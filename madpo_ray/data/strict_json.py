@@ -13,14 +13,28 @@ class Parsed(NamedTuple):
 
 def parse_json(text: str) -> Parsed:
     """Parses JSON. Raises ValueError or RecursionError as json.loads does."""
-    repeated: list[str] = []
+    objects = _Objects()
+    value = json.loads(text, object_pairs_hook=objects.as_dict)
+    return Parsed(value, objects.repeated_key)
 
-    def as_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+
+def parse_json_at(text: str, start: int) -> tuple[Parsed, int]:
+    """Parses one value that begins at a place in a text; also gives where it ends."""
+    objects = _Objects()
+    decoder = json.JSONDecoder(object_pairs_hook=objects.as_dict)
+    value, end = decoder.raw_decode(text, start)
+    return Parsed(value, objects.repeated_key), end
+
+
+class _Objects:
+    """Makes dicts of objects, and remembers the first key that one has twice."""
+
+    def __init__(self) -> None:
+        self.repeated_key: str | None = None
+
+    def as_dict(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)
-        if len(values) < len(pairs):
+        if len(values) < len(pairs) and self.repeated_key is None:
             keys = [key for key, _ in pairs]
-            repeated.append(next(key for key in keys if keys.count(key) > 1))
+            self.repeated_key = next(key for key in keys if keys.count(key) > 1)
         return values
-
-    value = json.loads(text, object_pairs_hook=as_dict)
-    return Parsed(value, repeated[0] if repeated else None)

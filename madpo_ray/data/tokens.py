@@ -22,13 +22,12 @@ class Tokens(NamedTuple):
     rejected: Ids
     num_cut: int  # responses that were cut at max_length
 
-    def as_columns(self) -> dict[str, Ids]:
-        """By the names of an artifact's columns."""
-        return {
-            columns.PROMPT_IDS: self.prompt,
-            columns.CHOSEN_IDS: self.chosen,
-            columns.REJECTED_IDS: self.rejected,
-        }
+    def as_columns(self) -> dict[str, Ids | int]:
+        """Ids and their numbers, by the names of an artifact's columns."""
+        ids = dict(
+            zip(columns.TOKEN_COLUMNS, (self.prompt, self.chosen, self.rejected), strict=True)
+        )
+        return ids | {columns.LENGTHS[name]: len(own) for name, own in ids.items()}
 
 
 def tokenize_pair(pair: Pair, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> Tokens:

@@ -18,6 +18,7 @@ from madpo_ray.artifacts.tables import count_rows
 from madpo_ray.config import Config
 from madpo_ray.data.checks import check_counts, check_files, holds_messages
 from madpo_ray.data.reader import PairReader
+from madpo_ray.data.sources import list_files
 from madpo_ray.data.splits import count_repeats
 from madpo_ray.errors import UserError
 from madpo_ray.models.source import (
@@ -68,7 +69,8 @@ def _settings(config: Config) -> dict[str, Any]:
 
 
 def _content(config: Config) -> dict[str, Any]:
-    hashes = {f"files[{i}]": hash_file(Path(file)) for i, file in enumerate(config.data.files)}
+    files = list_files(config.data.files)
+    hashes = {f"files[{i}]": hash_file(Path(file)) for i, file in enumerate(files)}
     return {**hashes, "model": model_inputs(config.model).fingerprint}
 
 
@@ -99,7 +101,7 @@ def make(build: Build) -> dict[str, Any]:
     _check_tokenizer(config, folder)
 
     checked = _read_all(build, folder)
-    results = _counts(checked, config.data.files)
+    results = _counts(checked, list_files(config.data.files))
     check_counts(results, config.data)
 
     repeats = count_repeats(_hashes(checked))
@@ -184,7 +186,7 @@ def _read_all(build: Build, folder: Path) -> "ray.data.Dataset":
     import ray.data
 
     config = build.config
-    files = config.data.files
+    files = list_files(config.data.files)
     table = pa.table({columns.FILE_NUMBER: range(len(files)), columns.FILE: list(files)})
     num_actors = min(len(files), config.cluster.num_workers)
     checked = (

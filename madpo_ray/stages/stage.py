@@ -152,13 +152,13 @@ class Stage:
 
     def has_leftovers(self, config: Config) -> bool:
         """Whether there is something that `recover` would finish or delete."""
-        return has_leftovers(self.folder(config)) or bool(self._unneeded_checkpoints(config))
+        return has_leftovers(self.folder(config)) or bool(self._unneeded(config))
 
     def recover(self, config: Config) -> None:
         """Finishes what a kill interrupted after the result was made. Needs the run's lock."""
         recover(self.folder(config), self.inputs(config))
         if self.is_finished(config):
-            self._delete_checkpoints(config)
+            self._delete_unneeded(config)
 
     def run(self, config: Config, *, deadline: float | None = None) -> Mapping[str, Any]:
         """Makes the result and moves it into place. Returns what `make` returned.
@@ -180,20 +180,19 @@ class Stage:
             ):
                 build = Build(config, partial, inputs.fingerprint, deadline)
                 results.update(self.make(build))
-            self._delete_checkpoints(config)
+            self._delete_unneeded(config)
         return results
 
-    def _delete_checkpoints(self, config: Config) -> None:
-        for checkpoint in self._unneeded_checkpoints(config):
-            discard(checkpoint)
+    def _delete_unneeded(self, config: Config) -> None:
+        for path in self._unneeded(config):
+            discard(path)
 
-    def _unneeded_checkpoints(self, config: Config) -> list[Path]:
-        """Those of the finished stage, also of other settings and of trials."""
-        if config.run.keep_checkpoints:
-            return []
-        runs = list(config.run.ray_folder.glob(f"{self.name}-*/"))
-        patterns = ("checkpoint_*/", ".checkpoint_*.trash-*/")
-        return [path for run in runs for pattern in patterns for path in run.glob(pattern)]
+    def _unneeded(self, config: Config) -> list[Path]:
+        """Flat token files, and checkpoints of the stage, also of other settings and of trials."""
+        patterns = ["tokens-*/"]
+        if not config.run.keep_checkpoints:
+            patterns += [f"{self.name}-*/checkpoint_*/", f"{self.name}-*/.checkpoint_*.trash-*/"]
+        return [path for pattern in patterns for path in config.run.ray_folder.glob(pattern)]
 
     def _confirm(self, config: Config, inputs: Inputs, lock: RunLock) -> None:
         """Raises UserError if the stage no longer has what it was made from."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import nn
 
+from madpo_ray.artifacts.tables import rows_fingerprint
 from madpo_ray.columns import CHOSEN_IDS, RESPONSE_IDS, TRAIN, VALIDATION
 from madpo_ray.config import ModelConfig, PolicyConfig, RewardConfig, TrainingConfig
 from madpo_ray.data.order import OrderSpec
@@ -126,11 +127,16 @@ class TrainingJob:
         architecture = load_architecture(self.base_folder, trust_remote_code=trust)
         return may_share_prefix(self.model, architecture)
 
+    def _token_files(self, split: str) -> Path:
+        """Where the tokens of a split are as flat files; the same for all jobs on the same rows."""
+        return self.storage / f"tokens-{rows_fingerprint(self.rows)[:16]}" / split
+
     def order_spec(self, num_workers: int) -> OrderSpec:
         """The order of the pairs to train on."""
         settings = self.settings
         return OrderSpec(
             rows=self.rows,
+            token_files=self._token_files(TRAIN),
             split=TRAIN,
             columns=self.task.columns,
             seed=self.seed,
@@ -149,6 +155,7 @@ class TrainingJob:
         settings = self.settings
         return OrderSpec(
             rows=self.rows,
+            token_files=self._token_files(VALIDATION),
             split=VALIDATION,
             columns=self.task.columns,
             seed=self.seed,

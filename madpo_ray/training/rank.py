@@ -1,17 +1,20 @@
 """What every rank of a training does: load, restore, fit, export. Knows no Ray; a Site does."""
 
 import functools
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
 import torch.distributed as dist
 
 from madpo_ray.artifacts.manifest import model_folder
 from madpo_ray.data.batching import MicroBatch, collate
-from madpo_ray.data.order import Order, decode_micro_batch
+from madpo_ray.data.micro_batches import NUMBER, MicroBatchReader, decode_micro_batch
+from madpo_ray.data.order import Order
 from madpo_ray.errors import UserError
 from madpo_ray.models.flops import ModelFlops, peak_flops
 from madpo_ray.models.loading import DTYPES
@@ -216,17 +219,28 @@ class _Rank:
             log.close()
 
     def _train_batches(self, start_step: int) -> Iterator[MicroBatch]:
-        for row in self._site.micro_batches(start_step):
-            pairs, place = decode_micro_batch(row)
-            if place.step >= start_step:
-                yield self._collate(pairs, shared_prefix=self.reading.shared_prefix, place=place)
+        order = self._order
+        world_size = self._site.world_size
+        # A finished run gets the last ones again.
+        first = min(order.first_micro_batch(start_step), order.num_micro_batches - world_size)
+        numbers = itertools.count(first + self._site.rank, world_size)
+        for row, number in zip(self._site.micro_batches(start_step), numbers, strict=False):
+            if row[NUMBER][0].as_py() != number:
+                raise RuntimeError(f"micro-batch {row[NUMBER][0]} came instead of {number}")
+            micro_batch = self._decoded(row)
+            if micro_batch.place.step >= start_step:
+                yield micro_batch
 
     def _validation_batches(self) -> Iterator[MicroBatch]:
         """This rank's share, filled up so that every rank has equally many micro-batches."""
         order = self._validation_order
+        reader = MicroBatchReader(order)
         for number in range(self._site.rank, order.num_micro_batches, self._site.world_size):
-            pairs, place = decode_micro_batch(order.micro_batch(number))
-            yield self._collate(pairs, shared_prefix=self.reading.shared_prefix, place=place)
+            yield self._decoded(reader.read([number]))
+
+    def _decoded(self, row: pa.Table) -> MicroBatch:
+        pairs, place = decode_micro_batch(row, self._order.spec.token_columns)
+        return self._collate(pairs, shared_prefix=self.reading.shared_prefix, place=place)
 
 
 def _export(job: TrainingJob, engine: DeepSpeedEngine) -> None:

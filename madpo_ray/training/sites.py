@@ -7,6 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import torch.distributed as dist
 
+from madpo_ray.data.micro_batches import MicroBatchReader
 from madpo_ray.data.order import Order
 from madpo_ray.training.job import TrainingJob
 
@@ -37,8 +38,10 @@ class LocalSite:
 
     def micro_batches(self, start_step: int) -> Iterator[pa.Table]:
         order = Order(self._job.order_spec(self.world_size))
+        reader = MicroBatchReader(order)
         first = order.first_micro_batch(start_step) + self.rank
-        return map(order.micro_batch, range(first, order.num_micro_batches, self.world_size))
+        for number in range(first, order.num_micro_batches, self.world_size):
+            yield reader.read([number])
 
     def report(self, numbers: dict[str, float]) -> None:
         dist.barrier()

@@ -13,6 +13,7 @@ import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from madpo_ray.config import ClusterConfig
+from madpo_ray.data.micro_batches import open_tokens
 from madpo_ray.data.order import Order
 from madpo_ray.disk import explain_disk_error, find_disk_error
 from madpo_ray.errors import ExitCode, Stopped, UserError
@@ -27,7 +28,7 @@ from madpo_ray.training.checkpoints import (
     newest_checkpoint,
     warn_of_versions,
 )
-from madpo_ray.training.feed import micro_batch_dataset
+from madpo_ray.training.feed import cut_into_chunks, micro_batch_dataset
 from madpo_ray.training.job import TrainingJob
 from madpo_ray.training.metrics import METRICS_FILE
 from madpo_ray.training.protocols import NonFiniteError, Notice
@@ -52,7 +53,10 @@ class RaySite:
     def micro_batches(self, start_step: int) -> Iterator[pa.Table]:
         shard = ray.train.get_dataset_shard("train")
         assert shard is not None
-        yield from shard.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=4)
+        # Whole chunks: for each batch Ray needs a millisecond.
+        for chunk in shard.iter_batches(batch_size=None, batch_format="pyarrow"):
+            for row in range(chunk.num_rows):
+                yield chunk.slice(row, 1)
 
     def report(self, numbers: dict[str, float]) -> None:
         ray.train.report(numbers)
@@ -85,7 +89,8 @@ def train_on_ray(
     check_trainable(job.base_folder, job.model, job.settings, task_type=job.task.task_type)
     check_weights(job.base_folder, job.model, task_type=job.task.task_type)
     order = Order(job.order_spec(cluster.num_workers))
-    Order(job.validation_order_spec(cluster.num_workers))
+    for one in (order, Order(job.validation_order_spec(cluster.num_workers))):
+        open_tokens(one).close()  # makes the files that the workers read
 
     # SIGTERM makes the workers save and exit.
     job.stop_file.parent.mkdir(parents=True, exist_ok=True)
@@ -237,11 +242,11 @@ def _make_trainer(
     start_step: int,
     notes: BatchNotes,
 ) -> TorchTrainer:
-    spec = job.order_spec(cluster.num_workers)
-    first_micro_batches = order.first_micro_batches
+    spec = order.spec
+    chunks = cut_into_chunks(order, start_step)
 
     def dataset() -> ray.data.Dataset:
-        return micro_batch_dataset(spec, first_micro_batches, start_step, notes)
+        return micro_batch_dataset(spec, chunks, notes)
 
     return TorchTrainer(
         _train_on_worker,

@@ -238,13 +238,6 @@ def test_overrides_lose_no_text(value: str, tmp_path: Path) -> None:
     assert load_config(file, [f"run.storage_path='{value}'"]).run.folder.parent.name == value
 
 
-def test_one_file_under_two_names_is_refused(raw_config: dict[str, Any], tmp_path: Path) -> None:
-    (tmp_path / "link.jsonl").symlink_to(raw_config["data"]["files"][0])
-    raw_config["data"]["files"].append(str(tmp_path / "link.jsonl"))
-    with pytest.raises(UserError, match="are one file: list it once"):
-        parse_config(raw_config)
-
-
 @pytest.mark.parametrize(
     ("path", "message"),
     [

@@ -57,7 +57,6 @@ def set_in(section: str, key: str, value: Any) -> Edit:
         (set_in("train", "label_smoothing", 0.5), "less than 0.5"),
         (set_in("evaluate", "chosen_score_column", None), "go together"),
         (set_in("data", "files", []), "at least 1 item"),
-        (set_in("data", "files", ["a.jsonl", "./a.jsonl"]), "are one file: list it once"),
         (set_in("data", "validation_fraction", 0.8), "must be below 1"),
         (set_in("data", "keep_columns", ["margin"]), "rename yours"),
         (set_in("data", "keep_columns", ["a", "a"]), "listed twice"),

@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from madpo_ray.config import DataConfig
-from madpo_ray.data.checks import check_files, holds_messages
+from madpo_ray.data.checks import check_counts, check_files, holds_messages
+from madpo_ray.data.rows import DAMAGED
 from madpo_ray.errors import UserError
 from support.pairs import messages, write_jsonl
 
@@ -132,3 +133,11 @@ def test_asked_for_implicit_prompts_pass(tmp_path: Path) -> None:
 
 def test_no_good_row_holds_no_messages(tmp_path: Path) -> None:
     assert holds_messages(data(tmp_path, "{")) is False
+
+
+def test_damaged_file_is_refused_whatever_fraction_is_rejected(tmp_path: Path) -> None:
+    """It is one reason, and nobody knows how many rows."""
+    tolerant = DataConfig(files=("a.parquet",), max_reject_fraction=1.0)
+    results = {"pairs": {"train": 90, "validation": 9, "test": 9}, "rejects": {DAMAGED: 1}}
+    with pytest.raises(UserError, match=r"1 of the files in a\.parquet are damaged or end too"):
+        check_counts(results, tolerant)

@@ -1,6 +1,7 @@
 """The order of pairs, and how a step is cut into micro-batches."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import numpy as np
@@ -9,15 +10,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from madpo_ray.artifacts.tables import read_split
-from madpo_ray.data.order import Order, OrderSpec, StepPlace, decode_micro_batch, order_epoch
+from madpo_ray.data.micro_batches import MicroBatchReader, decode_micro_batch
+from madpo_ray.data.order import Order, OrderSpec, StepPlace
+from madpo_ray.data.order import order_epoch as order_arrays
 from madpo_ray.errors import UserError
 from support.ranks import MakeJob
 
 
 def decoded(order: Order) -> list[tuple[list[dict[str, Any]], StepPlace]]:
     """All micro-batches of a run."""
-    numbers = range(order.num_micro_batches)
-    return [decode_micro_batch(order.micro_batch(number)) for number in numbers]
+    rows = MicroBatchReader(order).read(range(order.num_micro_batches))
+    names = order.spec.token_columns
+    return [decode_micro_batch(rows.slice(i, 1), names) for i in range(rows.num_rows)]
+
+
+def order_epoch(lengths: np.ndarray, **settings: Any) -> list[list[np.ndarray]]:
+    """Row numbers per step and micro-batch."""
+    members, micro_batches, steps = order_arrays(lengths, **settings)
+    cut = np.split(members, micro_batches[1:-1])
+    return [cut[start:end] for start, end in itertools.pairwise(steps)]
 
 
 def flat(steps: list[list[np.ndarray]]) -> list[int]:
@@ -130,8 +141,7 @@ def test_rows_hold_the_pairs_own_values(policy_job: MakeJob) -> None:
     names = ("pair_id", "prompt_ids", "chosen_ids", "rejected_ids", "margin")
     table = read_split(job.rows, "train", names)
     by_id = {row["pair_id"]: row for row in table.to_pylist()}
-    for number in range(order.num_micro_batches):
-        pairs, _ = decode_micro_batch(order.micro_batch(number))
+    for pairs, _ in decoded(order):
         for pair in pairs:
             expected = by_id[pair["pair_id"]]
             assert {name: pair[name] for name in names} == expected
@@ -159,7 +169,7 @@ def test_separate_rows_count_the_prompt_twice(policy_job: MakeJob) -> None:
     sizes = [[len(ids) for ids in row.values()] for row in tokens.to_pylist()]
     assert shared.tokens_read.tolist() == [p + c + r for p, c, r in sizes]
     assert separate.tokens_read.tolist() == [2 * (p + max(c, r)) for p, c, r in sizes]
-    assert [separate.micro_batch(i) for i in range(4)] == [shared.micro_batch(i) for i in range(4)]
+    assert decoded(separate) == decoded(shared)
 
 
 def test_budget_by_hand() -> None:

@@ -1,5 +1,7 @@
 """Stage pairs on a real Ray: ids, splits and rejects."""
 
+import csv
+import gzip
 import json
 import shutil
 from pathlib import Path
@@ -8,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pyarrow import feather
 
 from madpo_ray.artifacts.tables import column_names, read_columns, read_split
 from madpo_ray.config import parse_config
@@ -201,3 +204,31 @@ def test_one_prompt_for_all_is_refused(raw_config: dict[str, Any], tmp_path: Pat
     rows = [{**row, "prompt": "same"} for row in make_rows(20)]
     with pytest.raises(UserError, match=r"set data\.group_column or data\.split_column"):
         run(raw_config, rows, tmp_path)
+
+
+def test_every_kind_of_file_gives_the_same_pairs(
+    raw_config: dict[str, Any], tmp_path: Path
+) -> None:
+    """Also a CSV file's numbers, which are text there."""
+    rows = [{**row, "score": i / 4} for i, row in enumerate(make_rows(60))]
+    expected = run(raw_config, rows, tmp_path, keep_columns=["score"])
+
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    first, second, third, fourth = (rows[i : i + 15] for i in range(0, 60, 15))
+    lines = "".join(json.dumps(row) + "\n" for row in first)
+    (folder / "1.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    with (folder / "2.csv").open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(second[0]))
+        writer.writeheader()
+        writer.writerows(second)
+    (folder / "3.json").write_text(json.dumps(third, indent=2))
+    feather.write_feather(pa.Table.from_pylist(fourth), folder / "4.arrow")
+    raw_config["data"]["files"] = [str(folder)]
+    raw_config["run"]["name"] = "folder"
+    found = Result(raw_config)
+    assert found.table == expected.table
+    names = ("score", "chosen_ids", "chosen_length")
+    assert read_columns(found.rows, names) == read_columns(expected.rows, names)
+    lengths = read_columns(found.rows, names).to_pylist()
+    assert all(len(row["chosen_ids"]) == row["chosen_length"] for row in lengths)

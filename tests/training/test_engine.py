@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from madpo_ray.data.batching import collate
-from madpo_ray.data.order import Order, decode_micro_batch
+from madpo_ray.data.micro_batches import MicroBatchReader, decode_micro_batch
+from madpo_ray.data.order import Order
 from madpo_ray.losses import madpo_loss
 from madpo_ray.models.loading import load_policy
 from madpo_ray.models.logprobs import ResponseLogps
@@ -48,12 +49,13 @@ def train_with_torch(
         weight_decay=SETTINGS["weight_decay"],
     )
     order = Order(job.order_spec(1))
+    reader = MicroBatchReader(order)
     losses, norms = [], []
     for step, factor in enumerate(factors):
         # The mean loss over the pairs of the step.
         total = torch.zeros(())
         for number in range(order.first_micro_batch(step), order.first_micro_batch(step + 1)):
-            pairs, place = decode_micro_batch(order.micro_batch(number))
+            pairs, place = decode_micro_batch(reader.read([number]), order.spec.token_columns)
             batch = collate(pairs, shared_prefix=True, column_names=job.task.columns)
             chosen, rejected = module(batch)["logps"].chunk(2)
             reference = batch.columns["ref_chosen_logps"] - batch.columns["ref_rejected_logps"]

@@ -1,0 +1,199 @@
+"""The feed at size: how soon and how fast micro-batches reach the ranks of a training.
+
+Random tokens, a Ray of its own with an object store of 500 MB, and a TorchTrainer whose workers
+order the pairs, read and decode as those of a training do, without a model. Memory is the largest
+PSS (a shared page is counted in parts) of the driver, a rank and the actor that reads. The last
+line is one JSON object.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import ray.train
+from ray.train.torch import TorchTrainer
+
+from madpo_ray.columns import LENGTHS, MARGIN, PAIR_ID, SPLIT, TOKEN_COLUMNS, TRAIN
+from madpo_ray.data.micro_batches import decode_micro_batch, open_tokens
+from madpo_ray.data.order import Order, OrderSpec
+from madpo_ray.passes import BatchNotes, ordered_execution
+from madpo_ray.training.feed import cut_into_chunks, micro_batch_dataset
+from madpo_ray.training.trainer import RaySite
+
+ROWS_PER_FILE = 50_000
+SIZES = {"prompt_ids": (100, 200), "chosen_ids": (50, 150), "rejected_ids": (50, 150)}  # tokens
+OBJECT_STORE_BYTES = 500 * 10**6
+VOCABULARY = 32_000
+READER = "_ChunkReader"  # in the name of the actor's process
+
+
+def write_rows(folder: Path, count: int) -> None:
+    """Pairs of 350 tokens on average, as stage margins writes them."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for start in range(0, count, ROWS_PER_FILE):
+        num_rows = min(ROWS_PER_FILE, count - start)
+        table = {
+            PAIR_ID: pa.array([f"{i:016x}" for i in range(start, start + num_rows)]),
+            SPLIT: pa.array([TRAIN] * num_rows),
+            MARGIN: pa.array(rng.normal(1, 3, num_rows)),
+        }
+        for name in TOKEN_COLUMNS:
+            lengths = rng.integers(*SIZES[name], num_rows, endpoint=True)
+            offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+            tokens = rng.integers(0, VOCABULARY, offsets[-1], dtype=np.int32)
+            table[name] = pa.ListArray.from_arrays(offsets, tokens)
+            table[LENGTHS[name]] = pa.array(lengths.astype(np.int32))
+        pq.write_table(pa.table(table), folder / f"part-{start // ROWS_PER_FILE:06}.parquet")
+
+
+def pss_bytes(pid: int | str) -> int:
+    """Memory of a process; 0 if it has ended."""
+    try:
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 0
+
+
+class Peak:
+    """The largest memory of some processes, watched in a thread."""
+
+    def __init__(self, name: str | None = None) -> None:
+        """Of the process itself, or of those with a name."""
+        self._name = name
+        self.bytes = 0
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while True:
+            found = ["self"] if self._name is None else list(_processes(self._name))
+            self.bytes = max([self.bytes, *map(pss_bytes, found)])
+            time.sleep(0.2)
+
+
+def _processes(name: str) -> list[int]:
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if name in (folder / "cmdline").read_bytes().decode(errors="replace"):
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return found
+
+
+def read_as_a_rank(settings: dict[str, Any]) -> None:
+    """Reads for some seconds, and writes what was seen."""
+    peak = Peak()
+    spec: OrderSpec = settings["spec"]
+    Order(spec)  # as each rank of a training does
+    site = RaySite()
+    count = 0
+    first = 0.0
+    for row in site.micro_batches(0):
+        decode_micro_batch(row, spec.token_columns)
+        count += 1
+        if count == 1:
+            first = time.time()
+        elif time.time() - first > settings["seconds"]:
+            break
+    seen = {"first": first, "rate": (count - 1) / (time.time() - first), "peak": peak.bytes}
+    (settings["folder"] / f"rank-{site.rank}.json").write_text(json.dumps(seen))
+
+
+def measure_feed(folder: Path, pairs: int, workers: int, seconds: float) -> dict[str, float]:
+    rows = folder / "data"
+    write_rows(rows, pairs)
+    spec = OrderSpec(
+        rows=rows,
+        token_files=folder / "tokens",
+        split=TRAIN,
+        columns=(MARGIN,),
+        seed=0,
+        global_batch_size=64,
+        micro_batch_size=8,
+        num_workers=workers,
+        num_epochs=3,
+    )
+    peaks = {"driver": Peak(), "reader": Peak(READER)}
+
+    # What the driver of a training does.
+    began = time.time()
+    order = Order(spec)
+    open_tokens(order).close()
+    prepared = time.time()
+    chunks = cut_into_chunks(order, start_step=0)
+    notes = BatchNotes(folder / "in-progress")
+
+    def dataset() -> ray.data.Dataset:
+        (folder / "made").write_text(str(time.time()))
+        return micro_batch_dataset(spec, chunks, notes)
+
+    with notes.reporting_deaths():
+        TorchTrainer(
+            read_as_a_rank,
+            train_loop_config={"spec": spec, "seconds": seconds, "folder": folder},
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=workers, resources_per_worker={"CPU": 1}
+            ),
+            datasets={"train": dataset},
+            dataset_config=ray.train.DataConfig(
+                datasets_to_split=["train"],
+                execution_options=ordered_execution(),
+                enable_shard_locality=False,
+            ),
+            run_config=ray.train.RunConfig(name="feed", storage_path=str(folder / "ray")),
+        ).fit()
+    ranks = [json.loads(path.read_text()) for path in sorted(folder.glob("rank-*.json"))]
+    first = min(rank["first"] for rank in ranks)
+    gib = {name: peak.bytes / 2**30 for name, peak in peaks.items()}
+    gib["rank"] = max(rank["peak"] for rank in ranks) / 2**30
+    return {
+        "feed_prepare_s": prepared - began,
+        "feed_first_s": prepared - began + first - float((folder / "made").read_text()),
+        "feed_start_s": first - began,
+        "feed_rate": sum(rank["rate"] for rank in ranks),
+        "feed_peak_gib": max(gib.values()),
+        **{f"feed_{name}_gib": value for name, value in gib.items()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pairs", type=int, default=1_000_000)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=20, help="how long each rank reads")
+    parser.add_argument("--folder", type=Path, help="for the rows; default: a temporary one")
+    arguments = parser.parse_args()
+
+    ray.init(
+        address="local",
+        num_cpus=(os.cpu_count() or 1) + 2,
+        object_store_memory=OBJECT_STORE_BYTES,
+        include_dashboard=False,
+        log_to_driver=False,
+    )
+    folder = Path(tempfile.mkdtemp(dir=arguments.folder))
+    try:
+        found = measure_feed(folder, arguments.pairs, arguments.workers, arguments.seconds)
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder)
+    print(json.dumps({name: round(value, 3) for name, value in found.items()}))
+
+
+if __name__ == "__main__":
+    main()

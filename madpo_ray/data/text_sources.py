@@ -1,0 +1,282 @@
+"""JSON Lines, JSON arrays and CSV files of preference pairs, plain or compressed."""
+
+import codecs
+import csv
+import io
+import itertools
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO, ClassVar
+
+import pyarrow as pa
+
+from madpo_ray.data import rows
+from madpo_ray.data.rows import Row
+from madpo_ray.data.strict_json import parse_json, parse_json_at
+from madpo_ray.errors import UserError
+
+# Rows whose keys are the columns of a JSON file.
+ROWS_WITH_KEYS = 100
+READ_BYTES = 2**20
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+# How files begin that are not the text that their name says.
+_OTHER_KINDS = {
+    b"\x1f\x8b": "is compressed with gzip: let its name end in .gz",
+    b"\x28\xb5\x2f\xfd": "is compressed with zstd: let its name end in .zst",
+    b"PK\x03\x04": "is a zip archive: unpack it first",
+    b"PAR1": "is a Parquet file: name it .parquet",
+    b"ARROW1": "is an Arrow file: name it .arrow",
+    b"version https://git-lfs": "is a Git LFS pointer: fetch the file (git lfs pull)",
+    b"\xff\xfe": "is UTF-16 text: save it as UTF-8",
+    b"\xfe\xff": "is UTF-16 text: save it as UTF-8",
+}
+# What a compressed file that is damaged raises.
+READ_ERRORS = (OSError, pa.ArrowException, EOFError)
+
+
+def with_compressions(*suffixes: str) -> tuple[str, ...]:
+    """Suffixes, and the same with those of compressed files."""
+    return tuple(suffix + end for suffix in suffixes for end in ("", *COMPRESSIONS))
+
+
+def _open(path: Path) -> BinaryIO:
+    """The bytes of a file, unpacked, without a byte order mark."""
+    stream: BinaryIO
+    if compression := COMPRESSIONS.get(path.suffix.lower()):
+        stream = io.BufferedReader(pa.input_stream(str(path), compression=compression))
+    else:
+        stream = path.open("rb")
+    if stream.peek(len(BYTE_ORDER_MARK)).startswith(BYTE_ORDER_MARK):
+        stream.read(len(BYTE_ORDER_MARK))
+    return stream
+
+
+def _read_head(path: Path) -> bytes:
+    """The beginning of a text file. Raises UserError for a file of another kind."""
+    try:
+        with _open(path) as stream:
+            head = stream.read(1024)
+    except READ_ERRORS as error:
+        raise UserError(f"data.files: {path} cannot be read: {error}") from None
+    for start, what in _OTHER_KINDS.items():
+        if head.startswith(start):
+            raise UserError(f"data.files: {path} {what}")
+    return head
+
+
+def _first_keys(found: Iterator[Row | str]) -> list[str] | None:
+    """The keys of the first rows that are objects: a key may be left out of some."""
+    objects = (row for row in found if isinstance(row, dict))
+    first = list(itertools.islice(objects, ROWS_WITH_KEYS))
+    return list(dict.fromkeys(key for row in first for key in row)) if first else None
+
+
+def _count(path: Path, mark: bytes) -> int:
+    """How often a byte is in a file, and one more if it does not end with it."""
+    count = 0
+    block = mark
+    with _open(path) as stream:
+        while more := stream.read(READ_BYTES):
+            block = more
+            count += block.count(mark)
+    return count + (not block.endswith(mark))
+
+
+class JSONLinesSource:
+    """One JSON object per line."""
+
+    suffixes: ClassVar[tuple[str, ...]] = with_compressions(".jsonl", ".ndjson")
+    has_types: ClassVar[bool] = True
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def columns(self) -> list[str] | None:
+        if _read_head(self._path).lstrip().startswith(b"["):
+            raise UserError(
+                f"data.files: {self._path} is a JSON array, not JSON Lines: name it .json"
+            )
+        return _first_keys(self.rows())
+
+    def rows(self) -> Iterator[Row | str]:
+        return _until_damage(self._rows)
+
+    def _rows(self) -> Iterator[Row | str]:
+        with _open(self._path) as stream:
+            while line := stream.readline(rows.MAX_LINE_BYTES):
+                if len(line) == rows.MAX_LINE_BYTES and not line.endswith(b"\n"):
+                    _skip_line(stream)
+                    yield f"line is longer than {rows.MAX_LINE_BYTES // 2**20} MiB"
+                else:
+                    yield _json_row(line)
+
+    def count(self) -> int:
+        return _count(self._path, b"\n")
+
+
+class JSONSource:
+    """A JSON array of objects; or JSON Lines, which often have this suffix, too."""
+
+    suffixes: ClassVar[tuple[str, ...]] = with_compressions(".json")
+    has_types: ClassVar[bool] = True
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def columns(self) -> list[str] | None:
+        return _first_keys(self.rows())
+
+    def rows(self) -> Iterator[Row | str]:
+        if _read_head(self._path).lstrip().startswith(b"["):
+            return _until_damage(self._rows)
+        return JSONLinesSource(self._path).rows()
+
+    def _rows(self) -> Iterator[Row | str]:
+        with _open(self._path) as stream:
+            yield from _ArrayParser(stream).elements()
+
+    def count(self) -> int:
+        return _count(self._path, b"{")  # each row has one, or more
+
+
+class CSVSource:
+    """Comma- or tab-separated text with a header; every value is text."""
+
+    suffixes: ClassVar[tuple[str, ...]] = with_compressions(".csv", ".tsv")
+    has_types: ClassVar[bool] = False
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        is_tsv = ".tsv" in path.suffixes[-2:]
+        self._delimiter = "\t" if is_tsv else ","
+
+    def columns(self) -> list[str] | None:
+        _read_head(self._path)
+        try:
+            with _open(self._path) as stream:
+                names = next(self._records(stream), None)
+        except (*READ_ERRORS, csv.Error) as error:
+            raise UserError(f"data.files: {self._path} cannot be read: {error}") from None
+        for name in names or ():
+            if names is not None and names.count(name) > 1:
+                raise UserError(f"data.files: {self._path} has two columns {name!r}: rename one")
+        return names
+
+    def rows(self) -> Iterator[Row | str]:
+        return _until_damage(self._rows)
+
+    def _rows(self) -> Iterator[Row | str]:
+        with _open(self._path) as stream:
+            records = self._records(stream)
+            names = next(records, [])
+            for record in records:
+                if len(record) == len(names):
+                    yield dict(zip(names, record, strict=True))
+                elif record:  # an empty line is none
+                    yield f"row has not as many fields as the header: {len(record)}"
+
+    def _records(self, stream: BinaryIO) -> Iterator[list[str]]:
+        csv.field_size_limit(rows.MAX_LINE_BYTES)
+        # What is no UTF-8 spoils its own row only.
+        text = io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="")
+        return csv.reader(text, delimiter=self._delimiter, strict=True)
+
+    def count(self) -> int:
+        return _count(self._path, b"\n")
+
+
+def _until_damage(read: Callable[[], Iterator[Row | str]]) -> Iterator[Row | str]:
+    """Rows up to where a file is damaged, and that as the last reason."""
+    try:
+        yield from read()
+    except (*READ_ERRORS, csv.Error, UnicodeDecodeError) as error:
+        yield f"{rows.DAMAGED}: {error}"
+
+
+def _skip_line(stream: BinaryIO) -> None:
+    while (rest := stream.readline(rows.MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
+        pass
+
+
+def _json_row(line: bytes) -> Row | str:
+    try:
+        row, repeated = parse_json(line.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        return f"line is not JSON: {error}"
+    if repeated is not None:
+        return f"a key appears twice: {repeated!r}"
+    return row if isinstance(row, dict) else "line is not a JSON object"
+
+
+class _ArrayParser:
+    """The elements of a JSON array, of which one at a time is in memory."""
+
+    _space = re.compile(r"[ \t\r\n]*")
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._text = ""
+        self._start = 0
+        self._is_at_end = False
+
+    def elements(self) -> Iterator[Row | str]:
+        """Objects, or reasons. Ends at the first place that is no JSON."""
+        self._expect("[")
+        if self._next() == "]":
+            return
+        while True:
+            try:
+                row, repeated = self._element()
+            except (ValueError, RecursionError) as error:
+                yield f"{rows.DAMAGED}: {error}"
+                return
+            if repeated is not None:
+                yield f"a key appears twice: {repeated!r}"
+            else:
+                yield row if isinstance(row, dict) else "element is not a JSON object"
+            if self._next() == "]":
+                return
+            if not self._expect(","):
+                yield f"{rows.DAMAGED}: {self._next()!r} after an element"
+                return
+
+    def _element(self) -> tuple[object, str | None]:
+        self._next()
+        while True:
+            try:
+                parsed, end = parse_json_at(self._text, self._start)
+            except (ValueError, RecursionError):
+                is_too_long = len(self._text) - self._start > rows.MAX_LINE_BYTES
+                if self._is_at_end or is_too_long or not self._read():
+                    raise
+                continue
+            # A number at the end of what was read may go on.
+            if end < len(self._text) or not self._read():
+                self._start = end
+                return parsed
+
+    def _next(self) -> str:
+        """The next character that is no space, not taken; empty at the end."""
+        while True:
+            space = self._space.match(self._text, self._start)
+            assert space is not None
+            self._start = space.end()
+            if self._start < len(self._text) or not self._read():
+                return self._text[self._start : self._start + 1]
+
+    def _expect(self, character: str) -> bool:
+        is_next = self._next() == character
+        self._start += is_next
+        return is_next
+
+    def _read(self) -> bool:
+        """Reads as much again as there is, so that a long element is parsed few times."""
+        self._text = self._text[self._start :]
+        self._start = 0
+        block = self._stream.read(max(READ_BYTES, len(self._text)))
+        self._is_at_end = not block
+        self._text += self._decoder.decode(block, final=self._is_at_end)
+        return not self._is_at_end

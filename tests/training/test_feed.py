@@ -1,0 +1,80 @@
+"""A run's micro-batches, as Ray gives them to the ranks."""
+
+import threading
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from madpo_ray.data.micro_batches import NUMBER
+from madpo_ray.data.order import Order
+from madpo_ray.passes import BatchNotes, ordered_execution
+from madpo_ray.training.feed import MAX_BLOCKS, Chunks, cut_into_chunks, micro_batch_dataset
+from support.ranks import MakeJob
+
+
+@given(st.integers(0, 50), st.integers(1, 200), st.integers(1, 5), st.integers(1, 9))
+def test_each_rank_gets_its_micro_batches_in_order(
+    start: int, rounds: int, workers: int, size: int
+) -> None:
+    start *= workers
+    chunks = Chunks(start, start + rounds * workers, workers, size)
+    for rank in range(workers):
+        own = [n for chunk in range(rank, len(chunks), workers) for n in chunks.numbers(chunk)]
+        assert own == list(range(start + rank, chunks.stop, workers))
+
+
+def test_chunks_of_a_round_are_equally_long() -> None:
+    """Ray splits blocks so that ranks have equally many rows: there is nothing to split."""
+    chunks = Chunks(0, 3 * 10, 3, 4)
+    sizes = [len(chunks.numbers(chunk)) for chunk in range(len(chunks))]
+    assert sizes == [4] * 6 + [2] * 3
+
+
+def test_small_run_has_small_chunks_and_a_long_one_few(policy_job: MakeJob) -> None:
+    order = Order(policy_job("chunks", max_steps=5).order_spec(2))
+    assert cut_into_chunks(order, 0).size == 1
+    assert cut_into_chunks(order, 3).start == order.first_micro_batch(3)
+    long = Order(policy_job("chunks", max_steps=3000, num_train_epochs=999).order_spec(2))
+    assert MAX_BLOCKS / 2 < len(cut_into_chunks(long, 0)) <= MAX_BLOCKS + 2
+
+
+def test_finished_run_has_a_row_for_each_rank(policy_job: MakeJob) -> None:
+    """It reads nothing, but Ray needs one."""
+    order = Order(policy_job("finished", max_steps=5).order_spec(2))
+    chunks = cut_into_chunks(order, 5)
+    assert [list(chunks.numbers(chunk)) for chunk in range(len(chunks))] == [
+        [order.num_micro_batches - 2],
+        [order.num_micro_batches - 1],
+    ]
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+@pytest.mark.parametrize(("workers", "size"), [(1, 4), (2, 3), (3, 2)])
+def test_ray_gives_each_rank_its_micro_batches(
+    workers: int, size: int, policy_job: MakeJob, tmp_path: Path
+) -> None:
+    """Chunks of several rows, through the split that Ray Train makes."""
+    spec = policy_job("feed", max_steps=9).order_spec(workers)
+    order = Order(spec)
+    chunks = Chunks(order.first_micro_batch(2), order.num_micro_batches, workers, size)
+    notes = BatchNotes(tmp_path / "notes")
+    with notes.reporting_deaths():
+        dataset = micro_batch_dataset(spec, chunks, notes)
+        dataset.context.execution_options = ordered_execution()
+        shards = dataset.streaming_split(workers, equal=True)
+        seen: list[list[int]] = [[] for _ in shards]
+
+        def read(rank: int) -> None:
+            for table in shards[rank].iter_batches(batch_size=None, batch_format="pyarrow"):
+                seen[rank] += table[NUMBER].to_pylist()
+
+        threads = [threading.Thread(target=read, args=(rank,)) for rank in range(workers)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for rank, own in enumerate(seen):
+        assert own == list(range(chunks.start + rank, chunks.stop, workers))
