@@ -15,22 +15,34 @@ from madpo_ray.columns import PAIR_ID
 from madpo_ray.config import ClusterConfig
 from madpo_ray.errors import UserError
 from madpo_ray.passes import BatchNotes, actor_pool, received
+from madpo_ray.scoring.chunks import ScoredChunks
 
 if TYPE_CHECKING:
     from madpo_ray.scoring.scorers import Scorer
 
-# Blocks per actor, at least: one slow block at the end then costs a quarter of an actor's work.
-BLOCKS_PER_ACTOR = 4
+# At least so many blocks, for any number of actors: after a kill, what was scored is found by them.
+MIN_BLOCKS = 16
 # Instead of scores: why a scorer could not be loaded. Ray Data would pass on an exception's text
 # only, as a traceback.
 REFUSAL = "refusal"
 
 
 class ScoringActor:
-    """Maps batches of rows to their pair_id and the scorers' columns, all float64."""
+    """Maps batches of rows to their pair_id and the scorers' columns, all float64.
 
-    def __init__(self, scorers: Sequence["Scorer"], num_threads: int, notes: BatchNotes) -> None:
+    Args:
+        kept: folder where what was scored is kept, and looked for; None: it is not.
+    """
+
+    def __init__(
+        self,
+        scorers: Sequence["Scorer"],
+        num_threads: int,
+        notes: BatchNotes,
+        kept: Path | None = None,
+    ) -> None:
         self._notes = notes
+        self._kept = None if kept is None else ScoredChunks(kept)
         torch.set_num_threads(num_threads)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._scorers = scorers
@@ -44,13 +56,21 @@ class ScoringActor:
     def __call__(self, rows: pa.Table) -> pa.Table:
         if self._refusal:
             return pa.table({PAIR_ID: rows[PAIR_ID], REFUSAL: [self._refusal] * rows.num_rows})
-        scored = {PAIR_ID: rows[PAIR_ID]}
+        if self._kept is not None and (found := self._kept.read(rows[PAIR_ID])) is not None:
+            return found
         first, last = rows[PAIR_ID][0], rows[PAIR_ID][-1]
         with self._notes.working_on(f"the {rows.num_rows} pairs from {first} to {last}"):
-            for scorer in self._scorers:
-                for name, values in zip(scorer.columns, scorer(rows), strict=True):
-                    _check_finite(name, values, rows)
-                    scored[name] = pa.array(values, type=pa.float64())
+            scored = self._score(rows)
+        if self._kept is not None:
+            self._kept.write(scored)
+        return scored
+
+    def _score(self, rows: pa.Table) -> pa.Table:
+        scored = {PAIR_ID: rows[PAIR_ID]}
+        for scorer in self._scorers:
+            for name, values in zip(scorer.columns, scorer(rows), strict=True):
+                _check_finite(name, values, rows)
+                scored[name] = pa.array(values, type=pa.float64())
         return pa.table(scored)
 
 
@@ -68,6 +88,7 @@ def score_rows(
     *,
     batch_size: int,
     notes: BatchNotes,
+    kept: Path,
 ) -> pa.Table:
     """pair_id and the scorers' columns of an artifact's rows, in their order.
 
@@ -75,6 +96,8 @@ def score_rows(
         rows: folder of Parquet files with tokens.
         cluster: gives the pool of actors, one per worker.
         batch_size: rows per call of an actor, at most.
+        kept: folder for what is scored, so that a pass that is killed goes on; for these rows and
+            scorers only.
 
     Raises:
         UserError: a scorer's model is not one that can be scored with.
@@ -87,7 +110,7 @@ def score_rows(
     dataset = ray.data.read_parquet(files, partitioning=None)
     dataset = dataset.select_columns([PAIR_ID, *names])
     ids = read_columns(rows, [PAIR_ID])[PAIR_ID]
-    return _score(dataset, ids, scorers, cluster, batch_size=batch_size, notes=notes)
+    return _score(dataset, ids, scorers, cluster, batch_size=batch_size, notes=notes, kept=kept)
 
 
 def score_table(
@@ -116,16 +139,17 @@ def _score(
     *,
     batch_size: int,
     notes: BatchNotes,
+    kept: Path | None = None,
 ) -> pa.Table:
     """Scores of the rows with these pair_ids, in their order."""
-    num_blocks = cluster.num_workers * BLOCKS_PER_ACTOR
-    rows_per_block = max(1, min(batch_size, math.ceil(len(ids) / num_blocks)))
+    rows_per_block = max(1, min(batch_size, math.ceil(len(ids) / MIN_BLOCKS)))
     scored = dataset.repartition(target_num_rows_per_block=rows_per_block).map_batches(
         ScoringActor,
         fn_constructor_kwargs={
             "scorers": scorers,
             "num_threads": cluster.num_threads,
             "notes": notes,
+            "kept": kept,
         },
         batch_size=rows_per_block,
         batch_format="pyarrow",

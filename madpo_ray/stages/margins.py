@@ -5,6 +5,7 @@ does not repeat the reference pass, and another reference not the reward pass. W
 computed in one pass over the pairs.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ from madpo_ray.stages.sft import (
     initial_policy_inputs,
     stages_before_policy,
 )
-from madpo_ray.stages.stage import Build, Description, Stage
+from madpo_ray.stages.stage import KEPT, Build, Description, Stage
 
 if TYPE_CHECKING:
     from madpo_ray.scoring.scorers import Scorer
@@ -166,12 +167,15 @@ def _score_missing(passes: Sequence[_Pass], build: Build) -> None:
         return
     from madpo_ray.scoring.actors import score_rows
 
+    fingerprints = "".join(one.inputs.fingerprint for one in missing)
+    name = hashlib.sha256(fingerprints.encode()).hexdigest()[:16]
     scored = score_rows(
         pairs.STAGE.rows(config),
         [one.scorer for one in missing],
         config.cluster,
         batch_size=config.scoring.batch_size,
         notes=build.notes,
+        kept=config.run.ray_folder / f"{STAGE.name}-{name}" / KEPT,
     )
     STAGE.require_upstream(config)  # again, after a pass of hours
     for one in missing:

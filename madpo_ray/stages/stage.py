@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 # Torch and Ray Train take seconds to import, and neither `--help` nor a wrong config should wait:
 # they are imported inside functions.
 
+# Folder below `ray/<stage>-<hash>/` for what a stage has done before it is finished.
+KEPT = "kept"
+
 # What a stage prints at its end: lines of text, and tables.
 Description = Sequence["str | Table"]
 
@@ -188,8 +191,8 @@ class Stage:
             discard(path)
 
     def _unneeded(self, config: Config) -> list[Path]:
-        """Flat token files, and checkpoints of the stage, also of other settings and of trials."""
-        patterns = ["tokens-*/"]
+        """What the stage kept while it ran, also with other settings, and trials of it."""
+        patterns = ["tokens-*/", f"{self.name}-*/{KEPT}/"]
         if not config.run.keep_checkpoints:
             patterns += [f"{self.name}-*/checkpoint_*/", f"{self.name}-*/.checkpoint_*.trash-*/"]
         return [path for pattern in patterns for path in config.run.ray_folder.glob(pattern)]

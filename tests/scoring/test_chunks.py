@@ -1,0 +1,107 @@
+"""What a killed pass has scored is not scored again."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import ray
+import torch
+
+from madpo_ray.artifacts.tables import write_table
+from madpo_ray.config import ClusterConfig
+from madpo_ray.passes import BatchNotes
+from madpo_ray.scoring.actors import ScoringActor, score_rows
+from madpo_ray.scoring.chunks import ScoredChunks
+
+
+def scored(*ids: str) -> pa.Table:
+    return pa.table({"pair_id": list(ids), "margin": [float(len(ids))] * len(ids)})
+
+
+def test_keeps_chunks_by_their_pairs(tmp_path: Path) -> None:
+    chunks = ScoredChunks(tmp_path / "kept")
+    assert chunks.read(scored("a", "b")["pair_id"]) is None
+    chunks.write(scored("a", "b"))
+    chunks.write(scored("a"))
+    assert chunks.read(scored("a", "b")["pair_id"]) == scored("a", "b")
+    assert chunks.read(scored("a")["pair_id"]) == scored("a")
+    assert chunks.read(scored("b", "a")["pair_id"]) is None
+    assert chunks.count() == 2
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1"])
+def test_torn_chunk_is_scored_again(
+    content: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    chunks = ScoredChunks(tmp_path)
+    chunks.write(scored("a"))
+    (file,) = tmp_path.glob("*.parquet")
+    file.write_bytes(content)
+    with caplog.at_level(logging.WARNING):
+        assert chunks.read(scored("a")["pair_id"]) is None
+    assert "so its pairs are scored again" in caplog.text
+
+
+class Counted:
+    """The number of a pair as its score; each call leaves a file."""
+
+    reads = ()
+    columns = ("score",)
+
+    def __init__(self, calls: Path) -> None:
+        self._calls = calls
+
+    def load(self, device: torch.device) -> None:
+        """Nothing to load."""
+
+    def __call__(self, rows: pa.Table) -> np.ndarray:
+        ids = rows["pair_id"].to_pylist()
+        (self._calls / ids[0]).touch()
+        return np.array([[float(one) for one in ids]])
+
+
+def test_actor_scores_a_chunk_once(tmp_path: Path) -> None:
+    rows = pa.table({"pair_id": ["1", "2"]})
+    for _ in range(2):
+        actor = ScoringActor([Counted(tmp_path)], 1, BatchNotes(tmp_path), tmp_path / "kept")
+        assert actor(rows)["score"].to_pylist() == [1.0, 2.0]
+        (tmp_path / "1").unlink(missing_ok=True)
+    other = ScoringActor([Counted(tmp_path / "none")], 1, BatchNotes(tmp_path), tmp_path / "kept")
+    assert other(rows)["score"].to_pylist() == [1.0, 2.0]  # a call would raise
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+def test_pass_goes_on_with_any_number_of_actors(tmp_path: Path) -> None:
+    """Only the chunks that are missing are scored."""
+    ids = [f"{i:04}" for i in range(100)]
+    write_table(pa.table({"pair_id": ids}), tmp_path / "data")
+    calls = tmp_path / "calls"
+    kept = tmp_path / "kept"
+
+    def score(num_workers: int) -> list[float]:
+        calls.mkdir()
+        cluster = ClusterConfig(num_workers=num_workers)
+        notes = BatchNotes(tmp_path / "notes")
+        table = score_rows(
+            tmp_path / "data", [Counted(calls)], cluster, batch_size=8, notes=notes, kept=kept
+        )
+        values: list[float] = table["score"].to_pylist()
+        return values
+
+    expected = [float(one) for one in ids]
+    assert score(2) == expected
+    first = sorted(path.name for path in calls.iterdir())
+    for path in sorted(kept.glob("*.parquet"))[::3]:
+        path.unlink()
+    num_lost = len(first) - len(list(kept.glob("*.parquet")))
+    calls.rename(tmp_path / "first")
+
+    assert ray.is_initialized()
+    assert score(1) == expected
+    assert 0 < num_lost < len(first)
+    again = [path.name for path in calls.iterdir()]
+    assert len(again) == num_lost
+    assert set(again) <= set(first)
