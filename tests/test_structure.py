@@ -21,6 +21,7 @@ TESTED_ELSEWHERE = {
     "config/base": "config/test_sections.py",
     "config/inputs": "config/test_sections.py",
     "config/training": "config/test_sections.py",
+    "config/reward": "config/test_sections.py",
     "data/rows": "data/test_sources.py",
     "config/evaluation": "config/test_sections.py",
     "config/root": "config/test_sections.py",

@@ -4,13 +4,13 @@ from madpo_ray.config.base import Section
 from madpo_ray.config.evaluation import EvaluateConfig, MarginsConfig, ScoringConfig, TuneConfig
 from madpo_ray.config.files import load_config, parse_config, save_config, with_changes
 from madpo_ray.config.inputs import ClusterConfig, DataConfig, ModelConfig, RunConfig
+from madpo_ray.config.reward import RewardConfig
 from madpo_ray.config.root import Config
 from madpo_ray.config.training import (
     SEARCH_SPACES,
     LossType,
     PolicyConfig,
     Range,
-    RewardConfig,
     SFTConfig,
     TrainingConfig,
 )

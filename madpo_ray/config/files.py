@@ -220,6 +220,9 @@ def _with_absolute_paths(config: Config) -> Config:
     name = model.model_name_or_path
     if Path(name).exists() or _is_path(name):
         name = _absolute("model.model_name_or_path", name)
+    source = config.reward.source
+    if config.reward.source_kind == "classifier" and (Path(source).exists() or _is_path(source)):
+        source = _absolute("reward.source", source)
     template = model.chat_template_path
     if template is not None:
         template = _absolute("model.chat_template_path", template)
@@ -230,6 +233,7 @@ def _with_absolute_paths(config: Config) -> Config:
                 update={"model_name_or_path": name, "chat_template_path": template}
             ),
             "data": config.data.model_copy(update={"files": files}),
+            "reward": config.reward.model_copy(update={"source": source}),
             "run": config.run.model_copy(update={"storage_path": storage_path}),
         }
     )

@@ -5,7 +5,8 @@ from pydantic import Field, model_validator
 from madpo_ray.config.base import Section
 from madpo_ray.config.evaluation import EvaluateConfig, MarginsConfig, ScoringConfig, TuneConfig
 from madpo_ray.config.inputs import ClusterConfig, DataConfig, ModelConfig, RunConfig
-from madpo_ray.config.training import SEARCH_SPACES, PolicyConfig, Range, RewardConfig, SFTConfig
+from madpo_ray.config.reward import RewardConfig
+from madpo_ray.config.training import SEARCH_SPACES, PolicyConfig, Range, SFTConfig
 
 
 class Config(Section):
@@ -69,6 +70,7 @@ class Config(Section):
         wanted = [("evaluate", column) for column in self.score_columns]
         if self.train.weight_column is not None:
             wanted.append(("train", self.train.weight_column))
+        wanted += [("reward", column) for column in self.reward.source_columns]
         for section, column in wanted:
             if column not in self.data.keep_columns:
                 raise ValueError(

@@ -1,4 +1,4 @@
-"""Sections sft, reward and train: what the training loop needs, and the settings of each loss."""
+"""Sections sft and train, and what they share with reward: what the training loop needs, and the settings of each loss."""
 
 from typing import Any, ClassVar, Literal
 
@@ -163,16 +163,6 @@ class TrainingConfig(Section):
 
 class SFTConfig(TrainingConfig):
     metrics: ClassVar[frozenset[str]] = frozenset({"loss", "entropy"})
-
-
-class RewardConfig(TrainingConfig):
-    metrics: ClassVar[frozenset[str]] = frozenset(
-        {"loss", "accuracy", "margin", "mean_reward", "min_reward", "max_reward"}
-    )
-
-    center_rewards_coefficient: float = Field(
-        0.0, ge=0, description="weight of (chosen + rejected reward)^2, as in TRL"
-    )
 
 
 LossType = Literal["sigmoid", "ipo", "ipo_sum", "beta_dpo", "madpo"]

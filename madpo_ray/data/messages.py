@@ -59,6 +59,12 @@ def read_content(row: Mapping[str, Any], name: str) -> Content:
     return [_message(name, message) for message in value]
 
 
+def from_text(text: str) -> Content:
+    """What `as_text` made the text of: messages, or the text itself."""
+    messages = _stored_messages(text)
+    return text if messages is None else messages
+
+
 def _stored_messages(text: str) -> list[Any] | None:
     """The list of messages that a JSON string holds; None if the text is only a text."""
     if not text.lstrip().startswith(("[", "{")):

@@ -88,6 +88,12 @@ def load_reward_model(folder: Path, model: ModelConfig) -> nn.Module:
     return _load("SEQ_CLS", folder, model, dtype="auto", num_labels=1)
 
 
+def load_classifier(folder: Path, model: ModelConfig) -> nn.Module:
+    """A sequence classifier of others with one label, in its own dtype. Raises as above."""
+    options: dict[str, Any] = {"attn_implementation": None}  # what its architecture supports
+    return _load("SEQ_CLS", folder, model, dtype="auto", num_labels=1, **options)
+
+
 def new_reward_model(folder: Path, model: ModelConfig) -> nn.Module:
     """A language model with a new head of zeros, to train.
 
@@ -119,10 +125,10 @@ def _load(
     import transformers
 
     auto_class = getattr(transformers, AUTO_CLASSES[task_type])
+    options = {"attn_implementation": model.attn_implementation, **options}
     with _quiet_load_report():
         loaded, report = auto_class.from_pretrained(
             folder,
-            attn_implementation=model.attn_implementation,
             trust_remote_code=model.trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,

@@ -7,13 +7,16 @@ import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from madpo_ray.artifacts.building import building, recover
 from madpo_ray.artifacts.hashes import hash_file, hash_files
 from madpo_ray.artifacts.manifest import Inputs, is_finished
 from madpo_ray.config import ModelConfig, RunConfig
 from madpo_ray.errors import UserError
+
+if TYPE_CHECKING:
+    from madpo_ray.models.loading import TaskType
 
 # torch and transformers take seconds to import, and a dry run does not need them: they are imported
 # inside functions.
@@ -22,16 +25,22 @@ logger = logging.getLogger(__name__)
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 TOKENIZER_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
+# The keys that name a model.
+KEYS: Mapping["TaskType", str] = {
+    "CAUSAL_LM": "model.model_name_or_path",
+    "SEQ_CLS": "reward.source",
+}
 COMMIT = re.compile("[0-9a-f]{40}")
 # One of these is in every folder that holds a tokenizer.
 TOKENIZER_MARKS = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tokenizer_config.json")
 
 
-def check_model(model: ModelConfig) -> None:
+def check_model(model: ModelConfig, task_type: "TaskType" = "CAUSAL_LM") -> None:
     """Raises UserError if the model, or a file or package that it needs, is missing.
 
     Loads nothing.
     """
+    where = KEYS[task_type]
     path = Path(model.model_name_or_path)
     template = model.chat_template_path
     if template is not None:
@@ -40,14 +49,14 @@ def check_model(model: ModelConfig) -> None:
     # The weights.
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise UserError(f"model.model_name_or_path: {path} does not exist")
+            raise UserError(f"{where}: {path} does not exist")
         with path.open("rb") as stream:
             if stream.read(4) != b"GGUF":
-                raise UserError(f"model.model_name_or_path: {path} is not a GGUF file")
+                raise UserError(f"{where}: {path} is not a GGUF file")
         _check_package("gguf", f"{path.name} needs the package gguf: pip install gguf")
         _check_code(path.parent, model)
     elif path.is_absolute():
-        _check_folder(path)
+        _check_folder(path, task_type)
         _check_code(path, model)
     elif model.trust_remote_code and not COMMIT.fullmatch(model.model_revision):
         raise UserError(
@@ -67,11 +76,11 @@ def check_model(model: ModelConfig) -> None:
         _check_package("flash_attn", message)
 
 
-def _check_folder(path: Path) -> None:
-    """Raises UserError if a folder is not a causal language model with its tokenizer."""
-    where = f"model.model_name_or_path: {path}"
+def _check_folder(path: Path, task_type: "TaskType") -> None:
+    """Raises UserError if a folder is not a model of the kind, with its tokenizer."""
+    where = f"{KEYS[task_type]}: {path}"
     if (path / "adapter_config.json").is_file():
-        base = _read_json(path / "adapter_config.json").get("base_model_name_or_path")
+        base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
         raise UserError(
             f"{where} is a LoRA adapter of {base}: merge it into its base (peft's "
             "merge_and_unload) and give the merged folder, or give the base"
@@ -84,10 +93,13 @@ def _check_folder(path: Path) -> None:
         raise UserError(f"{where} has no safetensors weights, and no others are read")
 
     # Of the right kind, with its tokenizer.
-    names = _read_json(path / "config.json").get("architectures") or []
-    if others := [name for name in names if "Classification" in str(name)]:
+    names = read_json(path / "config.json").get("architectures") or []
+    classifiers = [name for name in names if "Classification" in str(name)]
+    if task_type == "SEQ_CLS" and not classifiers:
+        raise UserError(f"{where} is not a sequence classifier, but a {', '.join(names)}")
+    if task_type == "CAUSAL_LM" and classifiers:
         raise UserError(
-            f"{where} is a {others[0]}, which has no language-modelling head: give the causal "
+            f"{where} is a {classifiers[0]}, which has no language-modelling head: give the causal "
             "language model that the policy starts from"
         )
     if not any(next(path.glob(pattern), None) for pattern in TOKENIZER_MARKS):
@@ -99,7 +111,7 @@ def _check_code(path: Path, model: ModelConfig) -> None:
     if not model.trust_remote_code:
         return
     for file in path.glob("*config.json"):  # the model's, and the tokenizer's
-        if "--" in json.dumps(_read_json(file).get("auto_map") or {}):
+        if "--" in json.dumps(read_json(file).get("auto_map") or {}):
             raise UserError(
                 f"model.trust_remote_code: {path} runs code of another repository (auto_map in "
                 f"{file.name}), which has no fixed revision: copy that code into the model's folder"
@@ -116,51 +128,8 @@ def _read_template(path: Path) -> str:
         raise UserError(f"model.chat_template_path: {path} cannot be read: {error}") from None
 
 
-def check_lengths(folder: Path, max_length: int) -> None:
-    """Raises UserError if a model cannot read `max_length` tokens, or not always alike."""
-    architecture = _text_config(folder)
-    positions = architecture.get("max_position_embeddings") or architecture.get("n_positions")
-    if positions is not None and max_length > positions:
-        raise UserError(
-            f"data.max_length: {max_length} is more than the model's {positions} positions: "
-            "lower data.max_length"
-        )
-
-    # These scale positions by the longest row of a batch once it exceeds the original length: a
-    # pair's log-prob would depend on its neighbours.
-    rope = architecture.get("rope_parameters") or architecture.get("rope_scaling") or {}
-    kind = rope.get("rope_type") or rope.get("type")
-    if kind not in ("longrope", "dynamic"):
-        return
-    original = rope.get("original_max_position_embeddings")
-    original = original or architecture.get("original_max_position_embeddings") or positions
-    if original is not None and max_length > original:
-        raise UserError(
-            f"data.max_length: the model's {kind} positions depend on the longest pair of a batch "
-            f"beyond {original} tokens: lower data.max_length to {original}"
-        )
-
-
-def check_vocabulary(folder: Path, token_ids: Mapping[str, int]) -> None:
-    """Raises UserError if the tokenizer has a token that the model has no embedding for."""
-    size = _text_config(folder).get("vocab_size")
-    beyond = [token for token, number in token_ids.items() if size and number >= size]
-    if beyond:
-        raise UserError(
-            f"the tokenizer's token {beyond[0]!r} has id {token_ids[beyond[0]]}, and the model has "
-            f"{size} embeddings ({len(beyond)} such tokens): resize the model's embeddings, or "
-            "use the tokenizer that it was trained with"
-        )
-
-
-def _text_config(folder: Path) -> dict[str, Any]:
-    """What config.json says of the language model, including models that also read images."""
-    config = _read_json(folder / "config.json")
-    text: dict[str, Any] = config.get("text_config") or config
-    return text
-
-
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a file. Raises UserError if there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -176,13 +145,13 @@ def _check_package(name: str, message: str) -> None:
 
 
 @functools.cache
-def fetch_model(model: ModelConfig) -> Path:
+def fetch_model(model: ModelConfig, task_type: "TaskType" = "CAUSAL_LM") -> Path:
     """The local folder, or .gguf file, of a model.
 
     A hub name is downloaded (safetensors only) into the hub's cache, once per process, so that all
     stages of a run use the same revision.
     """
-    check_model(model)
+    check_model(model, task_type)
     path = Path(model.model_name_or_path)
     if path.is_absolute():
         return path
@@ -204,19 +173,19 @@ def fetch_model(model: ModelConfig) -> Path:
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
-            f"model.model_name_or_path: {model.model_name_or_path} is neither a local path nor "
+            f"{KEYS[task_type]}: {model.model_name_or_path} is neither a local path nor "
             f"reachable on the hub ({type(error).__name__}); check the name, the network, and "
             "HF_TOKEN for gated models"
         ) from None
     # What a hub name leads to is known only now.
-    _check_folder(Path(folder))
+    _check_folder(Path(folder), task_type)
     _check_code(Path(folder), model)
     return Path(folder)
 
 
-def model_inputs(model: ModelConfig) -> Inputs:
-    """What identifies the base model: the content of its files and of the chat template."""
-    source = fetch_model(model)
+def model_inputs(model: ModelConfig, task_type: "TaskType" = "CAUSAL_LM") -> Inputs:
+    """What identifies a model: the content of its files and of the chat template."""
+    source = fetch_model(model, task_type)
     hashes = {source.name: hash_file(source)} if source.is_file() else hash_files(source)
     template = model.chat_template_path
     template_hash = hash_file(Path(template)) if template else None

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray.data
 import torch
 
@@ -60,7 +61,11 @@ class ScoringActor:
             return found
         first, last = rows[PAIR_ID][0], rows[PAIR_ID][-1]
         with self._notes.working_on(f"the {rows.num_rows} pairs from {first} to {last}"):
-            scored = self._score(rows)
+            try:
+                scored = self._score(rows)
+            except UserError as error:
+                self._refusal = str(error)
+                return self(rows)
         if self._kept is not None:
             self._kept.write(scored)
         return scored
@@ -156,9 +161,10 @@ def _score(
         **actor_pool(cluster),
     )
     with notes.reporting_deaths():
-        table = pa.concat_tables(received(scored, "scores"))
+        tables = received(scored, "scores")
+        table = pa.concat_tables(tables, promote_options="default")
     if REFUSAL in table.column_names:
-        raise UserError(table[REFUSAL][0].as_py())
+        raise UserError(pc.drop_null(table[REFUSAL])[0].as_py())
     if table[PAIR_ID].to_pylist() != ids.to_pylist():
         raise RuntimeError(f"{len(ids)} rows went into scoring, and others came out")
     return table

@@ -28,7 +28,7 @@ from madpo_ray.artifacts.tables import (
 from madpo_ray.atomic import write_json
 from madpo_ray.config import Config
 from madpo_ray.errors import UserError
-from madpo_ray.stages import pairs, reward
+from madpo_ray.stages import pairs, reward, reward_source
 from madpo_ray.stages.sft import (
     initial_policy,
     initial_policy_content,
@@ -48,11 +48,22 @@ def _settings(config: Config) -> dict[str, Any]:
     settings: dict[str, Any] = {"reference": config.model.numerics()}
     if reward.uses_rewards(config):
         settings["calibrate"] = config.margins.calibrate
+        if not reward.is_trained(config):
+            settings["reward"] = reward_source.settings(config)
     return settings
 
 
+def _content(config: Config) -> dict[str, Any]:
+    return {**initial_policy_content(config), **reward_source.content(config)}
+
+
+def _check(config: Config) -> None:
+    if reward.uses_rewards(config):
+        reward_source.content(config)
+
+
 def _upstream(config: Config) -> tuple[Stage, ...]:
-    rewards = (reward.STAGE,) if reward.uses_rewards(config) else ()
+    rewards = (reward.STAGE,) if reward.is_trained(config) else ()
     return (pairs.STAGE, *stages_before_policy(config), *rewards)
 
 
@@ -77,6 +88,8 @@ def make(build: Build) -> dict[str, Any]:
     # Rewards become margins.
     calibration = None
     if reward.uses_rewards(config):
+        if config.reward.source_kind == "columns":
+            scores = reward_source.with_columns(rows, scores, config.reward.source_columns)
         calibration = _calibration(rows, scores)
         write_json(build.folder / "calibration.json", calibration)
         scores = _with_margins(scores, _temperature(calibration, config))
@@ -109,7 +122,9 @@ STAGE = Stage(
     help="Score every pair's margin and the reference's log-probs, once.",
     settings=_settings,
     upstream=_upstream,
-    content=initial_policy_content,
+    content=_content,
+    names=lambda config: {"reward": config.reward.source},
+    check=_check,
     make=make,
     describe=describe,
 )
@@ -129,7 +144,7 @@ class _Pass:
 
 
 def _passes(config: Config) -> list[_Pass]:
-    from madpo_ray.scoring.scorers import PolicyLogps, TrainedReward
+    from madpo_ray.scoring.scorers import PolicyLogps
 
     folder = config.run.folder / "scores"
     batch_size = config.scoring.per_device_batch_size
@@ -147,13 +162,19 @@ def _passes(config: Config) -> list[_Pass]:
     )
     passes = [_Pass(reference_inputs, reference, folder / "reference")]
 
-    # The reward model's rewards.
-    if reward.uses_rewards(config):
-        model = reward.STAGE.model(config)
-        rewards = TrainedReward(model, config.model, columns=columns.REWARDS, batch_size=batch_size)
-        fingerprint = reward.STAGE.inputs(config).fingerprint
-        reward_inputs = Inputs(STAGE.name, upstream={**upstream, "reward": fingerprint})
-        passes.insert(0, _Pass(reward_inputs, rewards, folder / "reward"))
+    # The rewards, unless they are in the data.
+    if reward.uses_rewards(config) and config.reward.source_kind != "columns":
+        if reward.is_trained(config):
+            fingerprint = reward.STAGE.inputs(config).fingerprint
+            reward_inputs = Inputs(STAGE.name, upstream={**upstream, "reward": fingerprint})
+        else:
+            reward_inputs = Inputs(
+                STAGE.name,
+                settings=reward_source.settings(config),
+                upstream=upstream,
+                content=reward_source.content(config),
+            )
+        passes.insert(0, _Pass(reward_inputs, reward_source.scorer(config), folder / "reward"))
     return passes
 
 
@@ -190,8 +211,7 @@ def _calibration(rows: Path, scores: pa.Table) -> dict[str, Any]:
 
     splits = read_columns(rows, [columns.SPLIT])[columns.SPLIT]
     held_out = scores.filter(pc.equal(splits, columns.VALIDATION))
-    chosen, rejected = (held_out[name].to_numpy() for name in columns.REWARDS)
-    return calibration_report(chosen - rejected)
+    return calibration_report(_margins(held_out).to_numpy())
 
 
 def _temperature(calibration: Mapping[str, Any], config: Config) -> float:
@@ -208,12 +228,22 @@ def _temperature(calibration: Mapping[str, Any], config: Config) -> float:
 
 
 def _with_margins(scores: pa.Table, temperature: float) -> pa.Table:
-    """Rewards divided by the temperature, and their difference."""
-    for name in columns.REWARDS:
-        index = scores.column_names.index(name)
-        scores = scores.set_column(index, name, pc.divide(scores[name], temperature))
+    """Rewards and margins, divided by the temperature."""
+    for name in (*columns.REWARDS, columns.MARGIN):
+        if name in scores.column_names:
+            index = scores.column_names.index(name)
+            scores = scores.set_column(index, name, pc.divide(scores[name], temperature))
+    if columns.MARGIN in scores.column_names:
+        return scores
+    return scores.append_column(columns.MARGIN, _margins(scores))
+
+
+def _margins(scores: pa.Table) -> pa.ChunkedArray:
+    """The margin that the data brings, or the difference of rewards."""
+    if columns.MARGIN in scores.column_names:
+        return scores[columns.MARGIN]
     chosen, rejected = (scores[name] for name in columns.REWARDS)
-    return scores.append_column(columns.MARGIN, pc.subtract(chosen, rejected))
+    return pc.subtract(chosen, rejected)
 
 
 def _summary(rows: Path) -> dict[str, Any]:

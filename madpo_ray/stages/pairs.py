@@ -21,13 +21,8 @@ from madpo_ray.data.reader import PairReader
 from madpo_ray.data.sources import list_files
 from madpo_ray.data.splits import count_repeats
 from madpo_ray.errors import UserError
-from madpo_ray.models.source import (
-    base_model,
-    check_lengths,
-    check_model,
-    check_vocabulary,
-    model_inputs,
-)
+from madpo_ray.models.limits import check_lengths, check_vocabulary
+from madpo_ray.models.source import base_model, check_model, model_inputs
 from madpo_ray.passes import BatchNotes, write_rows
 from madpo_ray.stages.stage import Build, Description, Stage
 from madpo_ray.waiting import waiting

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from madpo_ray.config import Config
+from madpo_ray.errors import UserError
 from madpo_ray.models.source import base_model, check_model, model_inputs
 from madpo_ray.stages import pairs
 from madpo_ray.stages.stage import Build, Description, Stage, check_training, train, training_job
@@ -31,7 +32,16 @@ def uses_rewards(config: Config) -> bool:
     return needs_margins(config.train)
 
 
+def is_trained(config: Config) -> bool:
+    """Whether rewards are those of a model that this stage trains."""
+    return uses_rewards(config) and config.reward.source == "trained"
+
+
 def _check(config: Config) -> None:
+    if config.reward.source != "trained":
+        raise UserError(
+            f"reward.source: {config.reward.source} is not trained here: run stage margins"
+        )
     check_model(config.model)
     check_training(config, config.reward, task_type="SEQ_CLS")
 
@@ -65,7 +75,7 @@ STAGE = Stage(
     settings=_settings,
     content=_content,
     upstream=lambda config: (pairs.STAGE,),
-    is_wanted=uses_rewards,
+    is_wanted=is_trained,
     check=_check,
     make=make,
     describe=describe,

@@ -1,7 +1,6 @@
 """Finding and converting models; nothing of the user's is written."""
 
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,10 @@ from madpo_ray.errors import UserError
 from madpo_ray.models.loading import load_policy, load_tokenizer
 from madpo_ray.models.source import (
     base_model,
-    check_lengths,
     check_model,
-    check_vocabulary,
     model_inputs,
 )
-from support.models import TEMPLATE
+from support.models import TEMPLATE, edited
 
 
 def test_chat_template_keeps_the_models_own_folder(
@@ -67,14 +64,6 @@ def test_only_safetensors_are_read(tmp_path: Path) -> None:
         check_model(ModelConfig(model_name_or_path=str(tmp_path)))
 
 
-def edited(model_folder: Path, target: Path, **config: Any) -> ModelConfig:
-    """A copy of the model with other values in its config.json."""
-    shutil.copytree(model_folder, target)
-    file = target / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **config}))
-    return ModelConfig(model_name_or_path=str(target))
-
-
 def test_adapter_is_refused_with_its_base(tmp_path: Path) -> None:
     adapter = {"base_model_name_or_path": "org/base"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
@@ -103,61 +92,6 @@ def test_broken_config_is_named(content: str, model_folder: Path, tmp_path: Path
     (tmp_path / "m" / "config.json").write_text(content)
     with pytest.raises(UserError, match=r"config\.json"):
         check_model(model)
-
-
-@pytest.mark.parametrize(
-    ("config", "max_length", "message"),
-    [
-        ({"max_position_embeddings": 64}, 65, "65 is more than the model's 64 positions"),
-        ({"max_position_embeddings": 64}, 64, None),
-        ({"max_position_embeddings": None, "n_positions": 64}, 65, "64 positions"),
-        ({"text_config": {"max_position_embeddings": 64}}, 65, "64 positions"),
-        (
-            {
-                "rope_parameters": {
-                    "rope_type": "longrope",
-                    "original_max_position_embeddings": 32,
-                }
-            },
-            33,
-            "lower data.max_length to 32",
-        ),
-        ({"rope_scaling": {"type": "dynamic"}, "max_position_embeddings": 64}, 64, None),
-        (
-            {"rope_scaling": {"type": "longrope"}, "original_max_position_embeddings": 16},
-            17,
-            "longrope positions depend on the longest pair of a batch",
-        ),
-        (
-            {"rope_scaling": {"type": "yarn", "original_max_position_embeddings": 16}},
-            17,
-            None,
-        ),
-    ],
-)
-def test_lengths_fit_the_model(
-    config: dict[str, Any],
-    max_length: int,
-    message: str | None,
-    model_folder: Path,
-    tmp_path: Path,
-) -> None:
-    """And a pair's log-prob may not depend on its neighbours."""
-    base = {"rope_parameters": None, "rope_scaling": None}
-    edited(model_folder, tmp_path / "m", **{**base, **config})
-    if message is None:
-        check_lengths(tmp_path / "m", max_length)
-        return
-    with pytest.raises(UserError, match=re.escape(message)):
-        check_lengths(tmp_path / "m", max_length)
-
-
-def test_vocabulary_fits_the_tokenizer(model_folder: Path, tmp_path: Path) -> None:
-    edited(model_folder, tmp_path / "m", vocab_size=10)
-    check_vocabulary(tmp_path / "m", {"a": 0, "b": 9})
-    message = "token 'c' has id 10, and the model has 10 embeddings (2 such tokens)"
-    with pytest.raises(UserError, match=re.escape(message)):
-        check_vocabulary(tmp_path / "m", {"a": 0, "c": 10, "d": 11})
 
 
 @pytest.mark.parametrize(

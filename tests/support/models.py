@@ -1,9 +1,13 @@
 """Tiny random models and a tokenizer that knows the words of the tests' pairs."""
 
+import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from madpo_ray.config import ModelConfig
 from support.pairs import WORDS
 
 TEMPLATE = (
@@ -90,3 +94,11 @@ def make_reward_model() -> Any:
     return AutoModelForSequenceClassification.from_config(
         tiny_config("llama", num_labels=1), attn_implementation="sdpa"
     ).eval()
+
+
+def edited(model_folder: Path, target: Path, **config: Any) -> ModelConfig:
+    """A copy of the model with other values in its config.json."""
+    shutil.copytree(model_folder, target)
+    file = target / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **config}))
+    return ModelConfig(model_name_or_path=str(target))

@@ -1,0 +1,49 @@
+"""Section reward: where rewards come from, and the training of a reward model."""
+
+import re
+from typing import ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from madpo_ray.config.base import Strings
+from madpo_ray.config.training import TrainingConfig
+
+
+class RewardConfig(TrainingConfig):
+    metrics: ClassVar[frozenset[str]] = frozenset(
+        {"loss", "accuracy", "margin", "mean_reward", "min_reward", "max_reward"}
+    )
+
+    source: str = Field(
+        "trained",
+        description="where rewards come from. trained: a model trained here; columns: the data; "
+        "module:function: Python; else the folder or hub name of a classifier with one label",
+    )
+    source_revision: str = Field("main", description="of a source on the hub")
+    source_columns: Strings = Field(
+        (),
+        max_length=2,
+        description="for source columns: kept columns with chosen and rejected reward, or with the "
+        "margin",
+    )
+    center_rewards_coefficient: float = Field(
+        0.0, ge=0, description="weight of (chosen + rejected reward)^2, as in TRL"
+    )
+
+    @property
+    def source_kind(self) -> Literal["trained", "columns", "function", "classifier"]:
+        """What `source` is."""
+        if self.source == "trained":
+            return "trained"
+        if self.source == "columns":
+            return "columns"
+        return "function" if re.fullmatch(r"[\w.]+:\w+", self.source) else "classifier"
+
+    @model_validator(mode="after")
+    def _check_source_columns(self) -> "RewardConfig":
+        if (self.source == "columns") != bool(self.source_columns):
+            raise ValueError(
+                "source: columns and source_columns go together: name the columns with chosen and "
+                "rejected reward, or the one with the margin"
+            )
+        return self

@@ -1,0 +1,52 @@
+"""What a model's config.json says that pairs must keep to."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from madpo_ray.errors import UserError
+from madpo_ray.models.source import read_json
+
+
+def check_lengths(folder: Path, max_length: int) -> None:
+    """Raises UserError if a model cannot read `max_length` tokens, or not always alike."""
+    architecture = _text_config(folder)
+    positions = architecture.get("max_position_embeddings") or architecture.get("n_positions")
+    if positions is not None and max_length > positions:
+        raise UserError(
+            f"data.max_length: {max_length} is more than the model's {positions} positions: "
+            "lower data.max_length"
+        )
+
+    # These scale positions by the longest row of a batch once it exceeds the original length: a
+    # pair's log-prob would depend on its neighbours.
+    rope = architecture.get("rope_parameters") or architecture.get("rope_scaling") or {}
+    kind = rope.get("rope_type") or rope.get("type")
+    if kind not in ("longrope", "dynamic"):
+        return
+    original = rope.get("original_max_position_embeddings")
+    original = original or architecture.get("original_max_position_embeddings") or positions
+    if original is not None and max_length > original:
+        raise UserError(
+            f"data.max_length: the model's {kind} positions depend on the longest pair of a batch "
+            f"beyond {original} tokens: lower data.max_length to {original}"
+        )
+
+
+def check_vocabulary(folder: Path, token_ids: Mapping[str, int]) -> None:
+    """Raises UserError if the tokenizer has a token that the model has no embedding for."""
+    size = _text_config(folder).get("vocab_size")
+    beyond = [token for token, number in token_ids.items() if size and number >= size]
+    if beyond:
+        raise UserError(
+            f"the tokenizer's token {beyond[0]!r} has id {token_ids[beyond[0]]}, and the model has "
+            f"{size} embeddings ({len(beyond)} such tokens): resize the model's embeddings, or "
+            "use the tokenizer that it was trained with"
+        )
+
+
+def _text_config(folder: Path) -> dict[str, Any]:
+    """What config.json says of the language model, including models that also read images."""
+    config = read_json(folder / "config.json")
+    text: dict[str, Any] = config.get("text_config") or config
+    return text

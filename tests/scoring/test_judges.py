@@ -1,0 +1,160 @@
+"""Rewards of classifiers of others and of Python functions, from texts or messages."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig
+
+from madpo_ray.config import ModelConfig
+from madpo_ray.data.messages import as_text
+from madpo_ray.errors import UserError
+from madpo_ray.passes import BatchNotes
+from madpo_ray.scoring.actors import REFUSAL, ScoringActor
+from madpo_ray.scoring.judges import ClassifierReward, FunctionReward, find_function
+from support.models import make_reward_model, make_tokenizer
+from support.pairs import make_rows
+
+CPU = torch.device("cpu")
+
+
+def table(*, conversational: bool, count: int = 7) -> pa.Table:
+    """Pairs as stage `pairs` stores them."""
+    names = ("prompt", "chosen", "rejected")
+    rows = make_rows(count, conversational=conversational)
+    texts = [{name: as_text(row[name]) for name in names} for row in rows]
+    return pa.Table.from_pylist([{"pair_id": str(i), **row} for i, row in enumerate(texts)])
+
+
+def save(folder: Path, model: Any = None, **config: Any) -> Path:
+    model = model or make_reward_model()
+    for name, value in config.items():
+        setattr(model.config, name, value)
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def scorer_of(folder: Path, batch_size: int = 4) -> ClassifierReward:
+    model = ModelConfig(model_name_or_path=str(folder))
+    return ClassifierReward(folder, model, batch_size=batch_size)
+
+
+def own_rewards(folder: Path, rows: list[dict[str, Any]]) -> np.ndarray:
+    """As transformers gives them for one text at a time, (2, pairs)."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    rewards = []
+    with torch.no_grad():
+        for side in ("chosen", "rejected"):
+            for row in rows:
+                if isinstance(row["prompt"], str):
+                    text = row["prompt"] + row[side]
+                else:
+                    messages = row["prompt"] + row[side]
+                    text = tokenizer.apply_chat_template(messages, tokenize=False)
+                encoded = tokenizer(text, return_tensors="pt", add_special_tokens=False)
+                rewards.append(float(model(encoded["input_ids"]).logits))
+    return np.array(rewards).reshape(2, -1)
+
+
+@pytest.mark.parametrize("conversational", [False, True])
+@pytest.mark.parametrize("pad_token_id", [0, 2, None])
+def test_classifier_gives_its_own_rewards(
+    pad_token_id: int | None, conversational: bool, tmp_path: Path
+) -> None:
+    """In batches, whichever token it pads with: none, or the one that ends every text."""
+    folder = save(tmp_path, pad_token_id=pad_token_id)
+    scorer = scorer_of(folder)
+    scorer.load(CPU)
+    scores = scorer(table(conversational=conversational))
+    expected = own_rewards(folder, make_rows(7, conversational=conversational))
+    np.testing.assert_allclose(scores, expected, atol=1e-4)
+
+
+def test_classifier_without_sdpa_reads_batches(tmp_path: Path) -> None:
+    """An encoder, whose pooled first token does not see padding."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=400,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        num_labels=1,
+    )
+    folder = save(tmp_path, AutoModelForSequenceClassification.from_config(config).eval())
+    scorer = scorer_of(folder)
+    scorer.load(CPU)
+    expected = own_rewards(folder, make_rows(7))
+    np.testing.assert_allclose(scorer(table(conversational=False)), expected, atol=1e-4)
+
+
+def test_classifier_of_two_labels_is_refused(tmp_path: Path) -> None:
+    model = make_reward_model()
+    model.score = torch.nn.Linear(model.config.hidden_size, 2, bias=False)
+    model.config.num_labels = 2
+    with pytest.raises(UserError, match=r"score\.weight"):
+        scorer_of(save(tmp_path, model)).load(CPU)
+
+
+def test_text_that_is_too_long_is_refused(tmp_path: Path) -> None:
+    scorer = scorer_of(save(tmp_path, max_position_embeddings=5))
+    scorer.load(CPU)
+    rows = table(conversational=False)
+    with pytest.raises(UserError, match=r"a pair has \d+ tokens .* reads 5: lower data.max_length"):
+        scorer(rows)
+
+
+def test_messages_need_a_chat_template(tmp_path: Path) -> None:
+    """Known at the first rows: the reason travels as a column."""
+    folder = save(tmp_path)
+    (folder / "chat_template.jinja").unlink()
+    rows = table(conversational=True)
+    scored = ScoringActor([scorer_of(folder)], 1, BatchNotes(tmp_path))(rows)
+    assert "has no chat template" in scored[REFUSAL][0].as_py()
+
+
+def length_reward(prompts: list[Any], completions: list[Any]) -> list[float]:
+    """For the tests below: how long a completion is, and how many messages it has."""
+    assert len(prompts) == len(completions)
+    return [float(len(json.dumps(completion))) for completion in completions]
+
+
+def too_few(prompts: list[Any], completions: list[Any]) -> list[float]:
+    return [1.0]
+
+
+@pytest.mark.parametrize("conversational", [False, True])
+def test_function_gets_texts_or_messages(conversational: bool) -> None:
+    """With TRL's signature."""
+    scorer = FunctionReward(f"{__name__}:length_reward")
+    scorer.load(CPU)
+    scores = scorer(table(conversational=conversational))
+    rows = make_rows(7, conversational=conversational)
+    for side, own in zip(("chosen", "rejected"), scores, strict=True):
+        assert own.tolist() == [len(json.dumps(row[side])) for row in rows]
+
+
+def test_function_gives_a_reward_for_each(tmp_path: Path) -> None:
+    scorer = FunctionReward(f"{__name__}:too_few")
+    scorer.load(CPU)
+    with pytest.raises(UserError, match="gave 1 rewards for 7 completions"):
+        scorer(table(conversational=False))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no.such.module:f", "put its folder on PYTHONPATH"),
+        ("json:no_function", "cannot be imported"),
+        ("json:__name__", "is not a function"),
+    ],
+)
+def test_function_that_is_not_there_is_named(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        find_function(name)

@@ -1,0 +1,135 @@
+"""Rewards that are not those of a model trained here."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+import pytest
+
+from madpo_ray import pipeline
+from madpo_ray.artifacts.manifest import differences
+from madpo_ray.artifacts.tables import column_names, read_columns
+from madpo_ray.config import Config, parse_config
+from madpo_ray.errors import UserError
+from madpo_ray.stages import margins, pairs, reward
+from support.models import make_reward_model, make_tokenizer
+
+Run = tuple[Config, list[str]]
+
+
+def with_source(raw: dict[str, Any], source: str, **more: Any) -> Config:
+    raw["reward"] = {"source": source, **more}
+    return parse_config(raw)
+
+
+def classifier(folder: Path) -> Path:
+    make_reward_model().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_reward_stage_is_not_wanted(raw_config: dict[str, Any], tmp_path: Path) -> None:
+    config = with_source(raw_config, str(classifier(tmp_path / "judge")))
+    assert reward.STAGE not in pipeline.wanted_stages(config)
+    assert reward.STAGE not in margins.STAGE.upstream(config)
+    pipeline.check(config, pipeline.wanted_stages(config))
+    with pytest.raises(UserError, match="is not trained here: run stage margins"):
+        reward.STAGE.check(config)
+
+
+def test_inputs_follow_the_classifiers_files(raw_config: dict[str, Any], tmp_path: Path) -> None:
+    """Not its path."""
+    first = with_source(raw_config, str(classifier(tmp_path / "a")))
+    second = with_source(raw_config, str(shutil.copytree(tmp_path / "a", tmp_path / "b")))
+    assert margins.STAGE.inputs(first).fingerprint == margins.STAGE.inputs(second).fingerprint
+    shutil.copytree(tmp_path / "a", tmp_path / "c")
+    (tmp_path / "c" / "chat_template.jinja").write_text("x")
+    third = with_source(raw_config, str(tmp_path / "c"))
+    assert margins.STAGE.inputs(third).fingerprint != margins.STAGE.inputs(first).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("/no/such/folder", r"reward\.source: /no/such/folder is not a folder"),
+        ("no.such:function", r"reward\.source: no\.such:function cannot be imported"),
+    ],
+)
+def test_source_that_is_not_there_is_named(
+    source: str, message: str, raw_config: dict[str, Any]
+) -> None:
+    config = with_source(raw_config, source)
+    with pytest.raises(UserError, match=message):
+        pipeline.check(config, pipeline.wanted_stages(config))
+
+
+def test_language_model_is_no_source(raw_config: dict[str, Any], model_folder: Path) -> None:
+    config = with_source(raw_config, str(model_folder))
+    with pytest.raises(UserError, match=r"reward\.source: .* is not a sequence classifier, but a"):
+        margins.STAGE.check(config)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({}, "go together"),
+        ({"source_columns": ["a", "b", "c"]}, "at most 2 items"),
+        ({"source_columns": ["nowhere"]}, "add it to data.keep_columns"),
+    ],
+)
+def test_columns_are_checked(
+    more: dict[str, Any], message: str, raw_config: dict[str, Any]
+) -> None:
+    with pytest.raises(UserError, match=message):
+        with_source(raw_config, "columns", **more)
+
+
+@pytest.fixture
+def copied_run(finished_run: Run, tmp_path: Path) -> dict[str, Any]:
+    """The config of a copy of the finished run."""
+    raw = finished_run[0].model_dump(mode="json")
+    shutil.copytree(finished_run[0].run.folder, tmp_path / finished_run[0].run.name)
+    raw["run"]["storage_path"] = str(tmp_path)
+    raw["margins"]["calibrate"] = False
+    return raw
+
+
+@pytest.mark.ray
+@pytest.mark.deepspeed
+@pytest.mark.parametrize(
+    "names", [["chosen_score", "rejected_score"], ["chosen_score"]], ids=["rewards", "margin"]
+)
+def test_data_may_bring_rewards_or_a_margin(names: list[str], copied_run: dict[str, Any]) -> None:
+    """No reward model is trained or run, and the reference is not scored again."""
+    config = with_source(copied_run, "columns", source_columns=names)
+    before = (config.run.folder / "scores" / "reference" / "manifest.json").stat().st_mtime_ns
+    assert [stage.name for stage in pipeline.pending(config)] == ["margins", "train", "evaluate"]
+    pipeline.run_stage(config, margins.STAGE, say=lambda what: None)
+    assert (
+        config.run.folder / "scores" / "reference" / "manifest.json"
+    ).stat().st_mtime_ns == before
+    table = read_columns(margins.STAGE.rows(config), ["margin", "chosen_score", "rejected_score"])
+    expected = table["chosen_score"]
+    if len(names) > 1:
+        expected = pc.subtract(expected, table["rejected_score"])
+    assert table["margin"] == expected
+    has_rewards = "chosen_reward" in column_names(margins.STAGE.rows(config))
+    assert has_rewards == (len(names) > 1)
+
+
+@pytest.mark.ray
+@pytest.mark.deepspeed
+def test_classifier_scores_every_pair(copied_run: dict[str, Any], tmp_path: Path) -> None:
+    """And another source redoes the margins, and names why."""
+    config = with_source(copied_run, str(classifier(tmp_path / "judge")))
+    found = differences(margins.STAGE.folder(config), margins.STAGE.inputs(config))
+    assert {difference.part for difference in found} == {"settings", "upstream", "content"}
+    pipeline.run_stage(config, margins.STAGE, say=lambda what: None)
+    rows = margins.STAGE.rows(config)
+    ids = read_columns(rows, ["pair_id"])
+    assert ids == read_columns(pairs.STAGE.rows(config), ["pair_id"])
+    table = read_columns(rows, ["chosen_reward", "rejected_reward", "margin"])
+    difference = pc.subtract(table["chosen_reward"], table["rejected_reward"])
+    assert table["margin"] == difference
+    assert len(set(table["margin"].to_pylist())) > 50
