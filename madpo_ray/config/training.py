@@ -1,4 +1,4 @@
-"""Sections sft and train, and what they share with reward: what the training loop needs, and the settings of each loss."""
+"""Sections sft and train, what they share with reward, and the settings of each loss."""
 
 from typing import Any, ClassVar, Literal
 
