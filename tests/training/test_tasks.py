@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from madpo_ray.artifacts.tables import read_columns, write_table
+from madpo_ray.columns import LENGTHS
 from madpo_ray.config import ModelConfig, RewardConfig, SFTConfig
 from madpo_ray.models.loading import load_policy, load_tokenizer
 from madpo_ray.training.job import RewardTask, SFTTask, TrainingJob
@@ -44,7 +45,7 @@ def test_bfloat16_starts_at_ln_2(policy_job: MakeJob, train_on: TrainOn, tmp_pat
     """
     settings = {"zero_stage": 1, "gradient_checkpointing": True, "loss_type": "sigmoid"}
     job = policy_job("bf16", {"dtype": "bfloat16"}, **settings)
-    names = ("pair_id", "split", "prompt_ids", "chosen_ids", "rejected_ids", "margin")
+    names = ("pair_id", "split", *LENGTHS, *LENGTHS.values(), "margin")
     table = read_columns(job.rows, names)
     rows = tmp_path / "bf16" / "data"
     write_table(with_reference(table, job.base_folder, job.model, batch_size=2), rows)
