@@ -4,6 +4,7 @@ import dataclasses
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -43,7 +44,7 @@ class Command:
         self.config = parse_config(raw)
         stage = margins.STAGE
         with building(stage.folder(self.config), stage.inputs(self.config)) as (partial, _):
-            rows_folder(partial).symlink_to(scored_pairs)
+            shutil.copytree(scored_pairs, rows_folder(partial))
         self.folder = train.STAGE.folder(self.config)
         fingerprint = train.STAGE.inputs(self.config).fingerprint
         self.job = train.policy_job(Build(self.config, self.folder, fingerprint))
