@@ -187,6 +187,8 @@ def test_leftovers_of_a_kill_are_deleted(finished_run: Run, tmp_path: Path) -> N
     shutil.copytree(train.STAGE.folder(config), old)
     checkpoint = next(config.run.ray_folder.glob("train-*")) / "checkpoint_00000001"
     checkpoint.mkdir()
+    interrupted = config.run.ray_folder / "tune-tokens-1"  # of a stage that is not finished
+    interrupted.mkdir()
     config_file = config.run.folder / "config.yaml"
     config_file.write_bytes(b"\xff")
     printed: list[str] = []
@@ -194,6 +196,7 @@ def test_leftovers_of_a_kill_are_deleted(finished_run: Run, tmp_path: Path) -> N
     assert printed[-1].startswith("nothing to do")
     assert not old.exists()
     assert not checkpoint.exists()
+    assert interrupted.exists()
     assert load_config(config_file) == config
 
 
@@ -221,7 +224,7 @@ def test_checkpoints_go_when_their_stage_is_finished(finished_run: Run) -> None:
     assert len(runs) == 1
     assert not list(runs[0].glob("checkpoint_*"))
     assert (runs[0] / "metrics" / "metrics.jsonl").exists()
-    assert not list(config.run.ray_folder.glob("tokens-*"))
+    assert not list(config.run.ray_folder.glob("*-tokens-*"))
 
 
 def with_train(config: Config, **changes: Any) -> Config:

@@ -192,7 +192,7 @@ class Stage:
 
     def _unneeded(self, config: Config) -> list[Path]:
         """What the stage kept while it ran, also with other settings, and trials of it."""
-        patterns = ["tokens-*/", f"{self.name}-*/{KEPT}/"]
+        patterns = [f"{self.name}-tokens-*/", f"{self.name}-*/{KEPT}/"]
         if not config.run.keep_checkpoints:
             patterns += [f"{self.name}-*/checkpoint_*/", f"{self.name}-*/.checkpoint_*.trash-*/"]
         return [path for pattern in patterns for path in config.run.ray_folder.glob(pattern)]

@@ -128,8 +128,9 @@ class TrainingJob:
         return may_share_prefix(self.model, architecture)
 
     def _token_files(self, split: str) -> Path:
-        """Where the tokens of a split are as flat files; the same for all jobs on the same rows."""
-        return self.storage / f"tokens-{rows_fingerprint(self.rows)[:16]}" / split
+        """Where the tokens of a split are as flat files; the same for all trials of a search."""
+        rows = rows_fingerprint(self.rows)[:16]
+        return self.storage / f"{self.stage}-tokens-{rows}" / split
 
     def order_spec(self, num_workers: int) -> OrderSpec:
         """The order of the pairs to train on."""

@@ -111,6 +111,16 @@ def read(path: Path, content: bytes) -> list[Any]:
     return list(open_source(str(path)).rows())
 
 
+def assert_rows(found: list[Any], expected: list[Any], reason: str) -> None:
+    """Rows are equal; a text is how a reason begins; None stands for `reason`."""
+    assert len(found) == len(expected)
+    for one, own in zip(found, expected, strict=True):
+        if isinstance(own, dict):
+            assert one == own
+        else:
+            assert str(one).startswith(own or reason)
+
+
 @pytest.mark.parametrize("end", ["", ".gz", ".zst"])
 def test_compressed_text(end: str, tmp_path: Path) -> None:
     lines = b"".join(b'{"a": %d}\n' % i for i in range(3000))
@@ -177,13 +187,7 @@ def test_json_array_is_read_in_blocks_of_any_size(
 )
 def test_unusual_arrays(content: bytes, expected: list[Any], tmp_path: Path) -> None:
     """None stands for an element that is no object."""
-    found = read(tmp_path / "a.json", content)
-    assert len(found) == len(expected)
-    for one, own in zip(found, expected, strict=True):
-        if isinstance(own, dict):
-            assert one == own
-        else:
-            assert str(one).startswith(own or "element is not a JSON object")
+    assert_rows(read(tmp_path / "a.json", content), expected, "element is not a JSON object")
 
 
 def test_json_may_be_lines(tmp_path: Path) -> None:
@@ -206,13 +210,8 @@ def test_json_may_be_lines(tmp_path: Path) -> None:
 )
 def test_csv(content: bytes, expected: list[Any], tmp_path: Path) -> None:
     """Every value is text, as it stands there. None stands for a row of another length."""
-    found = read(tmp_path / "a.csv", content)
-    assert len(found) == len(expected)
-    for one, own in zip(found, expected, strict=True):
-        if isinstance(own, dict):
-            assert one == own
-        else:
-            assert str(one).startswith(own or "row has not as many fields as the header: ")
+    reason = "row has not as many fields as the header: "
+    assert_rows(read(tmp_path / "a.csv", content), expected, reason)
 
 
 def test_tsv(tmp_path: Path) -> None:
