@@ -100,7 +100,7 @@ def read_as_a_rank(settings: dict[str, Any]) -> None:
     peak = Peak()
     spec: OrderSpec = settings["spec"]
     Order(spec)  # as each rank of a training does
-    site = RaySite()
+    site = RaySite(["train"])
     count = 0
     first = 0.0
     for row in site.micro_batches(0):

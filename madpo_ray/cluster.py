@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from madpo_ray.config import ClusterConfig
+from madpo_ray.config import ActorPool, ClusterConfig
 from madpo_ray.errors import ExitCode, Stopped, UserError
 from madpo_ray.passes import ordered_execution
 from madpo_ray.signals import on_sigterm
@@ -26,10 +26,15 @@ IF_NODES_COME = ", or set cluster.autoscaling: true if nodes will be added"
 
 
 @contextlib.contextmanager
-def connected(cluster: ClusterConfig, *, dashboard: bool = False) -> Iterator[None]:
+def connected(
+    cluster: ClusterConfig, *, actors: ActorPool | None = None, dashboard: bool = False
+) -> Iterator[None]:
     """Connects to the config's cluster, to RAY_ADDRESS, or to a local Ray that ends with the block.
 
     If this process is connected already, only checks the cluster and sets Ray Data's options.
+
+    Args:
+        actors: scoring actors that run at the same time as the workers.
 
     Raises:
         UserError: the cluster cannot be reached, or can never place the config's workers.
@@ -38,18 +43,18 @@ def connected(cluster: ClusterConfig, *, dashboard: bool = False) -> Iterator[No
     import ray
 
     if ray.is_initialized():
-        with _ready_for_passes(cluster):
+        with _ready_for_passes(cluster, actors):
             yield
         return
 
     def start() -> None:
-        _start_or_connect(cluster, dashboard=dashboard)
+        _start_or_connect(cluster, actors, dashboard=dashboard)
 
     # SystemExit is the only exception that passes through Ray's calls. Ray installs a handler of
     # its own when it starts.
     with on_sigterm(lambda: sys.exit(ExitCode.TERMINATED), prepare=start) as terminated:
         try:
-            with _ready_for_passes(cluster):
+            with _ready_for_passes(cluster, actors):
                 yield
         except SystemExit:
             if terminated.is_set():  # Ray passes the exit on with a code of its own
@@ -61,11 +66,11 @@ def connected(cluster: ClusterConfig, *, dashboard: bool = False) -> Iterator[No
 
 
 @contextlib.contextmanager
-def _ready_for_passes(cluster: ClusterConfig) -> Iterator[None]:
+def _ready_for_passes(cluster: ClusterConfig, actors: ActorPool | None) -> Iterator[None]:
     """Checks the cluster, sets Ray Data's options, and raises Stopped if actors find no place."""
     import ray.exceptions
 
-    check_workers_fit(cluster)
+    check_workers_fit(cluster, actors)
     _configure_data(cluster)
     try:
         yield
@@ -78,7 +83,7 @@ def _ready_for_passes(cluster: ClusterConfig) -> Iterator[None]:
         ) from error
 
 
-def _start_or_connect(cluster: ClusterConfig, *, dashboard: bool) -> None:
+def _start_or_connect(cluster: ClusterConfig, actors: ActorPool | None, *, dashboard: bool) -> None:
     import ray
 
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "warning"}
@@ -102,6 +107,8 @@ def _start_or_connect(cluster: ClusterConfig, *, dashboard: bool) -> None:
     _protect_token()
     # "local": never a cluster that happens to run on this machine; its address has to be given.
     num_cpus = (os.cpu_count() or 1) + LOCAL_EXTRA_CPUS
+    if actors is not None:  # they share the machine's CPUs with the workers
+        num_cpus += math.ceil(actors.min_size * actors.num_cpus)
     ray.init(address="local", num_cpus=num_cpus, include_dashboard=dashboard, **options)
 
 
@@ -129,21 +136,26 @@ def _check_local(cluster: ClusterConfig) -> None:
         raise UserError(_explain_too_many(cluster, f"this machine has {available} CPUs"))
 
 
-def check_workers_fit(cluster: ClusterConfig) -> None:
+def check_workers_fit(cluster: ClusterConfig, actors: ActorPool | None = None) -> None:
     """Raises UserError if the nodes, as they are, have no place for the workers."""
     import ray
 
     if cluster.autoscaling:
         return
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    check_nodes(nodes, cluster)
+    check_nodes(nodes, cluster, actors)
 
 
-def check_nodes(nodes: Sequence[Mapping[str, float]], cluster: ClusterConfig) -> None:
+def check_nodes(
+    nodes: Sequence[Mapping[str, float]],
+    cluster: ClusterConfig,
+    actors: ActorPool | None = None,
+) -> None:
     """Raises UserError if there is no place for the workers and for Ray Data.
 
     Args:
         nodes: resources of each node, by Ray's names.
+        actors: scoring actors that run at the same time as the workers.
     """
     # In sum.
     available = Counter[str]()
@@ -151,12 +163,20 @@ def check_nodes(nodes: Sequence[Mapping[str, float]], cluster: ClusterConfig) ->
         available.update(node)
     needed = {"CPU": cluster.num_workers * cluster.cpus_per_worker + DATA_CPUS}
     if cluster.use_gpu:
-        needed["GPU"] = cluster.num_workers
+        needed["GPU"] = cluster.num_workers * cluster.gpus_per_worker
+    if actors is not None:
+        needed["CPU"] += actors.min_size * actors.num_cpus
+        if actors.num_gpus:
+            needed["GPU"] = needed.get("GPU", 0) + actors.min_size * actors.num_gpus
     for resource, amount in needed.items():
         if amount > available[resource]:
             reason = f"the cluster has {available[resource]:g} {resource}s in all"
             if resource == "CPU":
                 reason += f", and feeding the workers needs {DATA_CPUS:g} of them"
+            if actors is not None:
+                reason += (
+                    f"; margins.mode: stream needs {amount:g}, with those of the scoring actors"
+                )
             raise UserError(_explain_too_many(cluster, reason) + IF_NODES_COME)
 
     # And each worker on a node.

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from madpo_ray.config import ClusterConfig
+from madpo_ray.config import ActorPool
 from madpo_ray.errors import ExitCode, Stopped
 from madpo_ray.waiting import waiting
 
@@ -21,15 +21,14 @@ if TYPE_CHECKING:
 MAX_ATTEMPTS = 4
 
 
-def actor_pool(cluster: ClusterConfig) -> dict[str, Any]:
-    """Arguments of `map_batches` for as many model actors as there are workers."""
+def pool_options(actors: ActorPool) -> dict[str, Any]:
+    """Arguments of `map_batches` for a pool of actors."""
     import ray.data
 
-    resources = cluster.worker_resources
     return {
-        "compute": ray.data.ActorPoolStrategy(size=cluster.num_workers),
-        "num_cpus": resources["CPU"],
-        "num_gpus": resources.get("GPU"),
+        "compute": ray.data.ActorPoolStrategy(min_size=actors.min_size, max_size=actors.max_size),
+        "num_cpus": actors.num_cpus,
+        "num_gpus": actors.num_gpus or None,
     }
 
 

@@ -47,7 +47,11 @@ Say = Callable[["str | Table"], None]  # where progress and results are printed
 
 def wanted_stages(config: Config) -> list[Stage]:
     """The stages of `madpo-ray run`, in order."""
-    return [stage for stage in STAGES if stage.is_wanted(config)]
+    stages = [stage for stage in STAGES if stage.is_wanted(config)]
+    if config.margins.mode == "stream":  # training scores the pairs; then margins collects them
+        stages.remove(margins.STAGE)
+        stages.insert(stages.index(train.STAGE) + 1, margins.STAGE)
+    return stages
 
 
 def pending(config: Config) -> list[Stage]:
@@ -97,7 +101,7 @@ def run_all(config: Config, *, say: Say, deadline: float | None = None) -> None:
             say(nothing_to_do)
             return
 
-        with connected(config.cluster):
+        with connected(config.cluster, actors=config.streaming_actors):
             for stage in stages:
                 if stage in todo:
                     _run(config, stage, say, deadline)

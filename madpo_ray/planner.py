@@ -154,6 +154,6 @@ def _needed(config: Config, stages: Sequence[Stage]) -> list[str]:
     """Stages whose results are read, and which are neither finished nor among these stages."""
     if not _is_local(config):
         return []
-    upstream = [one for stage in stages for one in stage.upstream(config)]
+    upstream = [one for stage in stages for one in stage.needed(config)]
     missing = [one for one in dict.fromkeys(upstream) if one not in stages]
     return [stage.name for stage in missing if not stage.is_finished(config)]

@@ -13,7 +13,7 @@ import yaml
 
 from madpo_ray.artifacts.tables import read_columns, rows_files
 from madpo_ray.cluster import check_nodes, check_workers_fit, connected
-from madpo_ray.config import ClusterConfig
+from madpo_ray.config import ActorPool, ClusterConfig
 from madpo_ray.errors import UserError
 from madpo_ray.passes import write_rows
 
@@ -81,6 +81,21 @@ def test_refuses_workers_that_fit_in_sum_and_on_no_node() -> None:
     message = "the 2 nodes have places for 2 such workers"
     with pytest.raises(UserError, match=message):
         check_nodes([two_gpus] * 2, ClusterConfig(num_workers=3, use_gpu=True, cpus_per_worker=4.5))
+
+
+def test_refuses_actors_that_have_no_place_next_to_the_workers() -> None:
+    """margins.mode: stream; on GPUs of their own, or on shares."""
+    node = {"CPU": 16.0, "GPU": 2.0}
+    whole = ClusterConfig(num_workers=2, use_gpu=True)
+    shared = ClusterConfig(num_workers=2, use_gpu=True, gpus_per_worker=0.6)
+    check_nodes([node], whole)
+    check_nodes([node] * 2, whole, ActorPool(2, 4, 1.0, 1.0))
+    check_nodes([node], shared, ActorPool(2, 2, 1.0, 0.4))
+    message = r"the cluster has 2 GPUs in all; margins\.mode: stream needs 3, with those of the"
+    with pytest.raises(UserError, match=message):
+        check_nodes([node], whole, ActorPool(1, 1, 1.0, 1.0))
+    with pytest.raises(UserError, match=r"the cluster has 16 CPUs .* stream needs 23\.5"):
+        check_nodes([node], shared, ActorPool(2, 2, 10.0, 0.4))
 
 
 @pytest.mark.ray

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pytest
 
 from madpo_ray.cluster import connected
-from madpo_ray.config import ClusterConfig
+from madpo_ray.config import ActorPool, ClusterConfig
 from madpo_ray.errors import ExitCode, Stopped
-from madpo_ray.passes import BatchNotes, actor_pool, received
+from madpo_ray.passes import BatchNotes, pool_options, received
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
 
@@ -39,7 +39,7 @@ def run(notes: BatchNotes, victim: int) -> list[pa.Table]:
         fn_constructor_kwargs={"notes": notes, "victim": victim},
         batch_size=1,
         batch_format="pyarrow",
-        **actor_pool(ClusterConfig()),
+        **pool_options(ActorPool(1, 1, 1.0, 0.0)),
     )
     with notes.reporting_deaths():
         return list(received(dataset, "rows"))
@@ -74,7 +74,7 @@ def test_actors_without_a_place_are_an_error() -> None:
                 Deadly,
                 fn_constructor_kwargs={"notes": BatchNotes(Path("/nowhere")), "victim": -1},
                 batch_format="pyarrow",
-                **actor_pool(cluster),
+                **pool_options(ActorPool(1, 1, 99.0, 0.0)),
             )
             list(received(dataset, "rows"))
 

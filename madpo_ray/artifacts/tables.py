@@ -1,6 +1,6 @@
 """The rows of an artifact: Parquet files in a folder, whose names keep their order."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,6 +10,8 @@ import pyarrow.parquet as pq
 
 from madpo_ray import columns
 from madpo_ray.artifacts.manifest import read_manifest
+
+ROWS_PER_READ = 16_384
 
 
 def rows_folder(artifact: Path) -> Path:
@@ -60,6 +62,15 @@ def read_split_contiguous(rows: Path, split: str, names: Sequence[str]) -> pa.Ta
         for field in table.schema
     ]
     return table.cast(pa.schema(fields)).combine_chunks()
+
+
+def split_batches(rows: Path, split: str, names: Sequence[str]) -> Iterator[pa.Table]:
+    """`read_split` in pieces, of which one is in memory."""
+    for file in rows_files(rows):
+        with pq.ParquetFile(file) as parquet:
+            for batch in parquet.iter_batches(ROWS_PER_READ, columns=[columns.SPLIT, *names]):
+                table = pa.table(batch)
+                yield table.filter(pc.equal(table[columns.SPLIT], split))
 
 
 def count_rows(rows: Path) -> int:

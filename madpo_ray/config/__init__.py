@@ -1,7 +1,13 @@
 """Every setting once: default, unit, bounds, meaning. Imports neither torch, ray nor deepspeed."""
 
 from madpo_ray.config.base import Section
-from madpo_ray.config.evaluation import EvaluateConfig, MarginsConfig, ScoringConfig, TuneConfig
+from madpo_ray.config.evaluation import (
+    ActorPool,
+    EvaluateConfig,
+    MarginsConfig,
+    ScoringConfig,
+    TuneConfig,
+)
 from madpo_ray.config.files import load_config, parse_config, save_config, with_changes
 from madpo_ray.config.inputs import ClusterConfig, DataConfig, ModelConfig, RunConfig
 from madpo_ray.config.reward import RewardConfig
@@ -17,6 +23,7 @@ from madpo_ray.config.training import (
 
 __all__ = [
     "SEARCH_SPACES",
+    "ActorPool",
     "ClusterConfig",
     "Config",
     "DataConfig",

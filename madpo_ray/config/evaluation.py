@@ -1,10 +1,26 @@
 """Sections scoring, margins, evaluate and tune: what is measured once a model is trained."""
 
-from pydantic import Field, field_validator
+from typing import Literal, NamedTuple
+
+from pydantic import Field, field_validator, model_validator
 
 from madpo_ray.config.base import Section, operational
 from madpo_ray.config.training import PolicyConfig, Range
 from madpo_ray.errors import did_you_mean
+
+
+class ActorPool(NamedTuple):
+    """How many actors a pass of Ray Data has, and the resources of each."""
+
+    min_size: int
+    max_size: int
+    num_cpus: float
+    num_gpus: float
+
+    @property
+    def num_threads(self) -> int:
+        """CPU threads of one actor."""
+        return max(1, int(self.num_cpus))
 
 
 class ScoringConfig(Section):
@@ -14,9 +30,32 @@ class ScoringConfig(Section):
     batch_size: int = operational(
         256, ge=1, description="pairs that an actor sorts by length and scores per call"
     )
+    min_actors: int | None = operational(
+        None, ge=1, description="actors to start with; null: cluster.num_workers"
+    )
+    max_actors: int | None = operational(
+        None, ge=1, description="actors that Ray Data may grow to; null: as many as it starts with"
+    )
+    cpus_per_actor: float | None = operational(
+        None, gt=0, description="logical CPUs per actor; its threads. null: cluster.cpus_per_worker"
+    )
+    gpus_per_actor: float | None = operational(
+        None, gt=0, description="GPUs per actor, such as 0.5; null: 1 if cluster.use_gpu is set"
+    )
+
+    @model_validator(mode="after")
+    def _check_actors(self) -> "ScoringConfig":
+        if (self.min_actors or 1) > (self.max_actors or self.min_actors or 1):
+            raise ValueError("min_actors is more than max_actors")
+        return self
 
 
 class MarginsConfig(Section):
+    mode: Literal["stored", "stream"] = operational(
+        "stored",
+        description="stored: every pair is scored before training; stream: while the first epoch "
+        "trains on it",
+    )
     with_rewards: bool | None = Field(
         None,
         description="score reward margins; null: if train.loss_type uses them. true with another "

@@ -52,7 +52,13 @@ class ClusterConfig(Section):
         None, description="Ray address; null: RAY_ADDRESS if set, else a local Ray is started"
     )
     num_workers: int = Field(1, ge=1, description="training workers, and scoring actors")
-    use_gpu: bool = Field(False, description="one GPU per worker")
+    use_gpu: bool = Field(False, description="give each worker a GPU")
+    gpus_per_worker: float = operational(
+        1.0,
+        gt=0,
+        le=1,
+        description="share of a GPU per worker; scoring actors may have the rest",
+    )
     cpus_per_worker: float = Field(1.0, gt=0, description="logical CPUs per worker; its threads")
     autoscaling: bool = Field(
         False, description="the cluster can add nodes, so do not check that the workers fit now"
@@ -84,7 +90,7 @@ class ClusterConfig(Section):
         """Resources of one worker, by Ray's names."""
         resources = {"CPU": self.cpus_per_worker}
         if self.use_gpu:
-            resources["GPU"] = 1.0
+            resources["GPU"] = self.gpus_per_worker
         return resources
 
     @property

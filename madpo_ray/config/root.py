@@ -3,7 +3,13 @@
 from pydantic import Field, model_validator
 
 from madpo_ray.config.base import Section
-from madpo_ray.config.evaluation import EvaluateConfig, MarginsConfig, ScoringConfig, TuneConfig
+from madpo_ray.config.evaluation import (
+    ActorPool,
+    EvaluateConfig,
+    MarginsConfig,
+    ScoringConfig,
+    TuneConfig,
+)
 from madpo_ray.config.inputs import ClusterConfig, DataConfig, ModelConfig, RunConfig
 from madpo_ray.config.reward import RewardConfig
 from madpo_ray.config.training import SEARCH_SPACES, PolicyConfig, Range, SFTConfig
@@ -28,6 +34,30 @@ class Config(Section):
     def search_space(self) -> dict[str, Range]:
         """What a search varies: tune.search_space, or the default for train.loss_type."""
         return self.tune.search_space or SEARCH_SPACES[self.train.loss_type]
+
+    @property
+    def actors(self) -> ActorPool:
+        """The actors of a pass with models."""
+        scoring = self.scoring
+        cluster = self.cluster
+        default_size = cluster.num_workers
+        if scoring.max_actors is not None:
+            default_size = min(default_size, scoring.max_actors)
+        min_size = scoring.min_actors or default_size
+        num_gpus = 0.0
+        if cluster.use_gpu:
+            num_gpus = scoring.gpus_per_actor or 1.0
+        return ActorPool(
+            min_size=min_size,
+            max_size=scoring.max_actors or min_size,
+            num_cpus=scoring.cpus_per_actor or cluster.cpus_per_worker,
+            num_gpus=num_gpus,
+        )
+
+    @property
+    def streaming_actors(self) -> ActorPool | None:
+        """The actors that run at the same time as the training workers; None if there are none."""
+        return self.actors if self.margins.mode == "stream" else None
 
     @property
     def score_columns(self) -> tuple[str, ...]:

@@ -4,15 +4,17 @@ Imports no torch: the Ray Data actor that reads micro-batches starts faster with
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from madpo_ray.artifacts.tables import read_split_contiguous
 from madpo_ray.columns import PAIR_ID
 from madpo_ray.data.order import Order, StepPlace
+from madpo_ray.data.text_files import TextFiles
 from madpo_ray.data.token_files import TokenFiles
 
 NUMBER = "number"
@@ -27,14 +29,29 @@ def open_tokens(order: Order) -> TokenFiles:
     return TokenFiles(spec.token_files, spec.rows, spec.split, spec.token_columns, order.lengths)
 
 
-class MicroBatchReader:
-    """Reads the micro-batches of an order."""
+def open_texts(order: Order) -> TextFiles:
+    """The texts of an order's pairs that come with its micro-batches. Makes missing files."""
+    spec = order.spec
+    return TextFiles(spec.token_files, spec.rows, spec.split, spec.text_columns)
 
-    def __init__(self, order: Order) -> None:
+
+class MicroBatchReader:
+    """Reads the micro-batches of an order.
+
+    Args:
+        complete: adds columns to the table of a split's pairs that their rows lack.
+    """
+
+    def __init__(
+        self, order: Order, complete: Callable[[pa.Table], pa.Table] | None = None
+    ) -> None:
         spec = order.spec
         self._order = order
         self._tokens = open_tokens(order)
+        self._texts = open_texts(order)
         self._columns = read_split_contiguous(spec.rows, spec.split, (PAIR_ID, *spec.columns))
+        if complete is not None:
+            self._columns = complete(self._columns)
 
     def read(self, numbers: Sequence[int]) -> pa.Table:
         """Micro-batches, one per row, for `decode_micro_batch`."""
@@ -49,12 +66,66 @@ class MicroBatchReader:
         fields[TOKENS] = _lists([_joined(part) for part in parts])
         fields[LENGTHS] = _lists([np.array([len(one) for one in part], np.int32) for part in parts])
 
-        own_columns = self._columns.take(np.concatenate(members))
+        all_rows = np.concatenate(members)
+        own = self._columns.take(all_rows)
+        for name, texts in self._read_texts(all_rows).items():
+            own = own.append_column(name, texts)
         offsets = np.cumsum([0, *map(len, members)])
-        for name in own_columns.column_names:
-            values = own_columns[name].combine_chunks()
+        for name in own.column_names:
+            values = own[name].combine_chunks()
             fields[name] = pa.LargeListArray.from_arrays(offsets, values)
         return pa.table(fields)
+
+    def _read_texts(self, rows: np.ndarray) -> dict[str, pa.Array]:
+        names = self._order.spec.text_columns
+        if not names:
+            return {}
+        found = [self._texts.read(row) for row in rows]
+        return {
+            name: pa.array([texts[i] for texts in found], pa.string())
+            for i, name in enumerate(names)
+        }
+
+
+def pairs_of(micro_batches: pa.Table, token_columns: Sequence[str]) -> pa.Table:
+    """The pairs of a table of micro-batches, one per row, as an artifact has them.
+
+    Args:
+        token_columns: `OrderSpec.token_columns` of their order.
+    """
+    tokens = micro_batches[TOKENS].combine_chunks().flatten()
+    lengths = micro_batches[LENGTHS].combine_chunks().flatten().to_numpy()
+    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    parts = pa.LargeListArray.from_arrays(offsets, tokens)
+    width = len(token_columns)
+    fields: dict[str, pa.Array] = {
+        name: parts.take(pa.array(np.arange(i, len(parts), width)))
+        for i, name in enumerate(token_columns)
+    }
+    for name in own_columns(micro_batches):
+        fields[name] = micro_batches[name].combine_chunks().flatten()
+    return pa.table(fields)
+
+
+def with_columns(micro_batches: pa.Table, numbers: pa.Table) -> pa.Table:
+    """Micro-batches with more columns of their pairs.
+
+    Args:
+        numbers: the columns, with one row per pair in the order of `pairs_of`.
+    """
+    sizes = pc.list_value_length(micro_batches[PAIR_ID]).to_numpy()
+    offsets = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+    for name in numbers.column_names:
+        values = numbers[name].combine_chunks()
+        lists = pa.LargeListArray.from_arrays(offsets, values)
+        micro_batches = micro_batches.append_column(name, lists)
+    return micro_batches
+
+
+def own_columns(micro_batches: pa.Table) -> list[str]:
+    """The columns that hold a value per pair."""
+    others = (NUMBER, TOKENS, LENGTHS, *PLACE)
+    return [name for name in micro_batches.column_names if name not in others]
 
 
 def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
@@ -74,7 +145,6 @@ def decode_micro_batch(
     Args:
         token_columns: `OrderSpec.token_columns` of its order.
     """
-    names = [name for name in row.column_names if name not in (NUMBER, TOKENS, LENGTHS, *PLACE)]
     tokens = row[TOKENS][0].values.to_numpy()
     ends = np.cumsum(row[LENGTHS][0].values.to_numpy())
     parts = [part.tolist() for part in np.split(tokens, ends[:-1])] if len(ends) else []
@@ -85,7 +155,7 @@ def decode_micro_batch(
         dict(zip(token_columns, parts[start : start + width], strict=True))
         for start in range(0, len(parts), width)
     ]
-    for name in names:
+    for name in own_columns(row):
         for pair, value in zip(pairs, row[name][0].values.to_pylist(), strict=True):
             pair[name] = value
     return pairs, StepPlace(**{name: row[name][0].as_py() for name in PLACE})

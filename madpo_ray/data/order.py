@@ -38,6 +38,7 @@ class OrderSpec:
     max_tokens: int | None = None  # per forward, padding included
     shared_prefix: bool = True  # whether a pair's prompt is read once or once per response
     responses: tuple[str, ...] = RESPONSE_IDS
+    text_columns: tuple[str, ...] = ()  # that come with a micro-batch
     num_epochs: int = 1
     max_steps: int = -1
     is_shuffled: bool = True

@@ -6,20 +6,16 @@ size of the data, in every process.
 
 import os
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from madpo_ray import columns
-from madpo_ray.artifacts.tables import rows_files
+from madpo_ray.artifacts.tables import split_batches
 from madpo_ray.atomic import sync
 
 DTYPE = np.dtype(np.int32)
-ROWS_PER_READ = 16_384
 
 
 class TokenFiles:
@@ -70,7 +66,7 @@ def _write(folder: Path, rows: Path, split: str, names: Sequence[str]) -> None:
     partials = [folder / f".{name}.{uuid.uuid4().hex}" for name in names]
     streams = [path.open("wb") for path in partials]
     try:
-        for table in _batches(rows, split, names):
+        for table in split_batches(rows, split, names):
             for name, stream in zip(names, streams, strict=True):
                 values = pc.list_flatten(table[name])
                 for chunk in values.chunks:
@@ -81,12 +77,3 @@ def _write(folder: Path, rows: Path, split: str, names: Sequence[str]) -> None:
     for partial, name in zip(partials, names, strict=True):
         sync(partial)  # after a power loss the size alone would look complete
         os.replace(partial, folder / name)
-
-
-def _batches(rows: Path, split: str, names: Sequence[str]) -> Iterator[pa.Table]:
-    """Some rows of the split after the other, in order."""
-    for file in rows_files(rows):
-        with pq.ParquetFile(file) as parquet:
-            for batch in parquet.iter_batches(ROWS_PER_READ, columns=[columns.SPLIT, *names]):
-                table = pa.table(batch)
-                yield table.filter(pc.equal(table[columns.SPLIT], split))

@@ -8,9 +8,9 @@ import ray.data
 import torch
 
 from madpo_ray.columns import PROMPT_IDS
-from madpo_ray.config import ClusterConfig, ModelConfig
+from madpo_ray.config import ActorPool, ModelConfig
 from madpo_ray.models.loading import load_policy, load_tokenizer
-from madpo_ray.passes import BatchNotes, actor_pool, received
+from madpo_ray.passes import BatchNotes, pool_options, received
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -141,7 +141,7 @@ class _SamplingActor:
 
 def sample_responses(
     prompts: pa.Table,
-    cluster: ClusterConfig,
+    actors: ActorPool,
     *,
     batch_size: int,
     notes: BatchNotes,
@@ -157,7 +157,7 @@ def sample_responses(
         Stopped: a batch killed its actor again and again.
     """
     indexed = prompts.append_column(INDEX, pa.array(range(prompts.num_rows)))
-    options = {"num_threads": cluster.num_threads, "notes": notes, **sampler}
+    options = {"num_threads": actors.num_threads, "notes": notes, **sampler}
     sampled = (
         ray.data.from_arrow(indexed)
         .repartition(target_num_rows_per_block=batch_size)
@@ -166,7 +166,7 @@ def sample_responses(
             fn_constructor_kwargs=options,
             batch_size=batch_size,
             batch_format="pyarrow",
-            **actor_pool(cluster),
+            **pool_options(actors),
         )
     )
     with notes.reporting_deaths():

@@ -10,13 +10,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray.data
 import torch
+from ray.data.expressions import col
 
 from madpo_ray.artifacts.tables import read_columns, rows_files
-from madpo_ray.columns import PAIR_ID
-from madpo_ray.config import ClusterConfig
+from madpo_ray.columns import PAIR_ID, SPLIT, SPLITS
+from madpo_ray.config import ActorPool
 from madpo_ray.errors import UserError
-from madpo_ray.passes import BatchNotes, actor_pool, received
-from madpo_ray.scoring.chunks import ScoredChunks
+from madpo_ray.passes import BatchNotes, pool_options, received
+from madpo_ray.scoring.chunks import ScoredChunks, rows_of
 
 if TYPE_CHECKING:
     from madpo_ray.scoring.scorers import Scorer
@@ -57,8 +58,16 @@ class ScoringActor:
     def __call__(self, rows: pa.Table) -> pa.Table:
         if self._refusal:
             return pa.table({PAIR_ID: rows[PAIR_ID], REFUSAL: [self._refusal] * rows.num_rows})
-        if self._kept is not None and (found := self._kept.read(rows[PAIR_ID])) is not None:
-            return found
+
+        # What is known already.
+        ids = rows[PAIR_ID]
+        known = None if self._kept is None else self._kept.find(ids)
+        if known is not None:
+            rows = rows.filter(pc.invert(pc.is_in(ids, value_set=known[PAIR_ID])))
+            if rows.num_rows == 0:
+                return rows_of(known, ids)
+
+        # The rest.
         first, last = rows[PAIR_ID][0], rows[PAIR_ID][-1]
         with self._notes.working_on(f"the {rows.num_rows} pairs from {first} to {last}"):
             try:
@@ -68,7 +77,7 @@ class ScoringActor:
                 return self(rows)
         if self._kept is not None:
             self._kept.write(scored)
-        return scored
+        return scored if known is None else rows_of(pa.concat_tables([known, scored]), ids)
 
     def _score(self, rows: pa.Table) -> pa.Table:
         scored = {PAIR_ID: rows[PAIR_ID]}
@@ -89,39 +98,47 @@ def _check_finite(name: str, values: np.ndarray, rows: pa.Table) -> None:
 def score_rows(
     rows: Path,
     scorers: Sequence["Scorer"],
-    cluster: ClusterConfig,
+    actors: ActorPool,
     *,
     batch_size: int,
     notes: BatchNotes,
     kept: Path,
+    splits: Sequence[str] = SPLITS,
 ) -> pa.Table:
     """pair_id and the scorers' columns of an artifact's rows, in their order.
 
     Args:
         rows: folder of Parquet files with tokens.
-        cluster: gives the pool of actors, one per worker.
         batch_size: rows per call of an actor, at most.
         kept: folder for what is scored, so that a pass that is killed goes on; for these rows and
             scorers only.
+        splits: of the rows to score.
 
     Raises:
         UserError: a scorer's model is not one that can be scored with.
         Stopped: a batch killed its actor again and again.
         RuntimeError: a score is not finite (names the pairs), or rows were lost.
     """
+    table = read_columns(rows, [PAIR_ID, SPLIT])
+    ids = table.filter(pc.field(SPLIT).isin(list(splits)))[PAIR_ID]
+    known = ScoredChunks(kept).find(ids)
+    if known is not None and known.num_rows >= len(ids):
+        return rows_of(known, ids)
+
     names = dict.fromkeys(name for scorer in scorers for name in scorer.reads)
     # partitioning: a folder named key=value is not a column.
     files = [str(file) for file in rows_files(rows)]
     dataset = ray.data.read_parquet(files, partitioning=None)
+    if set(splits) != set(SPLITS):
+        dataset = dataset.filter(expr=col(SPLIT).is_in(list(splits)))
     dataset = dataset.select_columns([PAIR_ID, *names])
-    ids = read_columns(rows, [PAIR_ID])[PAIR_ID]
-    return _score(dataset, ids, scorers, cluster, batch_size=batch_size, notes=notes, kept=kept)
+    return _score(dataset, ids, scorers, actors, batch_size=batch_size, notes=notes, kept=kept)
 
 
 def score_table(
     table: pa.Table,
     scorers: Sequence["Scorer"],
-    cluster: ClusterConfig,
+    actors: ActorPool,
     *,
     batch_size: int,
     notes: BatchNotes,
@@ -129,7 +146,7 @@ def score_table(
     """A table of tokenised rows with the scorers' columns added. Raises as `score_rows` does."""
     dataset = ray.data.from_arrow(table)
     ids = table[PAIR_ID]
-    scored = _score(dataset, ids, scorers, cluster, batch_size=batch_size, notes=notes)
+    scored = _score(dataset, ids, scorers, actors, batch_size=batch_size, notes=notes)
     for name in scored.column_names:
         if name != PAIR_ID:
             table = table.append_column(name, scored[name])
@@ -140,7 +157,7 @@ def _score(
     dataset: ray.data.Dataset,
     ids: pa.ChunkedArray,
     scorers: Sequence["Scorer"],
-    cluster: ClusterConfig,
+    actors: ActorPool,
     *,
     batch_size: int,
     notes: BatchNotes,
@@ -152,13 +169,13 @@ def _score(
         ScoringActor,
         fn_constructor_kwargs={
             "scorers": scorers,
-            "num_threads": cluster.num_threads,
+            "num_threads": actors.num_threads,
             "notes": notes,
             "kept": kept,
         },
         batch_size=rows_per_block,
         batch_format="pyarrow",
-        **actor_pool(cluster),
+        **pool_options(actors),
     )
     with notes.reporting_deaths():
         tables = received(scored, "scores")

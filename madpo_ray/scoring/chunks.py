@@ -1,4 +1,4 @@
-"""Scored chunks on the disk: what a killed pass has scored is not scored again."""
+"""Scored pairs on the disk: what a killed pass has scored is not scored again."""
 
 import hashlib
 import logging
@@ -7,6 +7,7 @@ import uuid
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from madpo_ray.atomic import sync
@@ -16,7 +17,9 @@ logger = logging.getLogger(__name__)
 
 
 class ScoredChunks:
-    """A folder with one file per chunk, named by the chunk's pairs.
+    """A folder with one file per chunk of pairs, named by them.
+
+    What other processes write after the first look for pairs is found by the same chunks only.
 
     Args:
         folder: one that every node mounts; for these pairs and these scorers only.
@@ -24,19 +27,20 @@ class ScoredChunks:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._known: pa.Table | None = None
         folder.mkdir(parents=True, exist_ok=True)
 
-    def read(self, ids: pa.ChunkedArray) -> pa.Table | None:
-        """The scores of a chunk of pairs, or None if they are not there, or cannot be read."""
-        path = self._path(ids)
-        try:
-            table = pq.read_table(path, partitioning=None)
-        except FileNotFoundError:
+    def find(self, ids: pa.ChunkedArray) -> pa.Table | None:
+        """The scores of those pairs that have some, in no certain order; None if none has."""
+        own = _read(self._path(ids))
+        if own is not None and own[PAIR_ID].to_pylist() == ids.to_pylist():
+            return own
+        if self._known is None:
+            self._known = self._read_all()
+        if self._known.num_rows == 0:
             return None
-        except (OSError, pa.ArrowException) as error:
-            logger.warning("%s cannot be read, so its pairs are scored again: %s", path, error)
-            return None
-        return table if table[PAIR_ID].to_pylist() == ids.to_pylist() else None
+        found = self._known.filter(pc.is_in(self._known[PAIR_ID], value_set=ids))
+        return found if found.num_rows else None
 
     def write(self, scored: pa.Table) -> None:
         """Keeps the scores of a chunk."""
@@ -48,8 +52,38 @@ class ScoredChunks:
 
     def count(self) -> int:
         """How many chunks are there."""
-        return len(list(self._folder.glob("[!.]*.parquet")))
+        return len(self._files())
+
+    def _files(self) -> list[Path]:
+        return sorted(self._folder.glob("[!.]*.parquet"))
+
+    def _read_all(self) -> pa.Table:
+        tables = [table for path in self._files() if (table := _read(path)) is not None]
+        return pa.concat_tables(tables) if tables else pa.table({PAIR_ID: pa.array([], "string")})
 
     def _path(self, ids: pa.ChunkedArray) -> Path:
         name = hashlib.sha256("\n".join(ids.to_pylist()).encode()).hexdigest()[:32]
         return self._folder / f"{name}.parquet"
+
+
+def _read(path: Path) -> pa.Table | None:
+    try:
+        return pq.read_table(path, partitioning=None)
+    except FileNotFoundError:
+        return None
+    except (OSError, pa.ArrowException) as error:
+        logger.warning("%s cannot be read, so its pairs are scored again: %s", path, error)
+        return None
+
+
+def rows_of(scored: pa.Table, ids: pa.ChunkedArray) -> pa.Table:
+    """The rows with these pair_ids, in their order.
+
+    Raises:
+        RuntimeError: some are missing (names the first).
+    """
+    places = pc.index_in(ids, value_set=scored[PAIR_ID].combine_chunks())
+    if places.null_count:
+        missing = ids.filter(pc.is_null(places))
+        raise RuntimeError(f"{len(missing)} pairs have no scores, such as {missing[0]}")
+    return scored.take(places)

@@ -96,7 +96,7 @@ def _preferences(test: pa.Table, policy: Path, reference: Path, build: Build) ->
         batch_size=config.scoring.per_device_batch_size,
     )
     batch_size = config.scoring.batch_size
-    scored = score_table(test, [scorer], config.cluster, batch_size=batch_size, notes=build.notes)
+    scored = score_table(test, [scorer], config.actors, batch_size=batch_size, notes=build.notes)
     return preference_metrics(scored, config.score_columns)
 
 
@@ -116,7 +116,7 @@ def _samples(test: pa.Table, policy: Path, reference: Path, build: Build) -> dic
     prompts = test.select([columns.PAIR_ID, columns.PROMPT_IDS]).take(drawn * SAMPLES_PER_PROMPT)
     sampled = sample_responses(
         prompts,
-        config.cluster,
+        config.actors,
         batch_size=settings.generation_batch_size,
         notes=build.notes,
         model=config.model,
@@ -139,7 +139,7 @@ def _samples(test: pa.Table, policy: Path, reference: Path, build: Build) -> dic
         for name, folder in (("policy_logps", policy), ("ref_logps", reference))
     ]
     batch_size = config.scoring.batch_size
-    scored = score_table(sampled, scorers, config.cluster, batch_size=batch_size, notes=build.notes)
+    scored = score_table(sampled, scorers, config.actors, batch_size=batch_size, notes=build.notes)
 
     shown = sampled.slice(0, settings.num_shown)
     return {

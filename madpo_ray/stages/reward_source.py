@@ -1,15 +1,11 @@
 """Where stage margins gets rewards from: stage reward, a classifier, a function, or the data."""
 
 import inspect
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-
 from madpo_ray import columns
 from madpo_ray.artifacts.hashes import hash_file
-from madpo_ray.artifacts.tables import read_columns
 from madpo_ray.config import Config, ModelConfig
 from madpo_ray.models.source import fetch_model, model_inputs
 from madpo_ray.stages import reward
@@ -68,12 +64,3 @@ def scorer(config: Config) -> "Scorer":
             return FunctionReward(config.reward.source)
     model = reward.STAGE.model(config)
     return TrainedReward(model, config.model, columns=columns.REWARDS, batch_size=batch_size)
-
-
-def with_columns(rows: Path, scores: pa.Table, names: Sequence[str]) -> pa.Table:
-    """Adds what the data brings: both rewards, or the margin."""
-    found = read_columns(rows, names)
-    targets = columns.REWARDS if len(names) > 1 else (columns.MARGIN,)
-    for name, target in zip(names, targets, strict=True):
-        scores = scores.append_column(target, found[name])
-    return scores

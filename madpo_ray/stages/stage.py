@@ -84,7 +84,8 @@ class Stage:
         settings: what of the config decides its numbers.
         make: builds the result into a folder; what it returns goes to the manifest.
         describe: what `make` returned, for the terminal.
-        upstream: the stages whose results it reads.
+        upstream: the stages whose results decide its own.
+        reads: those of them, or before them, that have to be finished; None: `upstream`.
         content: hashes of what the config points to.
         names: where the config finds that content; recorded, but not part of the fingerprint.
         is_wanted: whether `madpo-ray run` includes it.
@@ -99,6 +100,7 @@ class Stage:
     make: Callable[[Build], dict[str, Any]]
     describe: Callable[[Mapping[str, Any]], Description]
     upstream: Callable[[Config], tuple["Stage", ...]] = _no_upstream
+    reads: Callable[[Config], tuple["Stage", ...]] | None = None
     content: Callable[[Config], dict[str, Any]] = _empty
     names: Callable[[Config], dict[str, Any]] = _empty
     is_wanted: Callable[[Config], bool] = _always
@@ -117,6 +119,10 @@ class Stage:
             content=self.content(config),
             names=self.names(config),
         )
+
+    def needed(self, config: Config) -> tuple["Stage", ...]:
+        """The stages that have to be finished."""
+        return self.upstream(config) if self.reads is None else self.reads(config)
 
     def folder(self, config: Config) -> Path:
         """Where the result is."""
@@ -149,7 +155,7 @@ class Stage:
 
     def require_upstream(self, config: Config) -> None:
         """Raises UserError if a result that the stage reads is missing, of other inputs, or bad."""
-        for stage in self.upstream(config):
+        for stage in self.needed(config):
             stage.require(config)
         self.check_upstream(config)
 
@@ -179,7 +185,9 @@ class Stage:
 
             with (
                 building(self.folder(config), inputs, confirm=confirm) as (partial, results),
-                connected(config.cluster, dashboard=self.uses_dashboard),
+                connected(
+                    config.cluster, actors=config.streaming_actors, dashboard=self.uses_dashboard
+                ),
             ):
                 build = Build(config, partial, inputs.fingerprint, deadline)
                 results.update(self.make(build))

@@ -1,6 +1,8 @@
-"""Stage train: the policy, on stored reference log-probs and margins."""
+"""Stage train: the policy, on stored reference log-probs and margins, or on streamed ones."""
 
+import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,7 +11,7 @@ from madpo_ray import columns
 from madpo_ray.artifacts.tables import read_split
 from madpo_ray.config import Config
 from madpo_ray.errors import UserError
-from madpo_ray.stages import margins, reward, stage
+from madpo_ray.stages import margins, pairs, reward, scores, stage
 from madpo_ray.stages.sft import initial_policy, initial_policy_content, stages_before_policy
 from madpo_ray.stages.stage import Build, Description, Stage, check_training, training_job
 
@@ -38,6 +40,18 @@ def _upstream(config: Config) -> tuple[Stage, ...]:
     return (*stages_before_policy(config), margins.STAGE)
 
 
+def _reads(config: Config) -> tuple[Stage, ...]:
+    """What has to be finished: scores that are streamed need not be."""
+    if _streams(config):
+        return margins.STAGE.upstream(config)
+    return _upstream(config)
+
+
+def _streams(config: Config) -> bool:
+    """Whether pairs are scored while the policy is trained on them."""
+    return config.margins.mode == "stream" and not margins.STAGE.is_finished(config)
+
+
 def check(config: Config) -> None:
     """Raises UserError if the loss reads margins and none will be scored, or as training would."""
     from madpo_ray.training.objectives import needs_margins
@@ -56,7 +70,7 @@ def check_weights(config: Config) -> None:
     if name is None:
         return
     for split in (columns.TRAIN, columns.VALIDATION):
-        table = read_split(margins.STAGE.rows(config), split, (columns.PAIR_ID, name))
+        table = read_split(_rows(config), split, (columns.PAIR_ID, name))
         weights = table[name].to_numpy()
         bad = np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)))
         if len(bad):
@@ -65,6 +79,12 @@ def check_weights(config: Config) -> None:
                 f"train.weight_column: {name} is missing, negative or not finite for {len(bad)} "
                 f"pairs, such as {ids}: fix the column in data.files"
             )
+
+
+def _rows(config: Config) -> Path:
+    """The rows that are trained on."""
+    stored_in = pairs.STAGE if _streams(config) else margins.STAGE
+    return stored_in.rows(config)
 
 
 def policy_task(config: Config) -> "PolicyTask":
@@ -81,7 +101,7 @@ def policy_task(config: Config) -> "PolicyTask":
 
 
 def policy_job(build: Build) -> "TrainingJob":
-    """The training that the config describes. A trial of a search is the same job, replaced."""
+    """The training on stored margins. A trial of a search is the same job, replaced."""
     config = build.config
     return training_job(
         build,
@@ -95,7 +115,12 @@ def policy_job(build: Build) -> "TrainingJob":
 
 def make(build: Build) -> dict[str, Any]:
     """Trains the policy; writes `model/` (a LoRA adapter or full weights) and `metrics.jsonl`."""
-    return stage.train(policy_job(build), build.config.cluster)
+    config = build.config
+    job = policy_job(build)
+    if _streams(config):
+        streamed = scores.streamed_scores(config, build.notes)
+        job = dataclasses.replace(job, rows=pairs.STAGE.rows(config), streamed=streamed)
+    return stage.train(job, config.cluster)
 
 
 def describe(results: Mapping[str, Any]) -> Description:
@@ -111,6 +136,7 @@ STAGE = Stage(
     help="Train the policy on the stored margins.",
     settings=_settings,
     upstream=_upstream,
+    reads=_reads,
     content=initial_policy_content,
     check=check,
     check_upstream=check_weights,

@@ -1,10 +1,12 @@
 """A training job: all that a worker needs to know, pickled to it; and the three tasks."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import pyarrow as pa
 from torch import nn
 
 from madpo_ray.artifacts.tables import rows_fingerprint
@@ -21,6 +23,7 @@ from madpo_ray.models.loading import (
     prepare_for_training,
 )
 from madpo_ray.models.logprobs import ResponseLogps, ResponseRewards
+from madpo_ray.scoring.streamed import StreamedScores
 from madpo_ray.training.objectives import PolicyObjective, RewardObjective, SFTObjective
 from madpo_ray.training.protocols import Objective
 
@@ -73,6 +76,7 @@ class TrainingJob:
     trial: str = ""
     export: bool = True  # write to `output`; Tune's trials do not
     deadline: float | None = None  # time.time() at which to save and exit
+    streamed: StreamedScores | None = None  # the columns that the rows lack
 
     @property
     def name(self) -> str:
@@ -127,6 +131,18 @@ class TrainingJob:
         architecture = load_architecture(self.base_folder, trust_remote_code=trust)
         return may_share_prefix(self.model, architecture)
 
+    @property
+    def complete(self) -> Callable[[pa.Table], pa.Table] | None:
+        """Adds the columns that the rows lack to a table of pairs that have been scored."""
+        return None if self.streamed is None else self.streamed.complete
+
+    def _row_columns(self) -> tuple[str, ...]:
+        """The columns that are read from the rows."""
+        if self.streamed is None:
+            return self.task.columns
+        own = [name for name in self.task.columns if name not in self.streamed.columns]
+        return tuple(dict.fromkeys([*own, *self.streamed.source_columns]))
+
     def _token_files(self, split: str) -> Path:
         """Where the tokens of a split are as flat files; the same for all trials of a search."""
         rows = rows_fingerprint(self.rows)[:16]
@@ -139,7 +155,7 @@ class TrainingJob:
             rows=self.rows,
             token_files=self._token_files(TRAIN),
             split=TRAIN,
-            columns=self.task.columns,
+            columns=self._row_columns(),
             seed=self.seed,
             global_batch_size=settings.global_batch_size,
             micro_batch_size=settings.per_device_train_batch_size,
@@ -158,7 +174,7 @@ class TrainingJob:
             rows=self.rows,
             token_files=self._token_files(VALIDATION),
             split=VALIDATION,
-            columns=self.task.columns,
+            columns=self._row_columns(),
             seed=self.seed,
             global_batch_size=None,
             micro_batch_size=settings.per_device_eval_batch_size,

@@ -234,7 +234,7 @@ class _Rank:
     def _validation_batches(self) -> Iterator[MicroBatch]:
         """This rank's share, filled up so that every rank has equally many micro-batches."""
         order = self._validation_order
-        reader = MicroBatchReader(order)
+        reader = MicroBatchReader(order, self._job.complete)
         for number in range(self._site.rank, order.num_micro_batches, self._site.world_size):
             yield self._decoded(reader.read([number]))
 

@@ -38,7 +38,7 @@ class LocalSite:
 
     def micro_batches(self, start_step: int) -> Iterator[pa.Table]:
         order = Order(self._job.order_spec(self.world_size))
-        reader = MicroBatchReader(order)
+        reader = MicroBatchReader(order, self._job.complete)
         first = order.first_micro_batch(start_step) + self.rank
         for number in range(first, order.num_micro_batches, self.world_size):
             yield reader.read([number])

@@ -6,9 +6,9 @@ import shutil
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
-import ray.data
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -21,6 +21,7 @@ from madpo_ray.models.loading import check_weights
 from madpo_ray.models.trainable import check_trainable
 from madpo_ray.passes import BatchNotes, ordered_execution
 from madpo_ray.restarts import Restarts
+from madpo_ray.scoring.actors import REFUSAL
 from madpo_ray.signals import on_sigterm
 from madpo_ray.training.bar import training_bar
 from madpo_ray.training.checkpoints import (
@@ -28,7 +29,7 @@ from madpo_ray.training.checkpoints import (
     newest_checkpoint,
     warn_of_versions,
 )
-from madpo_ray.training.feed import cut_into_chunks, micro_batch_dataset
+from madpo_ray.training.feed import datasets_of
 from madpo_ray.training.job import TrainingJob
 from madpo_ray.training.metrics import METRICS_FILE
 from madpo_ray.training.protocols import NonFiniteError, Notice
@@ -43,20 +44,28 @@ COLLECTIVE_TIMEOUT = "RAY_TRAIN_COLLECTIVE_TIMEOUT_S"
 
 
 class RaySite:
-    """A rank of a TorchTrainer."""
+    """A rank of a TorchTrainer.
 
-    def __init__(self) -> None:
+    Args:
+        datasets: names of those that it reads, one after the other.
+    """
+
+    def __init__(self, datasets: Sequence[str]) -> None:
+        self._datasets = datasets
         context = ray.train.get_context()
         self.rank = context.get_world_rank()
         self.world_size = context.get_world_size()
 
     def micro_batches(self, start_step: int) -> Iterator[pa.Table]:
-        shard = ray.train.get_dataset_shard("train")
-        assert shard is not None
-        # Whole chunks: for each batch Ray needs a millisecond.
-        for chunk in shard.iter_batches(batch_size=None, batch_format="pyarrow"):
-            for row in range(chunk.num_rows):
-                yield chunk.slice(row, 1)
+        for name in self._datasets:
+            shard = ray.train.get_dataset_shard(name)
+            assert shard is not None
+            # Whole chunks: for each batch Ray needs a millisecond.
+            for chunk in shard.iter_batches(batch_size=None, batch_format="pyarrow"):
+                if REFUSAL in chunk.column_names:
+                    raise UserError(chunk[REFUSAL][0].as_py())
+                for row in range(chunk.num_rows):
+                    yield chunk.slice(row, 1)
 
     def report(self, numbers: dict[str, float]) -> None:
         ray.train.report(numbers)
@@ -65,8 +74,8 @@ class RaySite:
         return ray.train.get_preemption_info() is not None
 
 
-def _train_on_worker(spec: dict[str, TrainingJob]) -> Outcome:
-    return run_rank(spec["job"], RaySite())
+def _train_on_worker(spec: dict[str, Any]) -> Outcome:
+    return run_rank(spec["job"], RaySite(spec["datasets"]))
 
 
 def train_on_ray(
@@ -242,24 +251,19 @@ def _make_trainer(
     start_step: int,
     notes: BatchNotes,
 ) -> TorchTrainer:
-    spec = order.spec
-    chunks = cut_into_chunks(order, start_step)
-
-    def dataset() -> ray.data.Dataset:
-        return micro_batch_dataset(spec, chunks, notes)
-
+    datasets = datasets_of(order, start_step, notes, job.streamed)
     return TorchTrainer(
         _train_on_worker,
-        train_loop_config={"job": job},
+        train_loop_config={"job": job, "datasets": list(datasets)},
         torch_config=TorchConfig(timeout_s=int(cluster.collective_timeout_s)),
         scaling_config=ray.train.ScalingConfig(
             num_workers=cluster.num_workers,
             use_gpu=cluster.use_gpu,
             resources_per_worker=cluster.worker_resources,
         ),
-        datasets={"train": dataset},
+        datasets=dict(datasets),
         dataset_config=ray.train.DataConfig(
-            datasets_to_split=["train"],
+            datasets_to_split=list(datasets),
             execution_options=ordered_execution(),
             enable_shard_locality=False,
         ),

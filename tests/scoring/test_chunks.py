@@ -10,10 +10,10 @@ import ray
 import torch
 
 from madpo_ray.artifacts.tables import write_table
-from madpo_ray.config import ClusterConfig
+from madpo_ray.config import ActorPool
 from madpo_ray.passes import BatchNotes
 from madpo_ray.scoring.actors import ScoringActor, score_rows
-from madpo_ray.scoring.chunks import ScoredChunks
+from madpo_ray.scoring.chunks import ScoredChunks, rows_of
 
 
 def scored(*ids: str) -> pa.Table:
@@ -22,13 +22,29 @@ def scored(*ids: str) -> pa.Table:
 
 def test_keeps_chunks_by_their_pairs(tmp_path: Path) -> None:
     chunks = ScoredChunks(tmp_path / "kept")
-    assert chunks.read(scored("a", "b")["pair_id"]) is None
     chunks.write(scored("a", "b"))
     chunks.write(scored("a"))
-    assert chunks.read(scored("a", "b")["pair_id"]) == scored("a", "b")
-    assert chunks.read(scored("a")["pair_id"]) == scored("a")
-    assert chunks.read(scored("b", "a")["pair_id"]) is None
+    assert chunks.find(scored("a", "b")["pair_id"]) == scored("a", "b")
+    assert chunks.find(scored("a")["pair_id"]) == scored("a")
     assert chunks.count() == 2
+
+
+def test_finds_pairs_of_other_chunks(tmp_path: Path) -> None:
+    """Another number of workers cuts other chunks; rows_of gives them in order."""
+    folder = tmp_path / "kept"
+    assert ScoredChunks(folder).find(scored("a")["pair_id"]) is None
+    ScoredChunks(folder).write(scored("a", "b"))
+    ScoredChunks(folder).write(scored("c"))
+    ids = scored("c", "d", "b")["pair_id"]
+    found = ScoredChunks(folder).find(ids)
+    assert found is not None
+    assert sorted(found["pair_id"].to_pylist()) == ["b", "c"]
+    assert rows_of(found, ids.take([0, 2])).to_pylist() == [
+        {"pair_id": "c", "margin": 1.0},
+        {"pair_id": "b", "margin": 2.0},
+    ]
+    with pytest.raises(RuntimeError, match="1 pairs have no scores, such as d"):
+        rows_of(found, ids)
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1"])
@@ -40,7 +56,7 @@ def test_torn_chunk_is_scored_again(
     (file,) = tmp_path.glob("*.parquet")
     file.write_bytes(content)
     with caplog.at_level(logging.WARNING):
-        assert chunks.read(scored("a")["pair_id"]) is None
+        assert chunks.find(scored("a")["pair_id"]) is None
     assert "so its pairs are scored again" in caplog.text
 
 
@@ -62,6 +78,18 @@ class Counted:
         return np.array([[float(one) for one in ids]])
 
 
+def test_actor_scores_what_is_missing_of_a_chunk(tmp_path: Path) -> None:
+    notes = BatchNotes(tmp_path)
+    kept = tmp_path / "kept"
+    ScoringActor([Counted(tmp_path)], 1, notes, kept)(pa.table({"pair_id": ["2"]}))
+    (tmp_path / "2").unlink()
+    actor = ScoringActor([Counted(tmp_path)], 1, notes, kept)
+    assert actor(pa.table({"pair_id": ["1", "2", "3"]}))["score"].to_pylist() == [1.0, 2.0, 3.0]
+    assert (tmp_path / "1").exists()
+    assert not (tmp_path / "2").exists()
+    assert ScoredChunks(kept).count() == 2
+
+
 def test_actor_scores_a_chunk_once(tmp_path: Path) -> None:
     rows = pa.table({"pair_id": ["1", "2"]})
     for _ in range(2):
@@ -77,16 +105,16 @@ def test_actor_scores_a_chunk_once(tmp_path: Path) -> None:
 def test_pass_goes_on_with_any_number_of_actors(tmp_path: Path) -> None:
     """Only the chunks that are missing are scored."""
     ids = [f"{i:04}" for i in range(100)]
-    write_table(pa.table({"pair_id": ids}), tmp_path / "data")
+    write_table(pa.table({"pair_id": ids, "split": ["train"] * 100}), tmp_path / "data")
     calls = tmp_path / "calls"
     kept = tmp_path / "kept"
 
     def score(num_workers: int) -> list[float]:
         calls.mkdir()
-        cluster = ClusterConfig(num_workers=num_workers)
+        actors = ActorPool(num_workers, num_workers, 1.0, 0.0)
         notes = BatchNotes(tmp_path / "notes")
         table = score_rows(
-            tmp_path / "data", [Counted(calls)], cluster, batch_size=8, notes=notes, kept=kept
+            tmp_path / "data", [Counted(calls)], actors, batch_size=8, notes=notes, kept=kept
         )
         values: list[float] = table["score"].to_pylist()
         return values

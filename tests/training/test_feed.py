@@ -7,10 +7,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from madpo_ray.config import ActorPool
 from madpo_ray.data.micro_batches import NUMBER
 from madpo_ray.data.order import Order
 from madpo_ray.passes import BatchNotes, ordered_execution
-from madpo_ray.training.feed import MAX_BLOCKS, Chunks, cut_into_chunks, micro_batch_dataset
+from madpo_ray.scoring.streamed import StreamedScores
+from madpo_ray.training.feed import (
+    MAX_BLOCKS,
+    Chunks,
+    cut_into_chunks,
+    datasets_of,
+    micro_batch_dataset,
+)
 from support.ranks import MakeJob
 
 
@@ -48,6 +56,39 @@ def test_finished_run_has_a_row_for_each_rank(policy_job: MakeJob) -> None:
         [order.num_micro_batches - 2],
         [order.num_micro_batches - 1],
     ]
+
+
+@pytest.mark.parametrize(
+    ("max_steps", "start_step", "expected"),
+    [
+        (25, 0, ["first_epoch", "train"]),
+        (25, 9, ["first_epoch", "train"]),
+        (25, 10, ["train"]),
+        (25, 25, ["train"]),
+        (10, 0, ["first_epoch"]),
+        (4, 3, ["first_epoch"]),
+        (4, 4, ["train"]),
+    ],
+)
+def test_only_the_first_epoch_is_scored_on_its_way(
+    max_steps: int, start_step: int, expected: list[str], policy_job: MakeJob, tmp_path: Path
+) -> None:
+    """An epoch is 10 steps; a finished run reads nothing, but Ray needs a row."""
+    order = Order(policy_job("epochs", max_steps=max_steps).order_spec(2))
+    assert order.steps_per_epoch == 10
+    notes = BatchNotes(tmp_path)
+    streamed = StreamedScores(tmp_path, ActorPool(1, 1, 1.0, 0.0), ())
+    assert list(datasets_of(order, start_step, notes, streamed)) == expected
+    assert list(datasets_of(order, start_step, notes, None)) == ["train"]
+
+
+def test_chunks_end_with_an_epoch(policy_job: MakeJob) -> None:
+    order = Order(policy_job("epochs", max_steps=25).order_spec(2))
+    first = cut_into_chunks(order, 3, 10)
+    rest = cut_into_chunks(order, 10)
+    assert first.start == order.first_micro_batch(3)
+    assert first.stop == rest.start == order.first_micro_batch(10)
+    assert rest.stop == order.num_micro_batches
 
 
 @pytest.mark.ray

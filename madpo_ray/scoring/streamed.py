@@ -1,0 +1,134 @@
+"""Numbers of pairs that are scored while the policy is trained on them."""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from madpo_ray import columns
+from madpo_ray.artifacts.tables import column_names, read_columns
+from madpo_ray.columns import PAIR_ID
+from madpo_ray.config import ActorPool
+from madpo_ray.scoring.chunks import ScoredChunks, rows_of
+
+if TYPE_CHECKING:
+    from madpo_ray.scoring.scorers import Scorer
+
+
+@dataclass(frozen=True)
+class StreamedScores:
+    """Where the numbers of a run's pairs are found, or made; pickled to actors and workers.
+
+    Attributes:
+        kept: folder of `ScoredChunks` for what the scorers give.
+        actors: those that score.
+        scorers: what is still to be scored.
+        finished: folders of rows with the columns of scorers that are done.
+        source_columns: columns of the data that hold rewards, or the margin.
+        temperature: what rewards are divided by; None if there are no rewards.
+    """
+
+    kept: Path
+    actors: ActorPool
+    scorers: tuple["Scorer", ...]
+    finished: tuple[Path, ...] = ()
+    source_columns: tuple[str, ...] = ()
+    temperature: float | None = None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that training may read and the pairs' own rows lack."""
+        margins = () if self.temperature is None else (columns.MARGIN,)
+        return (*columns.REF_LOGPS, *margins)
+
+    @property
+    def text_columns(self) -> tuple[str, ...]:
+        """The texts that the scorers read."""
+        read = {name for scorer in self.scorers for name in scorer.reads}
+        return tuple(name for name in columns.TEXT_COLUMNS if name in read)
+
+    def numbers(self, own: pa.Table, scored: pa.Table) -> pa.Table:
+        """`columns` of some pairs.
+
+        Args:
+            own: their pair_id and `source_columns`.
+            scored: their pair_id and the scorers' columns, in the same order.
+        """
+        numbers = self._with_known(own, scored)
+        if self.temperature is not None:
+            numbers = with_margins(numbers, self.temperature)
+        return numbers.select(list(self.columns))
+
+    @functools.cached_property
+    def _finished_tables(self) -> list[pa.Table]:
+        return [read_columns(rows, column_names(rows)) for rows in self.finished]
+
+    def complete(self, own: pa.Table) -> pa.Table:
+        """A table of pairs with `columns`, read from the disk. Raises as `stored` does."""
+        numbers = self.numbers(own, self._scored(own))
+        for name in numbers.column_names:
+            own = own.append_column(name, numbers[name])
+        return own.combine_chunks()
+
+    def stored(self, own: pa.Table) -> pa.Table:
+        """Rewards, in their own units, and log-probs of some pairs, read from the disk.
+
+        Raises:
+            RuntimeError: some of the pairs have not been scored.
+        """
+        return self._with_known(own, self._scored(own))
+
+    def _scored(self, own: pa.Table) -> pa.Table:
+        """What the scorers gave."""
+        ids = own[PAIR_ID]
+        if not self.scorers:
+            return own.select([PAIR_ID])
+        known = ScoredChunks(self.kept).find(ids)
+        if known is None:
+            raise RuntimeError(f"none of {len(ids)} pairs has scores in {self.kept}")
+        return rows_of(known, ids)
+
+    def _with_known(self, own: pa.Table, scored: pa.Table) -> pa.Table:
+        """The scorers' columns with what needs no scoring."""
+        for table in self._finished_tables:
+            found = rows_of(table, own[PAIR_ID])
+            for name in found.drop_columns([PAIR_ID]).column_names:
+                scored = scored.append_column(name, found[name])
+        return with_source(scored, own, self.source_columns)
+
+
+def with_source(scores: pa.Table, own: pa.Table, names: Sequence[str]) -> pa.Table:
+    """Adds what the data brings: both rewards, or the margin, or nothing.
+
+    Args:
+        own: the pairs of `scores`, in the same order, with the columns `names`.
+    """
+    if not names:
+        return scores
+    targets = columns.REWARDS if len(names) > 1 else (columns.MARGIN,)
+    for name, target in zip(names, targets, strict=True):
+        scores = scores.append_column(target, own[name])
+    return scores
+
+
+def with_margins(scores: pa.Table, temperature: float) -> pa.Table:
+    """Rewards and margins, divided by the temperature."""
+    for name in (*columns.REWARDS, columns.MARGIN):
+        if name in scores.column_names:
+            index = scores.column_names.index(name)
+            scores = scores.set_column(index, name, pc.divide(scores[name], temperature))
+    if columns.MARGIN in scores.column_names:
+        return scores
+    return scores.append_column(columns.MARGIN, margins_of(scores))
+
+
+def margins_of(scores: pa.Table) -> pa.ChunkedArray:
+    """The margin that the data brings, or the difference of rewards."""
+    if columns.MARGIN in scores.column_names:
+        return scores[columns.MARGIN]
+    chosen, rejected = (scores[name] for name in columns.REWARDS)
+    return pc.subtract(chosen, rejected)

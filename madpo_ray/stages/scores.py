@@ -1,0 +1,184 @@
+"""Each scorer's numbers, an artifact of its own below `scores/`, and what of them is missing.
+
+Another reward model does not repeat the reference pass, and another reference not the reward pass.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from madpo_ray import columns
+from madpo_ray.artifacts.building import building, recover
+from madpo_ray.artifacts.manifest import Inputs, is_finished
+from madpo_ray.artifacts.tables import read_split, rows_folder, write_table
+from madpo_ray.config import Config
+from madpo_ray.errors import UserError
+from madpo_ray.passes import BatchNotes
+from madpo_ray.stages import pairs, reward, reward_source
+from madpo_ray.stages.sft import initial_policy, initial_policy_inputs
+from madpo_ray.stages.stage import KEPT
+
+if TYPE_CHECKING:
+    from madpo_ray.scoring.scorers import Scorer
+    from madpo_ray.scoring.streamed import StreamedScores
+
+# Torch, Ray Data and scipy are imported inside functions: they take seconds, and neither
+# `--help` nor a wrong config should wait.
+
+MARGINS = "margins"  # the stage whose scores these are
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One scorer's numbers for all pairs: an artifact of its own."""
+
+    inputs: Inputs
+    scorer: "Scorer"
+    folder: Path
+
+    @property
+    def rows(self) -> Path:
+        return rows_folder(self.folder)
+
+    def is_finished(self) -> bool:
+        return is_finished(self.folder, self.inputs)
+
+
+def passes_of(config: Config) -> list[Pass]:
+    """Those that a run needs: rewards, unless they are in the data, and the reference."""
+    from madpo_ray.scoring.scorers import PolicyLogps
+
+    folder = config.run.folder / "scores"
+    batch_size = config.scoring.per_device_batch_size
+    upstream = {"pairs": pairs.STAGE.inputs(config).fingerprint}
+
+    # The reference's log-probs.
+    reference = PolicyLogps(
+        initial_policy(config), config.model, columns=columns.REF_LOGPS, batch_size=batch_size
+    )
+    reference_inputs = Inputs(
+        MARGINS,
+        settings=config.model.numerics(),
+        upstream=upstream,
+        content={"reference": initial_policy_inputs(config).fingerprint},
+    )
+    passes = [Pass(reference_inputs, reference, folder / "reference")]
+
+    # The rewards, unless they are in the data.
+    if reward.uses_rewards(config) and config.reward.source_kind != "columns":
+        if reward.is_trained(config):
+            fingerprint = reward.STAGE.inputs(config).fingerprint
+            reward_inputs = Inputs(MARGINS, upstream={**upstream, "reward": fingerprint})
+        else:
+            reward_inputs = Inputs(
+                MARGINS,
+                settings=reward_source.settings(config),
+                upstream=upstream,
+                content=reward_source.content(config),
+            )
+        passes.insert(0, Pass(reward_inputs, reward_source.scorer(config), folder / "reward"))
+    return passes
+
+
+def missing_passes(config: Config) -> list[Pass]:
+    """Those whose artifact is not there, after finishing what a kill interrupted."""
+    passes = passes_of(config)
+    for one in passes:
+        recover(one.folder, one.inputs)
+    return [one for one in passes if not one.is_finished()]
+
+
+def kept_folder(config: Config, missing: Sequence[Pass]) -> Path:
+    """Where scored pairs are kept until the stage is finished."""
+    fingerprints = "".join(one.inputs.fingerprint for one in missing)
+    name = hashlib.sha256(fingerprints.encode()).hexdigest()[:16]
+    return config.run.ray_folder / f"{MARGINS}-{name}" / KEPT
+
+
+def score(
+    config: Config,
+    missing: Sequence[Pass],
+    notes: BatchNotes,
+    splits: Sequence[str] = columns.SPLITS,
+) -> pa.Table:
+    """pair_id and the missing columns of the pairs of some splits, in one pass over them."""
+    from madpo_ray.scoring.actors import score_rows
+
+    return score_rows(
+        pairs.STAGE.rows(config),
+        [one.scorer for one in missing],
+        config.actors,
+        batch_size=config.scoring.batch_size,
+        notes=notes,
+        kept=kept_folder(config, missing),
+        splits=splits,
+    )
+
+
+def write(missing: Sequence[Pass], scored: pa.Table) -> None:
+    """Makes the artifacts of the passes that were missing."""
+    for one in missing:
+        with building(one.folder, one.inputs) as (folder, _):
+            own = scored.select([columns.PAIR_ID, *one.scorer.columns])
+            write_table(own, rows_folder(folder))
+
+
+def streamed_scores(config: Config, notes: BatchNotes) -> "StreamedScores":
+    """What a training needs to score pairs while it reads them.
+
+    Scores the pairs that are not trained on before: validation needs their numbers, and rewards
+    their temperature.
+
+    Raises:
+        UserError: the rewards cannot be calibrated.
+    """
+    from madpo_ray.scoring.streamed import StreamedScores
+
+    missing = missing_passes(config)
+    if missing:
+        score(config, missing, notes, (columns.VALIDATION, columns.TEST))
+
+    sources = tuple(config.reward.source_columns) if reward.uses_rewards(config) else ()
+    streamed = StreamedScores(
+        kept=kept_folder(config, missing),
+        actors=config.actors,
+        scorers=tuple(one.scorer for one in missing),
+        finished=tuple(one.rows for one in passes_of(config) if one.is_finished()),
+        source_columns=sources,
+    )
+    if not reward.uses_rewards(config):
+        return streamed
+
+    own = read_split(pairs.STAGE.rows(config), columns.VALIDATION, [columns.PAIR_ID, *sources])
+    report = calibration(streamed.stored(own))
+    return dataclasses.replace(streamed, temperature=temperature(report, config))
+
+
+def calibration(scores: pa.Table) -> dict[str, Any]:
+    """How well calibrated the margins of the validation pairs are.
+
+    Args:
+        scores: of validation pairs, in the reward's own units.
+    """
+    from madpo_ray.scoring.calibration import calibration_report
+    from madpo_ray.scoring.streamed import margins_of
+
+    return calibration_report(margins_of(scores).to_numpy())
+
+
+def temperature(report: Mapping[str, Any], config: Config) -> float:
+    """What rewards are divided by."""
+    if not config.margins.calibrate:
+        return 1.0
+    found: float | None = report["temperature"]
+    if found is None:
+        raise UserError(
+            f"the reward model cannot be calibrated: {report['reason']}. Train it longer or "
+            "on more pairs; margins.calibrate: false uses its margins as they are"
+        )
+    return found

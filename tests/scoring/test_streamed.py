@@ -1,0 +1,81 @@
+"""Scores on the disk become the columns that a training reads."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from madpo_ray.artifacts.tables import write_table
+from madpo_ray.columns import PAIR_ID, REF_LOGPS, REWARDS
+from madpo_ray.config import ActorPool, ModelConfig
+from madpo_ray.scoring.chunks import ScoredChunks
+from madpo_ray.scoring.judges import FunctionReward
+from madpo_ray.scoring.scorers import PolicyLogps
+from madpo_ray.scoring.streamed import StreamedScores
+
+IDS = ["a", "b", "c"]
+OWN = pa.table({PAIR_ID: IDS, "score": [3.0, 2.0, 1.0]})
+REWARDED = pa.table({PAIR_ID: IDS, REWARDS[0]: [4.0, 6.0, 8.0], REWARDS[1]: [2.0, 8.0, 2.0]})
+REFERENCE = pa.table({PAIR_ID: IDS, REF_LOGPS[0]: [-1.0, -2.0, -3.0], REF_LOGPS[1]: [-4.0] * 3})
+ACTORS = ActorPool(1, 1, 1.0, 0.0)
+
+
+def reference(folder: Path) -> PolicyLogps:
+    model = ModelConfig(model_name_or_path="none")
+    return PolicyLogps(folder, model, columns=REF_LOGPS, batch_size=1)
+
+
+def test_scored_and_finished_numbers_come_together(tmp_path: Path) -> None:
+    """The reference's are streamed, the rewards are done; in any order of the pairs."""
+    write_table(REWARDED, tmp_path / "reward")
+    chunks = ScoredChunks(tmp_path / "kept")
+    chunks.write(REFERENCE.slice(1))
+    chunks.write(REFERENCE.slice(0, 1))
+    streamed = StreamedScores(
+        kept=tmp_path / "kept",
+        actors=ACTORS,
+        scorers=(reference(tmp_path),),
+        finished=(tmp_path / "reward",),
+        temperature=2.0,
+    )
+    complete = streamed.complete(OWN.take([2, 0, 1]))
+    assert complete[PAIR_ID].to_pylist() == ["c", "a", "b"]
+    assert complete["margin"].to_pylist() == [3.0, 1.0, -1.0]
+    assert complete[REF_LOGPS[0]].to_pylist() == [-3.0, -1.0, -2.0]
+    assert streamed.stored(OWN)[REWARDS[0]].to_pylist() == [4.0, 6.0, 8.0]  # in their own units
+    assert streamed.columns == (*REF_LOGPS, "margin")
+
+
+def test_pairs_without_scores_are_named(tmp_path: Path) -> None:
+    streamed = StreamedScores(tmp_path / "kept", ACTORS, (reference(tmp_path),))
+    with pytest.raises(RuntimeError, match="none of 3 pairs has scores"):
+        streamed.complete(OWN)
+    ScoredChunks(tmp_path / "kept").write(REFERENCE.slice(0, 2))
+    with pytest.raises(RuntimeError, match="1 pairs have no scores, such as c"):
+        streamed.complete(OWN)
+
+
+def test_margin_of_the_data(tmp_path: Path) -> None:
+    write_table(REFERENCE, tmp_path / "reference")
+    streamed = StreamedScores(
+        tmp_path / "kept",
+        ACTORS,
+        (),
+        finished=(tmp_path / "reference",),
+        source_columns=("score",),
+        temperature=0.5,
+    )
+    assert streamed.complete(OWN)["margin"].to_pylist() == [6.0, 4.0, 2.0]
+
+
+def test_without_rewards_there_are_no_margins(tmp_path: Path) -> None:
+    write_table(REFERENCE, tmp_path / "reference")
+    streamed = StreamedScores(tmp_path / "kept", ACTORS, (), finished=(tmp_path / "reference",))
+    assert streamed.complete(OWN).column_names == [PAIR_ID, "score", *REF_LOGPS]
+
+
+def test_texts_come_if_a_scorer_reads_them(tmp_path: Path) -> None:
+    tokens = StreamedScores(tmp_path, ACTORS, (reference(tmp_path),))
+    texts = StreamedScores(tmp_path, ACTORS, (reference(tmp_path), FunctionReward("a:b")))
+    assert tokens.text_columns == ()
+    assert texts.text_columns == ("prompt", "chosen", "rejected")

@@ -1,0 +1,69 @@
+"""Pairs that are scored while the policy is trained on them."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from madpo_ray import pipeline
+from madpo_ray.artifacts.tables import read_columns
+from madpo_ray.config import Config, parse_config
+from madpo_ray.stages import evaluate, margins, pairs, train
+from madpo_ray.training.metrics import read_metrics
+
+pytestmark = [pytest.mark.ray, pytest.mark.deepspeed]
+
+Run = tuple[Config, list[str]]
+
+
+def ignore(what: object) -> None:
+    """Prints nothing."""
+
+
+def losses(config: Config) -> list[float]:
+    lines = read_metrics(train.STAGE.folder(config) / "metrics.jsonl")
+    return [line.get("loss", line.get("eval_loss")) for line in lines]
+
+
+@pytest.fixture
+def unscored(finished_run: Run, tmp_path: Path) -> dict[str, Any]:
+    """The config of a copy of the finished run that has pairs and a reward model only."""
+    config, _ = finished_run
+    shutil.copytree(config.run.folder, tmp_path / "tiny", symlinks=True)
+    for name in ("margins", "scores", "train", "evaluate", "ray"):
+        shutil.rmtree(tmp_path / "tiny" / name)
+    raw = config.model_dump(mode="json")
+    raw["run"]["storage_path"] = str(tmp_path)
+    raw["margins"]["mode"] = "stream"
+    return raw
+
+
+def test_streamed_run_equals_a_stored_one(unscored: dict[str, Any]) -> None:
+    """Over two epochs: losses, and the margins that are left; every pair is scored once."""
+    unscored["train"] |= {"max_steps": -1, "num_train_epochs": 2}
+    config = parse_config(unscored)
+    pipeline.run_stage(config, train.STAGE, say=ignore)
+    streamed = losses(config)
+    (kept,) = config.run.ray_folder.glob("margins-*/kept")
+    scored = [one for file in kept.glob("*.parquet") for one in read_ids(file)]
+    ids = read_columns(pairs.STAGE.rows(config), ["pair_id"])["pair_id"].to_pylist()
+    assert sorted(scored) == sorted(ids)
+
+    # Stage margins collects them: no actor is needed.
+    pipeline.run_all(config, say=ignore)
+    assert evaluate.STAGE.is_finished(config)
+    assert read_columns(margins.STAGE.rows(config), ["pair_id"])["pair_id"].to_pylist() == ids
+    assert not kept.exists()
+
+    # The same with the stored ones.
+    shutil.rmtree(train.STAGE.folder(config))
+    pipeline.run_stage(config, train.STAGE, say=ignore)
+    assert len(streamed) > 14
+    assert losses(config) == pytest.approx(streamed, abs=1e-5)
+
+
+def read_ids(file: Path) -> list[str]:
+    ids: list[str] = pq.read_table(file, columns=["pair_id"])["pair_id"].to_pylist()
+    return ids
