@@ -1,7 +1,8 @@
 """One pass of Ray Data over tokenised rows: every actor loads the scorers once."""
 
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,14 +14,17 @@ import torch
 from ray.data.expressions import col
 
 from madpo_ray.artifacts.tables import read_columns, rows_files
-from madpo_ray.columns import PAIR_ID, SPLIT, SPLITS
+from madpo_ray.columns import LENGTHS, PAIR_ID, SPLIT, SPLITS
 from madpo_ray.config import ActorPool
 from madpo_ray.errors import UserError
 from madpo_ray.passes import BatchNotes, pool_options, received
 from madpo_ray.scoring.chunks import ScoredChunks, rows_of
+from madpo_ray.scoring.progress import ScoringProgress
 
 if TYPE_CHECKING:
     from madpo_ray.scoring.scorers import Scorer
+
+logger = logging.getLogger(__name__)
 
 # At least so many blocks, for any number of actors: after a kill, what was scored is found by them.
 MIN_BLOCKS = 16
@@ -119,11 +123,17 @@ def score_rows(
         Stopped: a batch killed its actor again and again.
         RuntimeError: a score is not finite (names the pairs), or rows were lost.
     """
-    table = read_columns(rows, [PAIR_ID, SPLIT])
-    ids = table.filter(pc.field(SPLIT).isin(list(splits)))[PAIR_ID]
+    table = read_columns(rows, [PAIR_ID, SPLIT, *LENGTHS.values()])
+    table = table.filter(pc.field(SPLIT).isin(list(splits)))
+    ids = table[PAIR_ID]
+    new_tokens = sum(table[name].to_numpy() for name in LENGTHS.values())
     known = ScoredChunks(kept).find(ids)
-    if known is not None and known.num_rows >= len(ids):
-        return rows_of(known, ids)
+    if known is not None:
+        is_known = pc.is_in(ids, value_set=known[PAIR_ID]).to_numpy()
+        if is_known.all():
+            return rows_of(known, ids)
+        logger.info("%d of %d pairs are scored already", is_known.sum(), len(ids))
+        new_tokens = np.where(is_known, 0, new_tokens)
 
     names = dict.fromkeys(name for scorer in scorers for name in scorer.reads)
     # partitioning: a folder named key=value is not a column.
@@ -132,7 +142,16 @@ def score_rows(
     if set(splits) != set(SPLITS):
         dataset = dataset.filter(expr=col(SPLIT).is_in(list(splits)))
     dataset = dataset.select_columns([PAIR_ID, *names])
-    return _score(dataset, ids, scorers, actors, batch_size=batch_size, notes=notes, kept=kept)
+    return _score(
+        dataset,
+        ids,
+        scorers,
+        actors,
+        batch_size=batch_size,
+        notes=notes,
+        kept=kept,
+        new_tokens=new_tokens,
+    )
 
 
 def score_table(
@@ -162,8 +181,13 @@ def _score(
     batch_size: int,
     notes: BatchNotes,
     kept: Path | None = None,
+    new_tokens: np.ndarray | None = None,
 ) -> pa.Table:
-    """Scores of the rows with these pair_ids, in their order."""
+    """Scores of the rows with these pair_ids, in their order.
+
+    Args:
+        new_tokens: of each pair, 0 if it is scored already; to report progress by.
+    """
     rows_per_block = max(1, min(batch_size, math.ceil(len(ids) / MIN_BLOCKS)))
     scored = dataset.repartition(target_num_rows_per_block=rows_per_block).map_batches(
         ScoringActor,
@@ -179,9 +203,23 @@ def _score(
     )
     with notes.reporting_deaths():
         tables = received(scored, "scores")
+        if new_tokens is not None:
+            tables = _reported(tables, new_tokens)
         table = pa.concat_tables(tables, promote_options="default")
     if REFUSAL in table.column_names:
         raise UserError(pc.drop_null(table[REFUSAL])[0].as_py())
     if table[PAIR_ID].to_pylist() != ids.to_pylist():
         raise RuntimeError(f"{len(ids)} rows went into scoring, and others came out")
     return table
+
+
+def _reported(tables: Iterator[pa.Table], new_tokens: np.ndarray) -> Iterator[pa.Table]:
+    """The tables, while what they hold is counted."""
+    progress = ScoringProgress(int(np.count_nonzero(new_tokens)))
+    start = 0
+    for table in tables:
+        tokens = new_tokens[start : start + table.num_rows]
+        start += table.num_rows
+        if tokens.any():
+            progress.add(int(np.count_nonzero(tokens)), int(tokens.sum()))
+        yield table

@@ -10,6 +10,7 @@ import ray
 import torch
 
 from madpo_ray.artifacts.tables import write_table
+from madpo_ray.columns import LENGTHS
 from madpo_ray.config import ActorPool
 from madpo_ray.passes import BatchNotes
 from madpo_ray.scoring.actors import ScoringActor, score_rows
@@ -105,7 +106,9 @@ def test_actor_scores_a_chunk_once(tmp_path: Path) -> None:
 def test_pass_goes_on_with_any_number_of_actors(tmp_path: Path) -> None:
     """Only the chunks that are missing are scored."""
     ids = [f"{i:04}" for i in range(100)]
-    write_table(pa.table({"pair_id": ids, "split": ["train"] * 100}), tmp_path / "data")
+    lengths = {name: [1] * 100 for name in LENGTHS.values()}
+    table = pa.table({"pair_id": ids, "split": ["train"] * 100, **lengths})
+    write_table(table, tmp_path / "data")
     calls = tmp_path / "calls"
     kept = tmp_path / "kept"
 

@@ -10,9 +10,9 @@ from madpo_ray.scoring.progress import ScoringProgress
 def test_reports_rates_and_the_time_left(caplog: pytest.LogCaptureFixture) -> None:
     """Every half minute, since the first scores, and at the end."""
     caplog.set_level(logging.INFO)
-    seconds = 0.0
-    progress = ScoringProgress(1000, clock=lambda: seconds)
-    for seconds, pairs in ((20.0, 100), (25.0, 50), (40.0, 150), (60.0, 200), (120.0, 500)):
+    times = iter([0.0, 20.0, 25.0, 40.0, 60.0, 120.0])
+    progress = ScoringProgress(1000, clock=lambda: next(times))
+    for pairs in (100, 50, 150, 200, 500):
         progress.add(pairs, 10 * pairs)
     assert [record.getMessage() for record in caplog.records] == [
         "scored 300 of 1000 pairs: 10.0 pairs/s, 100 tokens/s, 70 s left",
@@ -25,10 +25,9 @@ def test_reports_rates_and_the_time_left(caplog: pytest.LogCaptureFixture) -> No
 )
 def test_time_left(left: int, expected: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    seconds = 0.0
-    progress = ScoringProgress(1000 + left, clock=lambda: seconds)
+    times = iter([0.0, 0.0, 100.0])
+    progress = ScoringProgress(1000 + left, clock=lambda: next(times))
     progress.add(0, 0)
-    seconds = 100.0
     progress.add(1000, 1000)
     assert caplog.text.rstrip().endswith(f"{expected} left")
 
