@@ -83,10 +83,15 @@ def column_names(rows: Path) -> list[str]:
     return list(_dataset(rows).schema.names)
 
 
-def write_with_columns(rows: Path, added: pa.Table, output: Path) -> None:
+def write_with_columns(
+    rows: Path, added: pa.Table, output: Path, keep: pa.ChunkedArray | None = None
+) -> None:
     """Copies the files of `rows` to `output`, with the columns of `added`, row by row.
 
     One file is in memory at a time.
+
+    Args:
+        keep: which of all rows to copy, bool; None: each.
 
     Raises:
         RuntimeError: `added` has other pair_ids, or another number of rows.
@@ -100,8 +105,11 @@ def write_with_columns(rows: Path, added: pa.Table, output: Path) -> None:
             raise RuntimeError(f"the scores do not belong to the pairs of {file}")
         for name in part.drop_columns([columns.PAIR_ID]).column_names:
             table = table.append_column(name, part[name])
+        num_rows = table.num_rows
+        if keep is not None:
+            table = table.filter(keep.slice(start, num_rows))
         pq.write_table(table, output / file.name)
-        start += table.num_rows
+        start += num_rows
     if start != added.num_rows:
         raise RuntimeError(f"{added.num_rows} pairs were scored, and {rows} has {start}")
 

@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,12 +14,13 @@ import torch
 from ray.data.expressions import col
 
 from madpo_ray.artifacts.tables import read_columns, rows_files
-from madpo_ray.columns import LENGTHS, PAIR_ID, SPLIT, SPLITS
+from madpo_ray.columns import LENGTHS, PAIR_ID, REASON, SPLIT, SPLITS
 from madpo_ray.config import ActorPool
 from madpo_ray.errors import UserError
 from madpo_ray.passes import BatchNotes, pool_options, received
 from madpo_ray.scoring.chunks import ScoredChunks, rows_of
 from madpo_ray.scoring.progress import ScoringProgress
+from madpo_ray.scoring.scorers import score_or_explain
 
 if TYPE_CHECKING:
     from madpo_ray.scoring.scorers import Scorer
@@ -34,7 +35,9 @@ REFUSAL = "refusal"
 
 
 class ScoringActor:
-    """Maps batches of rows to their pair_id and the scorers' columns, all float64.
+    """Maps batches of rows to their pair_id, the scorers' columns, all float64, and a reason.
+
+    A pair for which a scorer fails has NaN in its columns, and the reason why; null otherwise.
 
     Args:
         kept: folder where what was scored is kept, and looked for; None: it is not.
@@ -84,19 +87,16 @@ class ScoringActor:
         return scored if known is None else rows_of(pa.concat_tables([known, scored]), ids)
 
     def _score(self, rows: pa.Table) -> pa.Table:
-        scored = {PAIR_ID: rows[PAIR_ID]}
+        scored: dict[str, Any] = {PAIR_ID: rows[PAIR_ID]}
+        reasons = [""] * rows.num_rows
         for scorer in self._scorers:
-            for name, values in zip(scorer.columns, scorer(rows), strict=True):
-                _check_finite(name, values, rows)
+            scores, own_reasons = score_or_explain(scorer, rows)
+            for name, values in zip(scorer.columns, scores, strict=True):
                 scored[name] = pa.array(values, type=pa.float64())
+            both = zip(reasons, own_reasons, strict=True)
+            reasons = ["; ".join(filter(None, pair)) for pair in both]
+        scored[REASON] = pa.array([reason or None for reason in reasons], pa.string())
         return pa.table(scored)
-
-
-def _check_finite(name: str, values: np.ndarray, rows: pa.Table) -> None:
-    bad = np.flatnonzero(~np.isfinite(values))
-    if len(bad):
-        ids = rows[PAIR_ID].take(bad[:5]).to_pylist()
-        raise RuntimeError(f"{name} is not finite for {len(bad)} pairs, such as {ids}")
 
 
 def score_rows(
@@ -109,7 +109,9 @@ def score_rows(
     kept: Path,
     splits: Sequence[str] = SPLITS,
 ) -> pa.Table:
-    """pair_id and the scorers' columns of an artifact's rows, in their order.
+    """pair_id, the scorers' columns and a reason of an artifact's rows, in their order.
+
+    A pair for which a scorer fails has NaN in its columns, and the reason why; null otherwise.
 
     Args:
         rows: folder of Parquet files with tokens.
@@ -121,7 +123,7 @@ def score_rows(
     Raises:
         UserError: a scorer's model is not one that can be scored with.
         Stopped: a batch killed its actor again and again.
-        RuntimeError: a score is not finite (names the pairs), or rows were lost.
+        RuntimeError: a scorer fails for every pair of a batch, or rows were lost.
     """
     table = read_columns(rows, [PAIR_ID, SPLIT, *LENGTHS.values()])
     table = table.filter(pc.field(SPLIT).isin(list(splits)))
@@ -162,12 +164,18 @@ def score_table(
     batch_size: int,
     notes: BatchNotes,
 ) -> pa.Table:
-    """A table of tokenised rows with the scorers' columns added. Raises as `score_rows` does."""
+    """A table of tokenised rows with the scorers' columns added.
+
+    Raises as `score_rows` does, and RuntimeError if a scorer fails for one of the rows.
+    """
     dataset = ray.data.from_arrow(table)
     ids = table[PAIR_ID]
     scored = _score(dataset, ids, scorers, actors, batch_size=batch_size, notes=notes)
+    failed = scored.filter(pc.is_valid(scored[REASON]))
+    if failed.num_rows:
+        raise RuntimeError(f"{failed.num_rows} rows have no scores: {failed[REASON][0]}")
     for name in scored.column_names:
-        if name != PAIR_ID:
+        if name not in (PAIR_ID, REASON):
             table = table.append_column(name, scored[name])
     return table
 

@@ -13,9 +13,10 @@ import pyarrow as pa
 import torch
 from torch import nn
 
-from madpo_ray.columns import PROMPT_IDS, RESPONSE_IDS
+from madpo_ray.columns import PAIR_ID, PROMPT_IDS, RESPONSE_IDS
 from madpo_ray.config import ModelConfig
 from madpo_ray.data.batching import collate
+from madpo_ray.errors import UserError
 from madpo_ray.models.loading import load_policy, load_reward_model
 from madpo_ray.models.logprobs import ResponseLogps, ResponseRewards
 from madpo_ray.models.reading import find_reading
@@ -40,6 +41,41 @@ class Scorer(Protocol):
 
     def __call__(self, rows: pa.Table) -> np.ndarray:
         """Scores (R, P) of a table of P rows, float64."""
+
+
+def score_or_explain(scorer: Scorer, rows: pa.Table) -> tuple[np.ndarray, list[str]]:
+    """Scores (R, P) of a table of P rows, and why those that are NaN are so: "" for the others.
+
+    If the scorer fails for a table, it is tried row by row.
+
+    Raises:
+        UserError: the scorer refuses all rows.
+        RuntimeError: no row of several has finite scores; or what the scorer raises for each.
+    """
+    num_rows = rows.num_rows
+    try:
+        scores = scorer(rows)
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a callable, or a tokenizer, may raise anything about one row
+        if num_rows == 1:
+            return np.full((len(scorer.columns), 1), np.nan), [f"{type(error).__name__}: {error}"]
+        parts = [score_or_explain(scorer, rows.slice(i, 1)) for i in range(num_rows)]
+        reasons = [reason for _, part in parts for reason in part]
+        if all(reasons):
+            raise
+        return np.concatenate([part for part, _ in parts], axis=1), reasons
+
+    scores = np.array(scores, dtype=np.float64)
+    reasons = [""] * num_rows
+    for name, values in zip(scorer.columns, scores, strict=True):
+        for i in np.flatnonzero(~np.isfinite(values)):
+            reasons[i] = reasons[i] or f"{name} is {values[i]}"
+    if num_rows > 1 and all(reasons):
+        ids = rows[PAIR_ID].to_pylist()[:5]
+        raise RuntimeError(f"none of {num_rows} pairs has scores, such as {ids}: {reasons[0]}")
+    scores[:, [bool(reason) for reason in reasons]] = np.nan
+    return scores, reasons
 
 
 class ModelScorer(abc.ABC):

@@ -52,7 +52,7 @@ class StreamedScores:
         return tuple(name for name in columns.TEXT_COLUMNS if name in read)
 
     def numbers(self, own: pa.Table, scored: pa.Table) -> pa.Table:
-        """`columns` of some pairs.
+        """`columns` of some pairs; NaN for those that could not be scored.
 
         Args:
             own: their pair_id and `source_columns`.
@@ -96,7 +96,7 @@ class StreamedScores:
         """The scorers' columns with what needs no scoring."""
         for table in self._finished_tables:
             found = rows_of(table, own[PAIR_ID])
-            for name in found.drop_columns([PAIR_ID]).column_names:
+            for name in found.drop_columns([PAIR_ID, columns.REASON]).column_names:
                 scored = scored.append_column(name, found[name])
         return with_source(scored, own, self.source_columns)
 

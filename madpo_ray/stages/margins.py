@@ -4,23 +4,28 @@ What no earlier run of it, and no training that streamed its margins, has scored
 pass over the pairs.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from madpo_ray import columns
 from madpo_ray.artifacts.tables import column_names, read_columns, read_split, write_with_columns
 from madpo_ray.atomic import write_json
 from madpo_ray.config import Config
+from madpo_ray.errors import UserError
 from madpo_ray.stages import pairs, reward, reward_source, scores
 from madpo_ray.stages.sft import initial_policy_content, stages_before_policy
 from madpo_ray.stages.stage import Build, Description, Stage
 
 # Torch, Ray Data and scipy are imported inside functions: they take seconds, and neither
 # `--help` nor a wrong config should wait.
+
+MAX_REASONS = 5  # on the terminal
 
 
 def _settings(config: Config) -> dict[str, Any]:
@@ -50,7 +55,7 @@ def make(build: Build) -> dict[str, Any]:
     """Writes the pairs with reference log-probs and, if wanted, rewards and margins.
 
     Raises:
-        UserError: no temperature could be fitted.
+        UserError: no temperature could be fitted, or too many pairs could not be scored.
     """
     from madpo_ray.scoring.streamed import with_margins, with_source
 
@@ -61,11 +66,16 @@ def make(build: Build) -> dict[str, Any]:
         STAGE.require_upstream(config)  # again, after a pass of hours
         scores.write(missing, scored)
 
-    # The columns of all scorers, in the order of the pairs.
+    # The columns of all scorers, in the order of the pairs, and the pairs that have none.
     rows = pairs.STAGE.rows(config)
     numbers = read_columns(rows, [columns.PAIR_ID])
+    reason = pa.chunked_array([pa.nulls(numbers.num_rows, pa.string())])
     for one in scores.passes_of(config):
-        numbers = _joined(numbers, read_columns(one.rows, (columns.PAIR_ID, *one.scorer.columns)))
+        added = read_columns(one.rows, (*one.scorer.columns, columns.REASON))
+        for name in one.scorer.columns:
+            numbers = numbers.append_column(name, added[name])
+        reason = pc.coalesce(reason, added[columns.REASON])
+    rejects = _write_rejects(numbers, reason, build)
 
     # Rewards become margins.
     calibration = None
@@ -78,12 +88,21 @@ def make(build: Build) -> dict[str, Any]:
         write_json(build.folder / "calibration.json", calibration)
         numbers = with_margins(numbers, scores.temperature(calibration, config))
 
-    write_with_columns(rows, numbers, build.rows)
-    return {"splits": _summary(build.rows), "calibration": calibration}
+    write_with_columns(rows, numbers, build.rows, keep=pc.is_null(reason))
+    return {"splits": _summary(build.rows), "calibration": calibration, "rejects": rejects}
 
 
 def describe(results: Mapping[str, Any]) -> Description:
-    """Calibration, and one line per split."""
+    """Calibration, one line per split, and pairs that could not be scored."""
+    rejects = Counter(results["rejects"])
+    failed = []
+    if rejects:
+        failed.append(f"{rejects.total()} pairs could not be scored, listed in rejects.parquet:")
+        failed += [f"  {count} x {kind}" for kind, count in rejects.most_common(MAX_REASONS)]
+    return [*_describe_splits(results), *failed]
+
+
+def _describe_splits(results: Mapping[str, Any]) -> list[str]:
     calibration = results["calibration"]
     if calibration is None:
         counts = ", ".join(
@@ -114,11 +133,24 @@ STAGE = Stage(
 )
 
 
-def _joined(numbers: pa.Table, added: pa.Table) -> pa.Table:
-    """`numbers` with the columns of a table of the same pairs in the same order."""
-    for name in added.drop_columns([columns.PAIR_ID]).column_names:
-        numbers = numbers.append_column(name, added[name])
-    return numbers
+def _write_rejects(numbers: pa.Table, reason: pa.ChunkedArray, build: Build) -> dict[str, int]:
+    """Writes the pairs that a scorer failed for to `rejects.parquet`; counts them by reason.
+
+    Raises:
+        UserError: they are more than data.max_reject_fraction allows.
+    """
+    table = numbers.select([columns.PAIR_ID]).append_column(columns.REASON, reason)
+    table = table.filter(pc.is_valid(table[columns.REASON]))
+    pq.write_table(table, build.folder / "rejects.parquet")
+    counts = Counter(one.partition(": ")[0] for one in table[columns.REASON].to_pylist())
+    allowed = build.config.data.max_reject_fraction
+    if table.num_rows > allowed * numbers.num_rows:
+        reasons = "; ".join(f"{count} x {kind}" for kind, count in counts.most_common(MAX_REASONS))
+        raise UserError(
+            f"{table.num_rows} of {numbers.num_rows} pairs cannot be scored, more than "
+            f"data.max_reject_fraction {allowed:g} allows: {reasons}"
+        )
+    return dict(counts)
 
 
 def _summary(rows: Path) -> dict[str, Any]:

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from madpo_ray import columns
 from madpo_ray.artifacts.building import building, recover
@@ -123,9 +125,12 @@ def score(
 def write(missing: Sequence[Pass], scored: pa.Table) -> None:
     """Makes the artifacts of the passes that were missing."""
     for one in missing:
+        own = scored.select([columns.PAIR_ID, *one.scorer.columns])
+        # A reason is of the scorer that gave no number.
+        has_failed = pc.is_nan(own[one.scorer.columns[0]])
+        reason = pc.if_else(has_failed, scored[columns.REASON], None)
         with building(one.folder, one.inputs) as (folder, _):
-            own = scored.select([columns.PAIR_ID, *one.scorer.columns])
-            write_table(own, rows_folder(folder))
+            write_table(own.append_column(columns.REASON, reason), rows_folder(folder))
 
 
 def streamed_scores(config: Config, notes: BatchNotes) -> "StreamedScores":
@@ -163,12 +168,13 @@ def calibration(scores: pa.Table) -> dict[str, Any]:
     """How well calibrated the margins of the validation pairs are.
 
     Args:
-        scores: of validation pairs, in the reward's own units.
+        scores: of validation pairs, in the reward's own units; NaN for pairs that failed.
     """
     from madpo_ray.scoring.calibration import calibration_report
     from madpo_ray.scoring.streamed import margins_of
 
-    return calibration_report(margins_of(scores).to_numpy())
+    margins = margins_of(scores).to_numpy()
+    return calibration_report(margins[~np.isnan(margins)])
 
 
 def temperature(report: Mapping[str, Any], config: Config) -> float:

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -240,6 +241,9 @@ class _Rank:
 
     def _decoded(self, row: pa.Table) -> MicroBatch:
         pairs, place = decode_micro_batch(row, self._order.spec.token_columns)
+        # A pair that could not be scored on its way here is not trained on.
+        names = self._job.task.columns
+        pairs = [pair for pair in pairs if all(math.isfinite(pair[name]) for name in names)]
         return self._collate(pairs, shared_prefix=self.reading.shared_prefix, place=place)
 
 

@@ -61,6 +61,17 @@ def test_adds_columns_row_by_row(rows: Path, tmp_path: Path) -> None:
     assert len(list((tmp_path / "out").iterdir())) == 3
 
 
+def test_copies_only_rows_to_keep(rows: Path, tmp_path: Path) -> None:
+    """A file may be left with none."""
+    ids = [f"pair-{i}" for i in range(7)]
+    added = pa.table({"pair_id": ids, "margin": [i / 2 for i in range(7)]})
+    keep = pa.chunked_array([[True, False, True, False, False, True, True]])
+    write_with_columns(rows, added, tmp_path / "out", keep=keep)
+    result = read_columns(tmp_path / "out", ["pair_id", "margin"])
+    assert result["pair_id"].to_pylist() == [ids[i] for i in (0, 2, 5, 6)]
+    assert result["margin"].to_pylist() == [0.0, 1.0, 2.5, 3.0]
+
+
 @pytest.mark.parametrize("ids", [[6, 5, 4, 3, 2, 1, 0], list(range(8)), list(range(6))])
 def test_refuses_columns_of_other_rows(ids: list[int], rows: Path, tmp_path: Path) -> None:
     added = pa.table({"pair_id": [f"pair-{i}" for i in ids], "margin": [0.0] * len(ids)})

@@ -1,5 +1,6 @@
 """Scorers of pairs and of single responses."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,11 @@ import pytest
 import torch
 
 from madpo_ray.config import ModelConfig
+from madpo_ray.errors import UserError
 from madpo_ray.models.loading import load_policy
 from madpo_ray.passes import BatchNotes
 from madpo_ray.scoring.actors import REFUSAL, ScoringActor
-from madpo_ray.scoring.scorers import PolicyLogps, Scorer, TrainedReward
+from madpo_ray.scoring.scorers import PolicyLogps, Scorer, TrainedReward, score_or_explain
 from support.forwards import PAIRS, separate_logp
 from support.models import make_model, make_reward_model
 
@@ -110,12 +112,62 @@ def test_actor_runs_any_scorer(tmp_path: Path) -> None:
         "pair_id": ["a", "b"],
         "chosen_reward": [1.0, 1.0],
         "rejected_reward": [2.0, 3.0],
+        "reason": [None, None],
     }
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_actor_names_pairs_without_a_score(value: float, tmp_path: Path) -> None:
-    actor = ScoringActor([Constant([2.0, value])], torch.get_num_threads(), BatchNotes(tmp_path))
-    message = r"rejected_reward is not finite for 1 pairs, such as \['b'\]"
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_pair_without_a_score_has_a_reason(value: str, tmp_path: Path) -> None:
+    """And no number of that scorer's."""
+    scorers: list[Scorer] = [Constant([2.0, float(value)]), Failing("none")]
+    actor = ScoringActor(scorers, torch.get_num_threads(), BatchNotes(tmp_path))
+    first, second = actor(pa.table({"pair_id": ["a", "b"]})).to_pylist()
+    assert first["reason"] is None
+    assert second["reason"] == f"rejected_reward is {value}"
+    assert math.isnan(second["chosen_reward"])
+    assert second["number"] == 1.0
+
+
+class Failing:
+    """A judge that fails for one pair, in any batch with it."""
+
+    reads = ()
+    columns = ("number",)
+
+    def __init__(self, victim: str) -> None:
+        self._victim = victim
+
+    def load(self, device: torch.device) -> None:
+        """Nothing to load."""
+
+    def __call__(self, rows: pa.Table) -> np.ndarray:
+        if self._victim in rows["pair_id"].to_pylist():
+            raise KeyError("no such judge")
+        return np.ones((1, rows.num_rows))
+
+
+def test_pair_that_makes_a_scorer_fail_has_a_reason() -> None:
+    """The others of its batch have their scores."""
+    rows = pa.table({"pair_id": ["a", "b", "c"]})
+    scores, reasons = score_or_explain(Failing("b"), rows)
+    assert reasons == ["", "KeyError: 'no such judge'", ""]
+    assert np.isnan(scores).tolist() == [[False, True, False]]
+
+
+def test_scorer_that_fails_for_every_pair_ends_the_pass() -> None:
+    """It is the scorer, not the pairs."""
+    with pytest.raises(KeyError, match="no such judge"):
+        score_or_explain(Failing("b"), pa.table({"pair_id": ["b", "b"]}))
+    message = r"none of 2 pairs has scores, such as \['a', 'b'\]: rejected_reward is nan"
     with pytest.raises(RuntimeError, match=message):
-        actor(pa.table({"pair_id": ["a", "b"]}))
+        score_or_explain(loaded(Constant([math.nan] * 2)), pa.table({"pair_id": ["a", "b"]}))
+
+
+class Refusing(Failing):
+    def __call__(self, rows: pa.Table) -> np.ndarray:
+        raise UserError("no chat template")
+
+
+def test_refusal_is_not_about_a_pair() -> None:
+    with pytest.raises(UserError, match="no chat template"):
+        score_or_explain(Refusing("b"), pa.table({"pair_id": ["a", "b"]}))

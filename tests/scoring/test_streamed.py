@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 
 from madpo_ray.artifacts.tables import write_table
-from madpo_ray.columns import PAIR_ID, REF_LOGPS, REWARDS
+from madpo_ray.columns import PAIR_ID, REASON, REF_LOGPS, REWARDS
 from madpo_ray.config import ActorPool, ModelConfig
 from madpo_ray.scoring.chunks import ScoredChunks
 from madpo_ray.scoring.judges import FunctionReward
@@ -17,6 +17,7 @@ IDS = ["a", "b", "c"]
 OWN = pa.table({PAIR_ID: IDS, "score": [3.0, 2.0, 1.0]})
 REWARDED = pa.table({PAIR_ID: IDS, REWARDS[0]: [4.0, 6.0, 8.0], REWARDS[1]: [2.0, 8.0, 2.0]})
 REFERENCE = pa.table({PAIR_ID: IDS, REF_LOGPS[0]: [-1.0, -2.0, -3.0], REF_LOGPS[1]: [-4.0] * 3})
+NONE = pa.nulls(3, pa.string())
 ACTORS = ActorPool(1, 1, 1.0, 0.0)
 
 
@@ -27,7 +28,7 @@ def reference(folder: Path) -> PolicyLogps:
 
 def test_scored_and_finished_numbers_come_together(tmp_path: Path) -> None:
     """The reference's are streamed, the rewards are done; in any order of the pairs."""
-    write_table(REWARDED, tmp_path / "reward")
+    write_table(REWARDED.append_column(REASON, NONE), tmp_path / "reward")
     chunks = ScoredChunks(tmp_path / "kept")
     chunks.write(REFERENCE.slice(1))
     chunks.write(REFERENCE.slice(0, 1))
@@ -56,7 +57,7 @@ def test_pairs_without_scores_are_named(tmp_path: Path) -> None:
 
 
 def test_margin_of_the_data(tmp_path: Path) -> None:
-    write_table(REFERENCE, tmp_path / "reference")
+    write_table(REFERENCE.append_column(REASON, NONE), tmp_path / "reference")
     streamed = StreamedScores(
         tmp_path / "kept",
         ACTORS,
@@ -69,7 +70,7 @@ def test_margin_of_the_data(tmp_path: Path) -> None:
 
 
 def test_without_rewards_there_are_no_margins(tmp_path: Path) -> None:
-    write_table(REFERENCE, tmp_path / "reference")
+    write_table(REFERENCE.append_column(REASON, NONE), tmp_path / "reference")
     streamed = StreamedScores(tmp_path / "kept", ACTORS, (), finished=(tmp_path / "reference",))
     assert streamed.complete(OWN).column_names == [PAIR_ID, "score", *REF_LOGPS]
 

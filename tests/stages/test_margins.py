@@ -165,9 +165,13 @@ def test_description() -> None:
         "validation": {"pairs": 0, "margin": None, "negative_fraction": None},
     }
     report = {"accuracy": 0.75, "accuracy_interval": (0.3, 0.9), "temperature": None, "reason": "r"}
-    lines = margins.describe({"splits": splits, "calibration": report})
+    lines = margins.describe({"splits": splits, "calibration": report, "rejects": {"nan": 2}})
     assert lines[0].endswith("0.750 (95 % 0.300 to 0.900); not calibrated: r")
-    assert lines[1:] == ["train: 4 pairs, mean margin 0.500, 25.0% negative"]
+    assert lines[1:] == [
+        "train: 4 pairs, mean margin 0.500, 25.0% negative",
+        "2 pairs could not be scored, listed in rejects.parquet:",
+        "  2 x nan",
+    ]
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 
 from madpo_ray import pipeline
@@ -133,3 +134,28 @@ def test_classifier_scores_every_pair(copied_run: dict[str, Any], tmp_path: Path
     difference = pc.subtract(table["chosen_reward"], table["rejected_reward"])
     assert table["margin"] == difference
     assert len(set(table["margin"].to_pylist())) > 50
+
+
+@pytest.mark.ray
+@pytest.mark.deepspeed
+def test_pair_that_a_function_fails_for_is_rejected(copied_run: dict[str, Any]) -> None:
+    """The others have their margins; too many such pairs end the command."""
+    config = with_source(copied_run, "support.judges:fail_for_one")
+    printed: list[str] = []
+    pipeline.run_stage(config, margins.STAGE, say=lambda what: printed.append(str(what)))
+    assert "margins:   1 x ValueError" in printed
+    rejects = pq.read_table(margins.STAGE.folder(config) / "rejects.parquet").to_pylist()
+    (reject,) = rejects
+    assert reject["reason"] == "ValueError: this judge does not like sevens"
+
+    rows = read_columns(margins.STAGE.rows(config), ["pair_id", "margin", "prompt"])
+    assert reject["pair_id"] not in rows["pair_id"].to_pylist()
+    assert rows.num_rows == 89
+    assert not any(prompt.startswith("say 7:") for prompt in rows["prompt"].to_pylist())
+    assert pc.all(pc.is_finite(rows["margin"])).as_py()
+
+    copied_run["data"]["max_reject_fraction"] = 0.01
+    shutil.rmtree(margins.STAGE.folder(config))
+    config = with_source(copied_run, "support.judges:fail_for_one")
+    with pytest.raises(UserError, match=r"1 of 90 pairs cannot be scored, more than data\.max"):
+        pipeline.run_stage(config, margins.STAGE, say=lambda what: None)

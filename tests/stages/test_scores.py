@@ -1,5 +1,6 @@
 """Pairs that are scored while the policy is trained on them."""
 
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from madpo_ray.artifacts.tables import read_columns
 from madpo_ray.config import Config, parse_config
 from madpo_ray.stages import evaluate, margins, pairs, train
 from madpo_ray.training.metrics import read_metrics
+from support.judges import count_kind_words
 
 pytestmark = [pytest.mark.ray, pytest.mark.deepspeed]
 
@@ -62,6 +64,27 @@ def test_streamed_run_equals_a_stored_one(unscored: dict[str, Any]) -> None:
     pipeline.run_stage(config, train.STAGE, say=ignore)
     assert len(streamed) > 14
     assert losses(config) == pytest.approx(streamed, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_streamed_texts_reach_a_function(unscored: dict[str, Any]) -> None:
+    """It scores each pair from its texts; a pair that it fails for is not trained on."""
+    unscored["reward"] = {"source": "support.judges:fail_for_one"}
+    unscored["margins"]["calibrate"] = False
+    unscored["train"] |= {"max_steps": -1, "num_train_epochs": 1}
+    config = parse_config(unscored)
+    pipeline.run_all(config, say=ignore)
+    rows = read_columns(margins.STAGE.rows(config), ["prompt", "chosen", "rejected", "margin"])
+    assert rows.num_rows == 89
+    for row in rows.to_pylist():
+        rewards = [
+            count_kind_words([row["prompt"]], [row[name]])[0] for name in ("chosen", "rejected")
+        ]
+        assert row["margin"] == rewards[0] - rewards[1]
+    lines = read_metrics(train.STAGE.folder(config) / "metrics.jsonl")
+    means = [line["margin/mean"] for line in lines if "margin/mean" in line]
+    assert len(means) >= 7
+    assert all(map(math.isfinite, means))
 
 
 def read_ids(file: Path) -> list[str]:
