@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -16,6 +16,7 @@ from madpo_ray import pipeline, planner
 from madpo_ray.config import Config, load_config
 from madpo_ray.config.files import dump_config
 from madpo_ray.errors import ExitCode, Stopped, UserError
+from madpo_ray.stages import export, margins
 from madpo_ray.stages.stage import Stage
 
 if TYPE_CHECKING:
@@ -45,6 +46,11 @@ DryRun = Annotated[
     typer.Option("--dry-run", help="print the resolved config, rows, steps and workers, and exit"),
 ]
 
+Export = Annotated[
+    Literal["trl"] | None,
+    typer.Option("--export", help="then write the scored pairs as a data set for TRL"),
+]
+
 # What a command does with its config, and with the time at which trainings save and stop.
 Action = Callable[[Config, float | None], None]
 
@@ -68,13 +74,24 @@ def _add_command(
 
     @app.command(name, help=description)
     def run(config: ConfigFile, overrides: Overrides = [], dry_run: DryRun = False) -> None:  # noqa: B006 (typer's way)
-        began = time.time()
-        with exit_codes():
-            loaded = load_config(config, overrides)
-            if dry_run:
-                print_plan(loaded, stages(loaded))
-                return
-            action(loaded, loaded.run.deadline(began))
+        _perform(config, overrides, dry_run, stages, action)
+
+
+def _perform(
+    config: Path,
+    overrides: list[str],
+    dry_run: bool,
+    stages: Callable[[Config], list[Stage]],
+    action: Action,
+) -> None:
+    """Loads the config, and does what a command does, or prints what it would do."""
+    began = time.time()
+    with exit_codes():
+        loaded = load_config(config, overrides)
+        if dry_run:
+            print_plan(loaded, stages(loaded))
+            return
+        action(loaded, loaded.run.deadline(began))
 
 
 @contextlib.contextmanager
@@ -118,15 +135,16 @@ def _run_all(config: Config, deadline: float | None) -> None:
     pipeline.run_all(config, say=say, deadline=deadline)
 
 
-def _run_stage(stage: Stage) -> Action:
+def _run_stages(*stages: Stage) -> Action:
     def action(config: Config, deadline: float | None) -> None:
-        pipeline.run_stage(config, stage, say=say, deadline=deadline)
+        for stage in stages:
+            pipeline.run_stage(config, stage, say=say, deadline=deadline)
 
     return action
 
 
-def _only(stage: Stage) -> Callable[[Config], list[Stage]]:
-    return lambda config: [stage]
+def _only(*stages: Stage) -> Callable[[Config], list[Stage]]:
+    return lambda config: list(stages)
 
 
 _add_command(
@@ -136,7 +154,19 @@ _add_command(
     _run_all,
 )
 for _stage in pipeline.STAGES:
-    _add_command(_stage.name, _stage.help, _only(_stage), _run_stage(_stage))
+    if _stage is not margins.STAGE:
+        _add_command(_stage.name, _stage.help, _only(_stage), _run_stages(_stage))
+
+
+@app.command(margins.STAGE.name, help=margins.STAGE.help)
+def _margins(
+    config: ConfigFile,
+    overrides: Overrides = [],  # noqa: B006 (typer's way)
+    dry_run: DryRun = False,
+    export_to: Export = None,
+) -> None:
+    stages = (margins.STAGE,) if export_to is None else (margins.STAGE, export.STAGE)
+    _perform(config, overrides, dry_run, _only(*stages), _run_stages(*stages))
 
 
 @app.command("verify", help="Compare every file of a run with the hash that its manifest has.")

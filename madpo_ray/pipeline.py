@@ -7,6 +7,7 @@
     train      train the policy on them
     evaluate   compare policy and reference on the test split
     tune       search settings of `train` over the same margins; only by its own command
+    export     the scored pairs as a data set for TRL; only by its own command
 
 A stage reads the results of earlier stages from their folders and writes its own. It is finished
 when its manifest exists; the manifest records what it was made from.
@@ -26,7 +27,7 @@ from madpo_ray.config import Config, save_config
 from madpo_ray.config.files import dump_config
 from madpo_ray.disk import stopping_on_disk_errors
 from madpo_ray.errors import ExitCode, Stopped, UserError
-from madpo_ray.stages import evaluate, margins, pairs, reward, sft, train, tune
+from madpo_ray.stages import evaluate, export, margins, pairs, reward, sft, train, tune
 from madpo_ray.stages.stage import Stage
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ STAGES = (
     train.STAGE,
     evaluate.STAGE,
     tune.STAGE,
+    export.STAGE,
 )
 
 Say = Callable[["str | Table"], None]  # where progress and results are printed

@@ -265,7 +265,7 @@ def at(section: str, key: str, value: Any) -> Edit:
         (at("model", "dtype", "bfloat16"), "reward"),
         (at("model", "attn_implementation", "eager"), "reward"),
         (at("reward", "learning_rate", 1e-4), "reward"),
-        (at("margins", "calibrate", False), "margins"),
+        (at("margins", "calibration", "none"), "margins"),
         (at("train", "tau", 3.0), "train"),
         (at("train", "per_device_train_batch_size", 4), "train"),
         (at("evaluate", "num_samples", 8), "evaluate"),

@@ -61,8 +61,10 @@ class MarginsConfig(Section):
         description="score reward margins; null: if train.loss_type uses them. true with another "
         "loss_type logs margin/* metrics",
     )
-    calibrate: bool = Field(
-        True, description="divide rewards by the temperature fitted on validation pairs"
+    calibration: Literal["temperature", "isotonic", "none"] = Field(
+        "temperature",
+        description="fitted on validation pairs. temperature: rewards are divided by it; isotonic: "
+        "an increasing function of the margin; none: margins as they are",
     )
 
 

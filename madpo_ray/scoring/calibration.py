@@ -1,4 +1,4 @@
-"""How well calibrated the margins are: accuracy, a temperature, and errors before and after it.
+"""How well calibrated the margins are: accuracy, a scaling, and errors before and after it.
 
 A margin h is calibrated if sigmoid(h) is the share of such pairs whose label agrees. Rows are
 chosen-oriented, so a pair's label agrees if its margin is positive.
@@ -7,18 +7,17 @@ Legend: N pairs.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy.optimize import minimize_scalar
-from scipy.special import expit, log_expit, ndtri
+from scipy.special import expit, ndtri
+from scipy.stats import bootstrap
 
-Margins = NDArray[np.float64]
+from madpo_ray.scoring.scaling import Margins, Method, fit_scaling
+
 FOLDS = 5
-# A fit that ends at these bounds has no optimum inside: the margins have one sign only, or are
-# worse than chance.
-TEMPERATURE_BOUNDS = (1e-3, 1e3)
+RESAMPLES = 999
 
 
 def count_right(differences: Margins) -> float:
@@ -34,24 +33,6 @@ def interval(successes: float, count: int) -> tuple[float, float]:
     spread = z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
     scale = 1 + z**2 / count
     return max(0.0, (center - spread) / scale), min(1.0, (center + spread) / scale)
-
-
-def fit_temperature(margins: Margins) -> float | None:
-    """The T that minimises mean -log sigmoid(margin / T), for margins (N,).
-
-    Source: Guo et al. 2017, for two classes. None if no finite T does.
-    """
-    is_right = margins > 0
-    if len(margins) == 0 or np.mean(is_right) <= 0.5 or np.all(is_right):
-        return None
-    low, high = np.log(TEMPERATURE_BOUNDS)
-    found = minimize_scalar(
-        lambda log_t: -np.mean(log_expit(margins / np.exp(log_t))),
-        bounds=(low, high),
-        method="bounded",
-    )
-    is_inside = low + 0.01 < found.x < high - 0.01
-    return float(np.exp(found.x)) if is_inside else None
 
 
 def expected_calibration_error(margins: Margins, bins: int = 10) -> float:
@@ -72,28 +53,65 @@ def brier_score(margins: Margins) -> float:
     return float(np.mean(expit(-margins) ** 2))
 
 
-def calibration_report(margins: Margins) -> dict[str, Any]:
-    """Accuracy, temperature, ECE and Brier score before and after, for held-out margins (N,).
+def reliability(margins: Margins, bins: int = 10) -> list[dict[str, Any]]:
+    """The bins of `expected_calibration_error` that have pairs.
 
-    The temperature is fitted on all of them; the errors after it are measured on pairs that did not
-    fit theirs, by cross-fitting over folds. `temperature` is None, with a `reason`, if none is
-    finite.
+    Of each: pairs, their mean confidence, the share whose sign is right, and its 95 % interval.
+    """
+    confidence = expit(np.abs(margins))
+    index = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
+    found = []
+    for i in np.unique(index):
+        own = margins[index == i]
+        num_right = count_right(own)
+        found.append(
+            {
+                "pairs": len(own),
+                "confidence": float(confidence[index == i].mean()),
+                "accuracy": num_right / len(own),
+                "interval": interval(num_right, len(own)),
+            }
+        )
+    return found
+
+
+def bootstrap_interval(
+    statistic: Callable[[Margins], float], margins: Margins
+) -> tuple[float, float]:
+    """The 95 % percentile interval of a statistic of margins (N,) (Efron 1979)."""
+    if len(margins) < 2:
+        value = statistic(margins)
+        return value, value
+    found = bootstrap(
+        (margins,), statistic, n_resamples=RESAMPLES, method="percentile", vectorized=False, rng=0
+    )
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+def calibration_report(margins: Margins, method: Method = "temperature") -> dict[str, Any]:
+    """Accuracy, scaling, ECE and Brier score before and after, for held-out margins (N,).
+
+    The scaling is fitted on all of them; the errors after it are measured on pairs that did not fit
+    theirs, by cross-fitting over folds. There is a `reason` instead if none can be fitted.
     """
     margins = np.asarray(margins, dtype=np.float64)
     num_right = count_right(margins)
+    scaling = fit_scaling(margins, method)
     report: dict[str, Any] = {
         "validation_pairs": len(margins),
         "accuracy": num_right / len(margins),
         "accuracy_interval": interval(num_right, len(margins)),
-        "temperature": fit_temperature(margins),
-        "ece_before": expected_calibration_error(margins),
-        "brier_before": brier_score(margins),
+        "method": method,
+        "temperature": None if scaling is None else scaling.temperature,
+        "knots": [] if scaling is None else scaling.knots,
+        **_errors(margins, "before"),
     }
 
-    # Each pair's temperature is fitted on the other folds.
+    # Each pair's scaling is fitted on the other folds.
     fold = np.arange(len(margins)) % FOLDS
-    fitted = [fit_temperature(margins[fold != i]) for i in range(FOLDS)]
-    if report["temperature"] is None or None in fitted:
+    fitted = [fit_scaling(margins[fold != i], method) for i in range(FOLDS)]
+    found = [one for one in fitted if one is not None]
+    if scaling is None or len(found) < FOLDS:
         cause = "the accuracy is too close to chance"
         if num_right == len(margins):
             cause = "all margins are positive"
@@ -102,12 +120,22 @@ def calibration_report(margins: Margins) -> dict[str, Any]:
                 "the reward model prefers the rejected responses: are chosen and rejected swapped "
                 "in part of the data?"
             )
-        reason = f"no finite temperature fits {len(margins)} pairs: {cause}"
+        what = "finite temperature" if method == "temperature" else "increasing function"
+        reason = f"no {what} fits {len(margins)} pairs: {cause}"
         return {**report, "temperature": None, "reason": reason}
 
-    scaled = margins / np.asarray(fitted, dtype=np.float64)[fold]
+    scaled = np.empty_like(margins)
+    for i, one in enumerate(found):
+        scaled[fold == i] = one(margins[fold == i])
+    return report | _errors(scaled, "after")
+
+
+def _errors(margins: Margins, when: str) -> dict[str, Any]:
+    """ECE and Brier score with their intervals, and the bins of the former."""
     return {
-        **report,
-        "ece_after": expected_calibration_error(scaled),
-        "brier_after": brier_score(scaled),
+        f"ece_{when}": expected_calibration_error(margins),
+        f"ece_{when}_interval": bootstrap_interval(expected_calibration_error, margins),
+        f"brier_{when}": brier_score(margins),
+        f"brier_{when}_interval": bootstrap_interval(brier_score, margins),
+        f"reliability_{when}": reliability(margins),
     }

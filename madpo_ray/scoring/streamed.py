@@ -14,6 +14,7 @@ from madpo_ray.artifacts.tables import column_names, read_columns
 from madpo_ray.columns import PAIR_ID
 from madpo_ray.config import ActorPool
 from madpo_ray.scoring.chunks import ScoredChunks, rows_of
+from madpo_ray.scoring.scaling import Scaling
 
 if TYPE_CHECKING:
     from madpo_ray.scoring.scorers import Scorer
@@ -29,7 +30,7 @@ class StreamedScores:
         scorers: what is still to be scored.
         finished: folders of rows with the columns of scorers that are done.
         source_columns: columns of the data that hold rewards, or the margin.
-        temperature: what rewards are divided by; None if there are no rewards.
+        scaling: what makes margins calibrated; None if there are no rewards.
     """
 
     kept: Path
@@ -37,12 +38,12 @@ class StreamedScores:
     scorers: tuple["Scorer", ...]
     finished: tuple[Path, ...] = ()
     source_columns: tuple[str, ...] = ()
-    temperature: float | None = None
+    scaling: Scaling | None = None
 
     @property
     def columns(self) -> tuple[str, ...]:
         """The columns that training may read and the pairs' own rows lack."""
-        margins = () if self.temperature is None else (columns.MARGIN,)
+        margins = () if self.scaling is None else (columns.MARGIN,)
         return (*columns.REF_LOGPS, *margins)
 
     @property
@@ -59,8 +60,8 @@ class StreamedScores:
             scored: their pair_id and the scorers' columns, in the same order.
         """
         numbers = self._with_known(own, scored)
-        if self.temperature is not None:
-            numbers = with_margins(numbers, self.temperature)
+        if self.scaling is not None:
+            numbers = with_margins(numbers, self.scaling)
         return numbers.select(list(self.columns))
 
     @functools.cached_property
@@ -115,15 +116,21 @@ def with_source(scores: pa.Table, own: pa.Table, names: Sequence[str]) -> pa.Tab
     return scores
 
 
-def with_margins(scores: pa.Table, temperature: float) -> pa.Table:
-    """Rewards and margins, divided by the temperature."""
-    for name in (*columns.REWARDS, columns.MARGIN):
+def with_margins(scores: pa.Table, scaling: Scaling) -> pa.Table:
+    """Calibrated margins, and rewards divided by the temperature, if the scaling has one."""
+    margins = margins_of(scores)
+    is_given = columns.MARGIN in scores.column_names
+    if is_given:
+        scores = scores.drop_columns([columns.MARGIN])
+    for name in columns.REWARDS:
         if name in scores.column_names:
             index = scores.column_names.index(name)
-            scores = scores.set_column(index, name, pc.divide(scores[name], temperature))
-    if columns.MARGIN in scores.column_names:
-        return scores
-    return scores.append_column(columns.MARGIN, margins_of(scores))
+            scores = scores.set_column(index, name, pc.divide(scores[name], scaling.temperature))
+    if is_given or scaling.knots:
+        margins = pa.array(scaling(margins.to_numpy()))
+    else:
+        margins = margins_of(scores)  # the difference of these rewards, to the last bit
+    return scores.append_column(columns.MARGIN, margins)
 
 
 def margins_of(scores: pa.Table) -> pa.ChunkedArray:

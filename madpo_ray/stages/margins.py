@@ -31,7 +31,7 @@ MAX_REASONS = 5  # on the terminal
 def _settings(config: Config) -> dict[str, Any]:
     settings: dict[str, Any] = {"reference": config.model.numerics()}
     if reward.uses_rewards(config):
-        settings["calibrate"] = config.margins.calibrate
+        settings["calibration"] = config.margins.calibration
         if not reward.is_trained(config):
             settings["reward"] = reward_source.settings(config)
     return settings
@@ -55,7 +55,7 @@ def make(build: Build) -> dict[str, Any]:
     """Writes the pairs with reference log-probs and, if wanted, rewards and margins.
 
     Raises:
-        UserError: no temperature could be fitted, or too many pairs could not be scored.
+        UserError: margins could not be calibrated, or too many pairs could not be scored.
     """
     from madpo_ray.scoring.streamed import with_margins, with_source
 
@@ -84,9 +84,9 @@ def make(build: Build) -> dict[str, Any]:
         numbers = with_source(numbers, read_columns(rows, sources), sources)
         splits = read_columns(rows, [columns.SPLIT])[columns.SPLIT]
         held_out = numbers.filter(pc.equal(splits, columns.VALIDATION))
-        calibration = scores.calibration(held_out)
+        calibration = scores.calibration(held_out, config)
         write_json(build.folder / "calibration.json", calibration)
-        numbers = with_margins(numbers, scores.temperature(calibration, config))
+        numbers = with_margins(numbers, scores.scaling(calibration, config))
 
     write_with_columns(rows, numbers, build.rows, keep=pc.is_null(reason))
     return {"splits": _summary(build.rows), "calibration": calibration, "rejects": rejects}
@@ -176,10 +176,13 @@ def _describe_calibration(report: Mapping[str, Any]) -> str:
         f"validation accuracy of the reward model {report['accuracy']:.3f} "
         f"(95 % {low:.3f} to {high:.3f})"
     )
-    if report["temperature"] is None:
+    if "reason" in report:
         return f"{accuracy}; not calibrated: {report['reason']}"
+    scaling = f"temperature {report['temperature']:.2f}"
+    if report["method"] == "isotonic":
+        scaling = f"isotonic regression with {len(report['knots'])} knots"
     return (
-        f"{accuracy}, temperature {report['temperature']:.2f}, "
+        f"{accuracy}, {scaling}, "
         f"ECE {report['ece_before']:.3f} -> {report['ece_after']:.3f}, "
         f"Brier {report['brier_before']:.3f} -> {report['brier_after']:.3f}"
     )

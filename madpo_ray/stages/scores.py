@@ -26,6 +26,7 @@ from madpo_ray.stages.sft import initial_policy, initial_policy_inputs
 from madpo_ray.stages.stage import KEPT
 
 if TYPE_CHECKING:
+    from madpo_ray.scoring.scaling import Scaling
     from madpo_ray.scoring.scorers import Scorer
     from madpo_ray.scoring.streamed import StreamedScores
 
@@ -136,8 +137,8 @@ def write(missing: Sequence[Pass], scored: pa.Table) -> None:
 def streamed_scores(config: Config, notes: BatchNotes) -> "StreamedScores":
     """What a training needs to score pairs while it reads them.
 
-    Scores the pairs that are not trained on before: validation needs their numbers, and rewards
-    their temperature.
+    Scores the pairs that are not trained on before: validation needs their numbers, and margins
+    their scaling.
 
     Raises:
         UserError: the rewards cannot be calibrated.
@@ -160,11 +161,11 @@ def streamed_scores(config: Config, notes: BatchNotes) -> "StreamedScores":
         return streamed
 
     own = read_split(pairs.STAGE.rows(config), columns.VALIDATION, [columns.PAIR_ID, *sources])
-    report = calibration(streamed.stored(own))
-    return dataclasses.replace(streamed, temperature=temperature(report, config))
+    report = calibration(streamed.stored(own), config)
+    return dataclasses.replace(streamed, scaling=scaling(report, config))
 
 
-def calibration(scores: pa.Table) -> dict[str, Any]:
+def calibration(scores: pa.Table, config: Config) -> dict[str, Any]:
     """How well calibrated the margins of the validation pairs are.
 
     Args:
@@ -174,17 +175,25 @@ def calibration(scores: pa.Table) -> dict[str, Any]:
     from madpo_ray.scoring.streamed import margins_of
 
     margins = margins_of(scores).to_numpy()
-    return calibration_report(margins[~np.isnan(margins)])
+    method = config.margins.calibration
+    return calibration_report(
+        margins[~np.isnan(margins)], "temperature" if method == "none" else method
+    )
 
 
-def temperature(report: Mapping[str, Any], config: Config) -> float:
-    """What rewards are divided by."""
-    if not config.margins.calibrate:
-        return 1.0
-    found: float | None = report["temperature"]
-    if found is None:
+def scaling(report: Mapping[str, Any], config: Config) -> "Scaling":
+    """What makes margins calibrated, by a report of `calibration`.
+
+    Raises:
+        UserError: nothing could be fitted.
+    """
+    from madpo_ray.scoring.scaling import Scaling
+
+    if config.margins.calibration == "none":
+        return Scaling()
+    if "reason" in report:
         raise UserError(
             f"the reward model cannot be calibrated: {report['reason']}. Train it longer or "
-            "on more pairs; margins.calibrate: false uses its margins as they are"
+            "on more pairs; margins.calibration: none uses its margins as they are"
         )
-    return found
+    return Scaling(report["temperature"], tuple(report["knots"]))

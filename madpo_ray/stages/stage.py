@@ -1,5 +1,6 @@
 """A stage: one command, what it is made from, and how."""
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +92,7 @@ class Stage:
         is_wanted: whether `madpo-ray run` includes it.
         check: raises UserError for what can be wrong before any stage has run.
         check_upstream: raises UserError for what can be wrong with the results that it reads.
+        uses_ray: whether it needs a cluster.
         uses_dashboard: whether a local Ray needs its dashboard.
     """
 
@@ -106,6 +108,7 @@ class Stage:
     is_wanted: Callable[[Config], bool] = _always
     check: Callable[[Config], None] = _no_check
     check_upstream: Callable[[Config], None] = _no_check
+    uses_ray: bool = True
     uses_dashboard: bool = False
 
     def inputs(self, config: Config) -> Inputs:
@@ -185,14 +188,19 @@ class Stage:
 
             with (
                 building(self.folder(config), inputs, confirm=confirm) as (partial, results),
-                connected(
-                    config.cluster, actors=config.streaming_actors, dashboard=self.uses_dashboard
-                ),
+                self._connected(config),
             ):
                 build = Build(config, partial, inputs.fingerprint, deadline)
                 results.update(self.make(build))
             self._delete_unneeded(config)
         return results
+
+    def _connected(self, config: Config) -> contextlib.AbstractContextManager[None]:
+        if not self.uses_ray:
+            return contextlib.nullcontext()
+        return connected(
+            config.cluster, actors=config.streaming_actors, dashboard=self.uses_dashboard
+        )
 
     def _delete_unneeded(self, config: Config) -> None:
         for path in self._unneeded(config):

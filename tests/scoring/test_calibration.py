@@ -16,9 +16,10 @@ from madpo_ray.scoring.calibration import (
     calibration_report,
     count_right,
     expected_calibration_error,
-    fit_temperature,
     interval,
+    reliability,
 )
+from madpo_ray.scoring.scaling import fit_temperature
 
 
 def calibrated_margins(count: int, scale: float = 1.0) -> np.ndarray:
@@ -177,3 +178,47 @@ def test_interval_by_hand() -> None:
 def test_interval_is_scipys(successes: int, count: int) -> None:
     expected = binomtest(successes, count).proportion_ci(method="wilson")
     assert interval(successes, count) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def test_bins_are_those_of_the_error() -> None:
+    """Of calibrated margins each bin's accuracy is its confidence; of others it is not."""
+    margins = calibrated_margins(50_000)
+    bins = reliability(margins)
+    assert sum(one["pairs"] for one in bins) == 50_000
+    gaps = [one["pairs"] * abs(one["accuracy"] - one["confidence"]) for one in bins]
+    assert sum(gaps) / 50_000 == pytest.approx(expected_calibration_error(margins))
+    inside = [one["interval"][0] <= one["confidence"] <= one["interval"][1] for one in bins]
+    assert sum(inside) >= len(bins) - 2
+    assert not all(
+        one["interval"][0] <= one["confidence"] <= one["interval"][1]
+        for one in reliability(4 * margins)
+    )
+
+
+def test_intervals_hold_the_errors() -> None:
+    """And get smaller with more pairs; the same ones each time."""
+    few = calibration_report(calibrated_margins(300, 2.0))
+    many = calibration_report(calibrated_margins(10_000, 2.0))
+    for when in ("before", "after"):
+        for name in ("ece", "brier"):
+            low, high = many[f"{name}_{when}_interval"]
+            assert low < many[f"{name}_{when}"] < high or name == "ece"
+            few_low, few_high = few[f"{name}_{when}_interval"]
+            assert high - low < few_high - few_low
+    assert few == calibration_report(calibrated_margins(300, 2.0))
+
+
+@pytest.mark.parametrize("scale", [0.25, 1.0, 4.0])
+def test_isotonic_regression_calibrates_like_a_temperature(scale: float) -> None:
+    """Measured on pairs that did not fit it, margins of any scale."""
+    report = calibration_report(calibrated_margins(20_000, scale), "isotonic")
+    assert report["ece_after"] < 0.02
+    assert report["brier_after"] < report["brier_before"] + 1e-3
+    if scale == 4.0:
+        assert report["ece_before"] > 0.1
+
+
+def test_isotonic_regression_of_a_model_at_chance_is_refused() -> None:
+    margins = np.array([-2.0, 1.0, -3.0, 2.0, -4.0, 0.5] * 20)
+    report = calibration_report(margins, "isotonic")
+    assert report["reason"].startswith("no increasing function fits 120 pairs")

@@ -10,6 +10,7 @@ from madpo_ray.columns import PAIR_ID, REASON, REF_LOGPS, REWARDS
 from madpo_ray.config import ActorPool, ModelConfig
 from madpo_ray.scoring.chunks import ScoredChunks
 from madpo_ray.scoring.judges import FunctionReward
+from madpo_ray.scoring.scaling import Scaling
 from madpo_ray.scoring.scorers import PolicyLogps
 from madpo_ray.scoring.streamed import StreamedScores
 
@@ -37,7 +38,7 @@ def test_scored_and_finished_numbers_come_together(tmp_path: Path) -> None:
         actors=ACTORS,
         scorers=(reference(tmp_path),),
         finished=(tmp_path / "reward",),
-        temperature=2.0,
+        scaling=Scaling(2.0),
     )
     complete = streamed.complete(OWN.take([2, 0, 1]))
     assert complete[PAIR_ID].to_pylist() == ["c", "a", "b"]
@@ -64,7 +65,7 @@ def test_margin_of_the_data(tmp_path: Path) -> None:
         (),
         finished=(tmp_path / "reference",),
         source_columns=("score",),
-        temperature=0.5,
+        scaling=Scaling(0.5),
     )
     assert streamed.complete(OWN)["margin"].to_pylist() == [6.0, 4.0, 2.0]
 

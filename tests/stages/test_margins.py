@@ -15,7 +15,7 @@ from madpo_ray.data.batching import collate
 from madpo_ray.errors import UserError
 from madpo_ray.models.loading import load_policy
 from madpo_ray.models.logprobs import ResponseLogps
-from madpo_ray.scoring.calibration import fit_temperature
+from madpo_ray.scoring.scaling import fit_temperature
 from madpo_ray.stages import margins, pairs, reward, sft
 
 pytestmark = [pytest.mark.ray, pytest.mark.deepspeed]
@@ -116,7 +116,7 @@ def run_margins(raw: dict[str, Any], *stages: Any) -> Config:
 
 def test_other_calibration_scores_nothing_again(copied_run: dict[str, Any]) -> None:
     before = manifests(parse_config(copied_run))
-    copied_run["margins"] = {"calibrate": False}
+    copied_run["margins"] = {"calibration": "none"}
     config = run_margins(copied_run)
     assert manifests(config) == before
     scores = read_columns(config.run.folder / "scores" / "reward" / "data", ["chosen_reward"])
@@ -164,7 +164,7 @@ def test_description() -> None:
         "train": {"pairs": 4, "margin": 0.5, "negative_fraction": 0.25},
         "validation": {"pairs": 0, "margin": None, "negative_fraction": None},
     }
-    report = {"accuracy": 0.75, "accuracy_interval": (0.3, 0.9), "temperature": None, "reason": "r"}
+    report = {"accuracy": 0.75, "accuracy_interval": (0.3, 0.9), "reason": "r"}
     lines = margins.describe({"splits": splits, "calibration": report, "rejects": {"nan": 2}})
     assert lines[0].endswith("0.750 (95 % 0.300 to 0.900); not calibrated: r")
     assert lines[1:] == [
@@ -176,10 +176,10 @@ def test_description() -> None:
 
 @pytest.mark.slow
 def test_uncalibratable_margins_are_refused(copied_run: dict[str, Any]) -> None:
-    """A model at chance; margins.calibrate: false uses its margins as they are."""
+    """A model at chance; margins.calibration: none uses its margins as they are."""
     copied_run["reward"] |= {"max_steps": 1, "learning_rate": 1e-12}
-    with pytest.raises(UserError, match=r"cannot be calibrated.*margins\.calibrate: false"):
+    with pytest.raises(UserError, match=r"cannot be calibrated.*margins\.calibration: none"):
         run_margins(copied_run, reward.STAGE)
-    copied_run["margins"] = {"calibrate": False}
+    copied_run["margins"] = {"calibration": "none"}
     config = run_margins(copied_run)
     assert read_columns(margins.STAGE.rows(config), ["margin"]).num_rows == 90

@@ -92,7 +92,7 @@ def copied_run(finished_run: Run, tmp_path: Path) -> dict[str, Any]:
     raw = finished_run[0].model_dump(mode="json")
     shutil.copytree(finished_run[0].run.folder, tmp_path / finished_run[0].run.name)
     raw["run"]["storage_path"] = str(tmp_path)
-    raw["margins"]["calibrate"] = False
+    raw["margins"]["calibration"] = "none"
     return raw
 
 

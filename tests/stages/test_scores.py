@@ -70,7 +70,7 @@ def test_streamed_run_equals_a_stored_one(unscored: dict[str, Any]) -> None:
 def test_streamed_texts_reach_a_function(unscored: dict[str, Any]) -> None:
     """It scores each pair from its texts; a pair that it fails for is not trained on."""
     unscored["reward"] = {"source": "support.judges:fail_for_one"}
-    unscored["margins"]["calibrate"] = False
+    unscored["margins"]["calibration"] = "none"
     unscored["train"] |= {"max_steps": -1, "num_train_epochs": 1}
     config = parse_config(unscored)
     pipeline.run_all(config, say=ignore)
