@@ -16,13 +16,10 @@ from madpo_ray.config import Config
 from madpo_ray.data.messages import from_text
 from madpo_ray.errors import UserError
 from madpo_ray.stages import margins
+from madpo_ray.stages.margins_report import WEIGHT_SETTINGS, weights_of
 from madpo_ray.stages.stage import Build, Description, Stage
 
-# Torch is imported inside functions: it takes seconds, and neither `--help` nor a wrong config
-# should wait.
-
 WEIGHT = "weight"
-WEIGHT_SETTINGS = ("c_min", "c_max", "lmbda", "tau")
 
 
 def _settings(config: Config) -> dict[str, Any]:
@@ -104,9 +101,4 @@ def _tables(rows: Path, split: str, config: Config) -> Iterator[pa.Table]:
 
 
 def _weights(margin: pa.ChunkedArray, config: Config) -> pa.Array:
-    import torch
-
-    from madpo_ray.losses import madpo_weight
-
-    values = torch.tensor(margin.to_pylist(), dtype=torch.float64)
-    return pa.array(madpo_weight(values, **_settings(config)).numpy())
+    return pa.array(weights_of(margin.to_numpy(), config.train))

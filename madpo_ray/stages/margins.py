@@ -19,6 +19,7 @@ from madpo_ray.atomic import write_json
 from madpo_ray.config import Config
 from madpo_ray.errors import UserError
 from madpo_ray.stages import pairs, reward, reward_source, scores
+from madpo_ray.stages.margins_report import write_report
 from madpo_ray.stages.sft import initial_policy_content, stages_before_policy
 from madpo_ray.stages.stage import Build, Description, Stage
 
@@ -89,17 +90,29 @@ def make(build: Build) -> dict[str, Any]:
         numbers = with_margins(numbers, scores.scaling(calibration, config))
 
     write_with_columns(rows, numbers, build.rows, keep=pc.is_null(reason))
-    return {"splits": _summary(build.rows), "calibration": calibration, "rejects": rejects}
+    results = {"splits": _summary(build.rows), "calibration": calibration, "rejects": rejects}
+    if calibration is not None:
+        results["mean_weight"] = write_report(build, calibration, rejects)
+    return results
 
 
 def describe(results: Mapping[str, Any]) -> Description:
-    """Calibration, one line per split, and pairs that could not be scored."""
+    """Calibration, one line per split, mean weights, and pairs that could not be scored."""
     rejects = Counter(results["rejects"])
     failed = []
     if rejects:
         failed.append(f"{rejects.total()} pairs could not be scored, listed in rejects.parquet:")
         failed += [f"  {count} x {kind}" for kind, count in rejects.most_common(MAX_REASONS)]
-    return [*_describe_splits(results), *failed]
+    return [*_describe_splits(results), *_describe_weights(results), *failed]
+
+
+def _describe_weights(results: Mapping[str, Any]) -> list[str]:
+    """The mean weight, which shows margins that are not calibrated."""
+    means = results.get("mean_weight")
+    if not means:
+        return []
+    shown = ", ".join(f"{mean:.3f} {split}" for split, mean in means.items())
+    return [f"mean weight {shown}; 1 for calibrated margins below tau"]
 
 
 def _describe_splits(results: Mapping[str, Any]) -> list[str]:

@@ -165,10 +165,12 @@ def test_description() -> None:
         "validation": {"pairs": 0, "margin": None, "negative_fraction": None},
     }
     report = {"accuracy": 0.75, "accuracy_interval": (0.3, 0.9), "reason": "r"}
-    lines = margins.describe({"splits": splits, "calibration": report, "rejects": {"nan": 2}})
+    results = {"splits": splits, "calibration": report, "rejects": {"nan": 2}}
+    lines = margins.describe(results | {"mean_weight": {"train": 0.75, "test": 1.0}})
     assert lines[0].endswith("0.750 (95 % 0.300 to 0.900); not calibrated: r")
     assert lines[1:] == [
         "train: 4 pairs, mean margin 0.500, 25.0% negative",
+        "mean weight 0.750 train, 1.000 test; 1 for calibrated margins below tau",
         "2 pairs could not be scored, listed in rejects.parquet:",
         "  2 x nan",
     ]
