@@ -13,9 +13,8 @@ import pyarrow.compute as pc
 
 from madpo_ray.artifacts.tables import read_split_contiguous
 from madpo_ray.columns import PAIR_ID
+from madpo_ray.data.flat_files import TextFiles, TokenFiles
 from madpo_ray.data.order import Order, StepPlace
-from madpo_ray.data.text_files import TextFiles
-from madpo_ray.data.token_files import TokenFiles
 
 NUMBER = "number"
 TOKENS = "tokens"  # of all pairs, one after the other
