@@ -30,9 +30,11 @@ POLICY_LOGPS = ("policy_chosen_logps", "policy_rejected_logps")
 FILE = "file"
 FILE_NUMBER = "file_number"
 ROW = "row"
+PAIR = "pair"  # of several in a row
 REASON = "reason"
 REASON_KIND = "reason_kind"  # the reason without the row's own values
 CONTENT_HASH = "content_hash"
+SWAPPED_HASH = "swapped_hash"  # content_hash of the pair with chosen and rejected swapped
 NUM_CUT = "num_cut"  # responses that were cut at max_length
 PROMPT_REPEATS = "prompt_repeats"  # responses that began with the prompt
 
@@ -52,9 +54,11 @@ RESERVED = frozenset(
         FILE,
         FILE_NUMBER,
         ROW,
+        PAIR,
         REASON,
         REASON_KIND,
         CONTENT_HASH,
+        SWAPPED_HASH,
         NUM_CUT,
         PROMPT_REPEATS,
     }

@@ -152,6 +152,16 @@ class DataConfig(Section):
     system_column: str | None = Field(
         None, description="column with a system message; may be empty in some rows"
     )
+    responses_column: str | None = Field(
+        None, description="column with a list of responses, instead of chosen and rejected"
+    )
+    scores_column: str | None = Field(
+        None, description="column with the scores of the responses, a list of numbers"
+    )
+    pairing: Literal["all", "best_vs_worst", "best_vs_random"] = Field(
+        "best_vs_worst",
+        description="which of several responses make pairs; those of equal score make none",
+    )
     implicit_prompt: bool = Field(
         False,
         description="texts without a prompt column: their common beginning is the prompt. "
@@ -174,8 +184,19 @@ class DataConfig(Section):
     test_fraction: float = Field(
         0.05, ge=0, lt=1, description="share of the groups, if split_column is null"
     )
-    max_length: int = Field(
-        1024, ge=2, description="tokens of prompt + response; responses are cut at the end"
+    max_length: int = Field(1024, ge=2, description="tokens of prompt + response")
+    over_length: Literal["truncate", "drop", "reject"] = Field(
+        "truncate",
+        description="pairs longer than max_length. truncate: responses are cut at the end; drop: "
+        "left out; reject: left out, and counted as rejected",
+    )
+    duplicates: Literal["keep", "drop"] = Field(
+        "keep", description="pairs that were there before, word for word"
+    )
+    contradictions: Literal["keep", "drop", "majority"] = Field(
+        "keep",
+        description="pairs that also occur with chosen and rejected swapped. majority: keep the "
+        "direction that occurs more often, or none",
     )
     keep_columns: Strings = Field(
         (), description="numeric columns to carry along to the margins artifact"
@@ -200,6 +221,8 @@ class DataConfig(Section):
             "chosen_column": self.chosen_column,
             "rejected_column": self.rejected_column,
             "system_column": self.system_column,
+            "responses_column": self.responses_column,
+            "scores_column": self.scores_column,
         }
         seen: dict[str, str] = {}
         for key, name in columns_of.items():
@@ -207,6 +230,12 @@ class DataConfig(Section):
                 raise ValueError(f"{seen[name]} and {key} are both {name!r}")
             if name is not None:
                 seen[name] = key
+        return self
+
+    @model_validator(mode="after")
+    def _check_responses(self) -> "DataConfig":
+        if (self.responses_column is None) != (self.scores_column is None):
+            raise ValueError("responses_column and scores_column go together: give both")
         return self
 
     @model_validator(mode="after")

@@ -7,9 +7,10 @@ from typing import Any
 
 from madpo_ray import columns
 from madpo_ray.config import DataConfig
-from madpo_ray.data.formats import UNREAD, parse_pair
+from madpo_ray.data.formats import UNREAD, Pair, parse_pair
 from madpo_ray.data.messages import BadRowError, UnreadColumnError
-from madpo_ray.data.rows import DAMAGED
+from madpo_ray.data.responses import SCORE_COLUMNS, pairs_in
+from madpo_ray.data.rows import DAMAGED, Row
 from madpo_ray.data.sources import list_files, open_source
 from madpo_ray.errors import UserError, did_you_mean
 
@@ -21,7 +22,12 @@ LIKELY_PROMPTS = ("question", "instruction", "query", "input", "context", "probl
 
 def check_files(data: DataConfig) -> None:
     """Raises UserError if a file is missing, of an unknown kind, or lacks a column."""
-    needed = [data.chosen_column, data.rejected_column, *data.keep_columns]
+    responses = (data.responses_column, data.scores_column)
+    needed = [name for name in responses if name is not None]
+    if not needed:
+        needed = [data.chosen_column, data.rejected_column, *data.keep_columns]
+    else:
+        needed += [name for name in data.keep_columns if name not in SCORE_COLUMNS]
     optional = (data.split_column, data.group_column, data.system_column)
     needed += [name for name in optional if name is not None]
     for file in list_files(data.files):
@@ -43,8 +49,7 @@ def _check_first_rows(file: str, available: Sequence[str], data: DataConfig) -> 
     unread: UnreadColumnError | None = None
     for row in itertools.islice(rows, NUM_FIRST_ROWS):
         try:
-            parse_pair(row, data)
-            num_pairs += 1
+            num_pairs += len(_parse_pairs(row, data))
         except UnreadColumnError as error:
             unread = unread or error
         except BadRowError:
@@ -73,11 +78,25 @@ def holds_messages(data: DataConfig) -> bool:
     for file in list_files(data.files):
         for row in open_source(file).rows():
             try:
-                if isinstance(row, dict):
-                    return parse_pair(row, data).is_conversational
+                if isinstance(row, dict) and (found := _parse_pairs(row, data)):
+                    return found[0].is_conversational
             except BadRowError:
                 continue
     return False
+
+
+def _parse_pairs(row: Row, data: DataConfig) -> list[Pair]:
+    """The usable pairs of a row. Raises UnreadColumnError, or BadRowError for the complete row."""
+    found = []
+    for pair in pairs_in(row, data):
+        try:
+            if isinstance(pair, dict):
+                found.append(parse_pair(pair, data))
+        except UnreadColumnError:
+            raise
+        except BadRowError:
+            continue
+    return found
 
 
 def check_counts(results: Mapping[str, Any], data: DataConfig) -> None:

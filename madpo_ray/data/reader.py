@@ -11,9 +11,10 @@ from madpo_ray import columns
 from madpo_ray.config import DataConfig
 from madpo_ray.data.formats import parse_pair
 from madpo_ray.data.messages import BadRowError, as_text
+from madpo_ray.data.responses import pairs_in
 from madpo_ray.data.rows import ROWS_PER_BATCH, Row
 from madpo_ray.data.sources import open_source
-from madpo_ray.data.splits import content_hash, default_group, split_of
+from madpo_ray.data.splits import content_hash, default_group, split_of, swapped_hash
 from madpo_ray.data.tokens import tokenize_pair
 
 if TYPE_CHECKING:
@@ -45,11 +46,22 @@ class PairReader:
                 columns.FILE_NUMBER: file_number,
                 columns.ROW: row_number,
             }
-            rows.append(place | self.read(row, has_types=source.has_types))
-            if len(rows) == ROWS_PER_BATCH:
+            for number, pair in enumerate(self._pairs_in(row)):
+                read = self.read(pair, has_types=source.has_types)
+                rows.append(place | {columns.PAIR: number} | read)
+            if len(rows) >= ROWS_PER_BATCH:
                 yield pa.Table.from_pylist(rows, schema=self._schema)
                 rows = []
         yield pa.Table.from_pylist(rows, schema=self._schema)
+
+    def _pairs_in(self, row: Row | str) -> list[Row | str]:
+        """The row's pairs, or a reason why it has none."""
+        if isinstance(row, str):
+            return [row]
+        try:
+            return list(pairs_in(row, self._data, self._seed))
+        except BadRowError as error:
+            return [str(error)]
 
     def read(self, row: Row | str, *, has_types: bool = True) -> Row:
         """The row's pair, tokens, group and split, or the reason why it has none.
@@ -74,7 +86,8 @@ class PairReader:
     def _checked(self, row: Row, has_types: bool) -> Row:
         data = self._data
         pair = parse_pair(row, data)
-        tokens = tokenize_pair(pair, self._tokenizer, data.max_length)
+        may_truncate = data.over_length == "truncate"
+        tokens = tokenize_pair(pair, self._tokenizer, data.max_length, may_truncate=may_truncate)
 
         # Group and split come from the data, or from the prompt.
         group = default_group(pair)
@@ -94,6 +107,7 @@ class PairReader:
             **tokens.as_columns(),
             **{name: _number(row, name, has_types) for name in data.keep_columns},
             columns.CONTENT_HASH: content_hash(pair),
+            columns.SWAPPED_HASH: swapped_hash(pair),
             columns.GROUP: group,
             columns.SPLIT: split,
             columns.NUM_CUT: tokens.num_cut,
@@ -150,6 +164,7 @@ def pairs_schema(data: DataConfig) -> pa.Schema:
         (columns.FILE, pa.string()),
         (columns.FILE_NUMBER, pa.int64()),
         (columns.ROW, pa.int64()),
+        (columns.PAIR, pa.int32()),
         (columns.REASON_KIND, pa.string()),
         (columns.REASON, pa.string()),
         (columns.NUM_CUT, pa.int8()),
@@ -162,6 +177,7 @@ def pairs_schema(data: DataConfig) -> pa.Schema:
     fields += [(name, pa.int32()) for name in columns.LENGTHS.values()]
     fields += [
         (columns.CONTENT_HASH, pa.string()),
+        (columns.SWAPPED_HASH, pa.string()),
         (columns.GROUP, pa.string()),
         (columns.SPLIT, pa.string()),
     ]

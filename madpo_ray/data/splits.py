@@ -1,9 +1,11 @@
-"""Identity and split of a pair: content hash, group, train / validation / test."""
+"""Identity and split of a pair: content hash, group, train / validation / test, repeats."""
 
+import dataclasses
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 from madpo_ray import columns
 from madpo_ray.config import DataConfig
@@ -35,15 +37,69 @@ def split_of(group: str, data: DataConfig, seed: int) -> str:
     return columns.TRAIN
 
 
-Place = tuple[int, int]  # file number, row
+def swapped_hash(pair: Pair) -> str:
+    """The content hash of the pair that says the opposite."""
+    return content_hash(dataclasses.replace(pair, chosen=pair.rejected, rejected=pair.chosen))
 
 
-def count_repeats(hashes: Iterable[tuple[str, Place]]) -> dict[Place, int]:
-    """How often the same content appeared before, by place, for pairs that repeat."""
+Place = tuple[int, int, int]  # file number, row, pair in the row
+
+
+class Found(NamedTuple):
+    """A pair that was read: where, and what it says."""
+
+    place: Place
+    content: str  # its content hash
+    swapped: str  # that of the pair that says the opposite
+    split: str
+
+
+class Repeats(NamedTuple):
+    """What becomes of pairs that occur more than once, or both ways round.
+
+    Attributes:
+        occurrences: how often the same content was there before, by place, for pairs that repeat.
+        left_out: places of pairs that are left out.
+        num_duplicates: pairs that were there before.
+        num_contradictions: pairs that also occur with chosen and rejected swapped.
+        num_left_out: pairs of each split that are left out.
+    """
+
+    occurrences: dict[Place, int]
+    left_out: set[Place]
+    num_duplicates: int
+    num_contradictions: int
+    num_left_out: "Counter[str]"
+
+
+def find_repeats(read: Callable[[], Iterable[Found]], data: DataConfig) -> Repeats:
+    """Decides about duplicates and contradictions, as the config says.
+
+    Args:
+        read: gives all pairs in order; it is called twice.
+    """
+    counts = Counter(pair.content for pair in read())
     seen: Counter[str] = Counter()
-    repeats = {}
-    for digest, place in hashes:
-        if seen[digest]:
-            repeats[place] = seen[digest]
-        seen[digest] += 1
-    return repeats
+    occurrences = {}
+    left_out = set()
+    num_left_out: Counter[str] = Counter()
+    num_contradictions = 0
+
+    for pair in read():
+        before = seen[pair.content]
+        seen[pair.content] += 1
+        num_against = counts.get(pair.swapped, 0)
+        num_contradictions += num_against > 0
+        is_outvoted = num_against >= counts[pair.content]
+        if (
+            (before and data.duplicates == "drop")
+            or (num_against and data.contradictions == "drop")
+            or (num_against and data.contradictions == "majority" and is_outvoted)
+        ):
+            left_out.add(pair.place)
+            num_left_out[pair.split] += 1
+        elif before:
+            occurrences[pair.place] = before
+
+    num_duplicates = counts.total() - len(counts)
+    return Repeats(occurrences, left_out, num_duplicates, num_contradictions, num_left_out)

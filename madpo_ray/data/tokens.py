@@ -30,7 +30,17 @@ class Tokens(NamedTuple):
         return ids | {columns.LENGTHS[name]: len(own) for name, own in ids.items()}
 
 
-def tokenize_pair(pair: Pair, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> Tokens:
+# A pair that is left out because of data.over_length.
+TOO_LONG = "prompt + response is longer than max_length"
+
+
+def tokenize_pair(
+    pair: Pair,
+    tokenizer: "PreTrainedTokenizerBase",
+    max_length: int,
+    *,
+    may_truncate: bool = True,
+) -> Tokens:
     """Token ids of prompt and responses, split on the tokens of the joint text.
 
     Responses are cut so that prompt + response has at most `max_length` tokens. Text pairs get an
@@ -38,12 +48,17 @@ def tokenize_pair(pair: Pair, tokenizer: "PreTrainedTokenizerBase", max_length: 
 
     Raises:
         BadRowError: the prompt by itself fills `max_length`, a response has no tokens of its own,
-            or the template renders the prompt differently before a response.
+            the template renders the prompt differently before a response, or a response would have
+            to be cut and may not be.
     """
     if pair.is_conversational:
         prompt, chosen, rejected = _tokenize_messages(pair, tokenizer)
     else:
         prompt, chosen, rejected = _tokenize_texts(pair, tokenizer)
+
+    longest = max(len(chosen), len(rejected))
+    if longest > max_length and not may_truncate:
+        raise BadRowError(TOO_LONG, f"{longest} of {max_length} tokens")
 
     # Where the responses begin.
     start = split_joint(prompt, chosen, rejected)

@@ -93,12 +93,13 @@ def _made_with(config: Config) -> dict[str, Any]:
 def _counts(
     config: Config, rejects: Mapping[str, int], splits: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Rows read, rejected by reason, and written: they add up."""
+    """Pairs read, rejected and left out by reason, and written: they add up."""
     before = pairs.STAGE.require(config)
     rejected = {**before["rejects"], **rejects}
     return {
-        "read": sum(before["pairs"].values()) + sum(before["rejects"].values()),
+        "read": sum(sum(before[name].values()) for name in ("pairs", "rejects", "left_out")),
         "rejected": rejected,
+        "left_out": before["left_out"],
         "written": sum(numbers["pairs"] for numbers in splits.values()),
         "cut_responses": before["cut_responses"],
     }

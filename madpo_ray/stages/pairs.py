@@ -4,7 +4,7 @@ Good rows get a stable id, bad ones a reason.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,16 +15,19 @@ import pyarrow.parquet as pq
 from madpo_ray import columns
 from madpo_ray.artifacts.hashes import hash_file
 from madpo_ray.artifacts.tables import count_rows
-from madpo_ray.config import Config
+from madpo_ray.config import Config, DataConfig
 from madpo_ray.data.checks import check_counts, check_files, holds_messages
 from madpo_ray.data.reader import PairReader
+from madpo_ray.data.responses import TIE
 from madpo_ray.data.sources import list_files
-from madpo_ray.data.splits import count_repeats
+from madpo_ray.data.splits import Found, Repeats, find_repeats
+from madpo_ray.data.tokens import TOO_LONG
 from madpo_ray.errors import UserError
 from madpo_ray.models.limits import check_lengths, check_vocabulary
 from madpo_ray.models.source import base_model, check_model, model_inputs
 from madpo_ray.passes import BatchNotes, write_rows
-from madpo_ray.stages.stage import Build, Description, Stage
+from madpo_ray.stages.pairs_summary import describe
+from madpo_ray.stages.stage import Build, Stage
 from madpo_ray.waiting import waiting
 
 if TYPE_CHECKING:
@@ -35,9 +38,8 @@ if TYPE_CHECKING:
 # `--help` nor a wrong config should wait.
 
 
-# Reasons on the terminal, at most.
-MAX_REASONS = 10
-MAX_FILES = 5  # likewise
+PLACE = (columns.FILE_NUMBER, columns.ROW, columns.PAIR)
+REPEATED = "occurs more than once, or also with chosen and rejected swapped"
 REJECTS = pa.schema(
     [
         (columns.FILE, pa.string()),
@@ -49,9 +51,11 @@ ONLY_WHILE_READING = [
     columns.FILE,
     columns.FILE_NUMBER,
     columns.ROW,
+    columns.PAIR,
     columns.REASON,
     columns.REASON_KIND,
     columns.CONTENT_HASH,
+    columns.SWAPPED_HASH,
     columns.NUM_CUT,
     columns.PROMPT_REPEATS,
 ]
@@ -96,57 +100,21 @@ def make(build: Build) -> dict[str, Any]:
     _check_tokenizer(config, folder)
 
     checked = _read_all(build, folder)
-    results = _counts(checked, list_files(config.data.files))
+    repeats = find_repeats(lambda: _found(checked), config.data)
+    results = _counts(checked, list_files(config.data.files), repeats, config.data)
     check_counts(results, config.data)
 
-    repeats = count_repeats(_hashes(checked))
     good = checked.map_batches(_identify, fn_kwargs={"repeats": repeats}, batch_format="pyarrow")
     write_rows(good, build.rows)
     written = count_rows(build.rows)
     if written != sum(results["pairs"].values()):  # as through old listings of a folder
         raise RuntimeError(f"{written} pairs were written, not {results['pairs']}")
-    rejects = checked.map_batches(_rejects, batch_format="pyarrow")
+    rejects = checked.map_batches(
+        _rejects, fn_kwargs={"left_out": _left_out_kinds(config.data)}, batch_format="pyarrow"
+    )
     tables = [REJECTS.empty_table(), *_tables(rejects)]
     pq.write_table(pa.concat_tables(tables), build.folder / "rejects.parquet")
     return results
-
-
-def describe(results: Mapping[str, Any]) -> Description:
-    """Pairs by split, what was changed in them, and rejects by reason."""
-    lines = [f"{_by_split(results['pairs'])} pairs"]
-    if any(results["cut_responses"].values()):
-        lines.append(f"responses cut at data.max_length: {_by_split(results['cut_responses'])}")
-    if results["repeated_prompts"]:
-        lines.append(
-            f"{results['repeated_prompts']} pairs repeated the prompt in both responses; it was "
-            "removed there"
-        )
-    if results["quoted_prompts"]:
-        lines.append(
-            f"{results['quoted_prompts']} pairs begin with the prompt in one response, or with a "
-            "prompt of one short word in both; they are kept as they are"
-        )
-    if files := results["files_without_pairs"]:
-        shown = ", ".join(files[:MAX_FILES]) + (", ..." if len(files) > MAX_FILES else "")
-        lines.append(f"{len(files)} files have no usable pair: {shown}")
-    rejects = Counter(results["rejects"])
-    if rejects:
-        lines.append(f"{rejects.total()} rows rejected, listed in rejects.parquet:")
-        lines += _reason_lines(rejects)
-    return lines
-
-
-def _by_split(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} {split}" for split, count in counts.items())
-
-
-def _reason_lines(rejects: "Counter[str]") -> list[str]:
-    common = rejects.most_common(MAX_REASONS)
-    lines = [f"  {count} x {reason}" for reason, count in common]
-    if len(rejects) > MAX_REASONS:
-        rest = rejects.total() - sum(count for _, count in common)
-        lines[-1] = f"  {rest + common[-1][1]} for {len(rejects) - MAX_REASONS + 1} other reasons"
-    return lines
 
 
 STAGE = Stage(
@@ -227,8 +195,13 @@ def _tables(dataset: "ray.data.Dataset") -> Iterator[pa.Table]:
     yield from dataset.iter_batches(batch_format="pyarrow", batch_size=None)
 
 
-def _counts(checked: "ray.data.Dataset", files: Sequence[str]) -> dict[str, Any]:
-    """Good rows and cut responses by split, repeated prompts, rejects by kind of reason."""
+def _counts(
+    checked: "ray.data.Dataset", files: Sequence[str], repeats: Repeats, data: DataConfig
+) -> dict[str, Any]:
+    """Good rows and cut responses by split, repeats, rejects by kind of reason, and the left out.
+
+    Together `pairs`, `rejects` and `left_out` are all that was read.
+    """
     pairs: Counter[str] = Counter()
     cut: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
@@ -252,9 +225,16 @@ def _counts(checked: "ray.data.Dataset", files: Sequence[str]) -> dict[str, Any]
         per_file.update(good[columns.FILE].to_pylist())
         prompt_repeats.update(good[columns.PROMPT_REPEATS].to_pylist())
 
+    # What the config leaves out is no reject.
+    left_out = {kind: reasons.pop(kind, 0) for kind in _left_out_kinds(data)}
+    left_out[REPEATED] = repeats.num_left_out.total()
+
     # By split, in the order of the splits.
     return {
-        "pairs": {split: pairs[split] for split in columns.SPLITS},
+        "pairs": {split: pairs[split] - repeats.num_left_out[split] for split in columns.SPLITS},
+        "duplicates": repeats.num_duplicates,
+        "contradictions": repeats.num_contradictions,
+        "left_out": left_out,
         "cut_responses": {split: cut[split] for split in columns.SPLITS},
         "repeated_prompts": prompt_repeats[2],
         "quoted_prompts": prompt_repeats[1],
@@ -263,29 +243,37 @@ def _counts(checked: "ray.data.Dataset", files: Sequence[str]) -> dict[str, Any]
     }
 
 
-def _hashes(checked: "ray.data.Dataset") -> Iterator[tuple[str, tuple[int, int]]]:
-    """Content hash, and file number and row, of each good row."""
-    names = [columns.CONTENT_HASH, columns.FILE_NUMBER, columns.ROW]
+def _left_out_kinds(data: DataConfig) -> list[str]:
+    """The kinds of reason for which pairs are left out and do not count as rejected."""
+    return [TIE, TOO_LONG] if data.over_length == "drop" else [TIE]
+
+
+def _found(checked: "ray.data.Dataset") -> Iterator[Found]:
+    """The good rows, in order."""
+    names = [*PLACE, columns.CONTENT_HASH, columns.SWAPPED_HASH, columns.SPLIT]
     for table in _tables(checked.select_columns(names)):
-        cells = zip(*(table[name].to_pylist() for name in names), strict=True)
-        for digest, file_number, row in cells:
-            if digest is not None:
-                yield digest, (file_number, row)
+        good = table.filter(pc.is_valid(table[columns.CONTENT_HASH]))
+        values = (good[name].to_pylist() for name in names)
+        for *place, content, swapped, split in zip(*values, strict=True):
+            yield Found(tuple(place), content, swapped, split)
 
 
-def _identify(table: pa.Table, repeats: dict[tuple[int, int], int]) -> pa.Table:
-    """The good rows, with `pair_id` = content hash and occurrence number."""
+def _identify(table: pa.Table, repeats: Repeats) -> pa.Table:
+    """The good rows that are kept, with `pair_id` = content hash and occurrence number."""
     good = table.filter(pc.is_null(table[columns.REASON]))
+    places = list(zip(*(good[name].to_pylist() for name in PLACE), strict=True))
     digests = good[columns.CONTENT_HASH].to_pylist()
-    file_numbers = good[columns.FILE_NUMBER].to_pylist()
-    places = zip(file_numbers, good[columns.ROW].to_pylist(), strict=True)
     ids = [
-        f"{digest}-{repeats.get(place, 0)}" for digest, place in zip(digests, places, strict=True)
+        f"{digest}-{repeats.occurrences.get(place, 0)}"
+        for digest, place in zip(digests, places, strict=True)
     ]
     kept = good.drop_columns(ONLY_WHILE_READING)
-    return kept.add_column(0, columns.PAIR_ID, pa.array(ids, type=pa.string()))
+    kept = kept.add_column(0, columns.PAIR_ID, pa.array(ids, type=pa.string()))
+    return kept.filter(pa.array([place not in repeats.left_out for place in places], pa.bool_()))
 
 
-def _rejects(table: pa.Table) -> pa.Table:
-    bad = table.filter(pc.is_valid(table[columns.REASON]))
+def _rejects(table: pa.Table, left_out: Sequence[str]) -> pa.Table:
+    is_reject = pc.is_valid(table[columns.REASON])
+    is_left_out = pc.is_in(table[columns.REASON_KIND], value_set=pa.array(left_out, pa.string()))
+    bad = table.filter(pc.and_(is_reject, pc.invert(is_left_out)))
     return bad.select(REJECTS.names)

@@ -9,7 +9,14 @@ import pytest
 
 from madpo_ray.config import DataConfig
 from madpo_ray.data.formats import Pair
-from madpo_ray.data.splits import content_hash, count_repeats, default_group, split_of
+from madpo_ray.data.splits import (
+    Found,
+    content_hash,
+    default_group,
+    find_repeats,
+    split_of,
+    swapped_hash,
+)
 
 PAIR = Pair("p", "a", "b")
 
@@ -41,9 +48,58 @@ def test_hash_depends_on_tools() -> None:
     assert content_hash(with_tools) != content_hash(PAIR)
 
 
+def found(*contents: str) -> list[Found]:
+    """Pairs whose content is a lower-case letter, or its swapped pair's upper-case one."""
+    return [
+        Found((i // 3, i % 3, 0), content, content.swapcase(), "train")
+        for i, content in enumerate(contents)
+    ]
+
+
+def left_out(contents: str, **changes: Any) -> list[int]:
+    """Which pairs are left out."""
+    pairs = found(*contents)
+    repeats = find_repeats(lambda: pairs, DataConfig(files=("x",), **changes))
+    assert repeats.num_left_out.total() == len(repeats.left_out)
+    return [i for i, pair in enumerate(pairs) if pair.place in repeats.left_out]
+
+
 def test_repeats_are_numbered_across_files() -> None:
-    hashes = [("a", (0, 0)), ("b", (0, 1)), ("a", (0, 2)), ("a", (1, 0))]
-    assert count_repeats(hashes) == {(0, 2): 1, (1, 0): 2}
+    repeats = find_repeats(lambda: found(*"abaab"), DataConfig(files=("x",)))
+    assert repeats.occurrences == {(0, 2, 0): 1, (1, 0, 0): 2, (1, 1, 0): 1}
+    assert repeats.num_duplicates == 3
+    assert repeats.num_contradictions == 0
+    assert not repeats.left_out
+
+
+def test_swapped_pair_has_the_others_hash() -> None:
+    swapped = dataclasses.replace(PAIR, chosen=PAIR.rejected, rejected=PAIR.chosen)
+    assert swapped_hash(PAIR) == content_hash(swapped)
+    assert swapped_hash(swapped) == content_hash(PAIR)
+
+
+def test_duplicates_may_be_dropped() -> None:
+    """The first one stays, also one that somebody contradicts."""
+    assert left_out("abaAb", duplicates="drop") == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("contents", "by_drop", "by_majority"),
+    [("ab", [], []), ("aAb", [0, 1], [0, 1]), ("aAab", [0, 1, 2], [1]), ("AabA", [0, 1, 3], [1])],
+)
+def test_contradictions_are_dropped_or_settled(
+    contents: str, by_drop: list[int], by_majority: list[int]
+) -> None:
+    """By majority; as many of one as of the other settle nothing."""
+    repeats = find_repeats(lambda: found(*contents), DataConfig(files=("x",)))
+    assert repeats.num_contradictions == len(by_drop)
+    assert not repeats.left_out
+    assert left_out(contents, contradictions="drop") == by_drop
+    assert left_out(contents, contradictions="majority") == by_majority
+
+
+def test_majority_counts_duplicates_that_are_dropped() -> None:
+    assert left_out("aAa", contradictions="majority", duplicates="drop") == [1, 2]
 
 
 def test_hash_of_a_text_pair_by_hand() -> None:

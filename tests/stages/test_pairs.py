@@ -136,25 +136,64 @@ def test_unusual_rows_are_counted_and_shown(raw_config: dict[str, Any], tmp_path
     assert str(lines[2]).startswith("3 pairs repeated the prompt")
 
 
-def test_description_has_few_lines() -> None:
-    """The tenth is for all other reasons."""
-    results = {
-        "pairs": {"train": 1, "validation": 1, "test": 1},
-        "cut_responses": {"train": 0, "validation": 0, "test": 0},
-        "repeated_prompts": 0,
-        "quoted_prompts": 0,
-        "files_without_pairs": [],
-        "rejects": {f"reason {i}": 20 - i for i in range(15)},
-    }
-    lines = list(pairs.describe(results))
-    assert lines[1] == "195 rows rejected, listed in rejects.parquet:"
-    assert lines[2] == "  20 x reason 0"
-    assert lines[-1] == "  51 for 6 other reasons"
-    assert len(lines) == 12
+def test_scored_responses_become_pairs(raw_config: dict[str, Any], tmp_path: Path) -> None:
+    """All pairs of a row, in one split; ties are counted, and no rejects."""
+    rows: list[Any] = [
+        {"prompt": f"film {i}", "texts": [" good", " bad", f" dull {i}"], "stars": [3, 1, i % 3]}
+        for i in range(40)
+    ]
+    rows.append({"prompt": "film", "texts": [" good"], "stars": [3]})
+    result = run(
+        raw_config,
+        rows,
+        tmp_path,
+        responses_column="texts",
+        scores_column="stars",
+        pairing="all",
+        keep_columns=["score_chosen", "score_rejected"],
+    )
+    num_ties = sum(i % 3 == 1 for i in range(40))
+    assert result.results["left_out"]["both responses have the same score"] == num_ties
+    assert result.table.num_rows == sum(result.results["pairs"].values()) == 3 * 40 - num_ties
+    assert result.results["rejects"] == {"texts has fewer than two responses": 1}
+    assert result.rejects["row"].to_pylist() == [40]
+    splits: dict[str, set[str]] = {}
+    for prompt, split in zip(
+        result.table["prompt"].to_pylist(), result.table["split"].to_pylist(), strict=True
+    ):
+        splits.setdefault(prompt, set()).add(split)
+    assert all(len(own) == 1 for own in splits.values())
+    scores = read_columns(result.rows, ["score_chosen", "score_rejected"]).to_pylist()
+    assert all(row["score_chosen"] > row["score_rejected"] for row in scores)
+    assert any(
+        "left out: 13 x both responses" in str(line) for line in pairs.describe(result.results)
+    )
 
-    results["files_without_pairs"] = [f"{i}.jsonl" for i in range(7)]
-    shown = "7 files have no usable pair: 0.jsonl, 1.jsonl, 2.jsonl, 3.jsonl, 4.jsonl, ..."
-    assert list(pairs.describe(results))[1] == shown
+
+def test_duplicates_contradictions_and_long_pairs(
+    raw_config: dict[str, Any], tmp_path: Path
+) -> None:
+    """All that is read is a pair, a reject, or left out."""
+    rows = make_rows(60)
+    swapped = {**rows[3], "chosen": rows[3]["rejected"], "rejected": rows[3]["chosen"]}
+    long = {**rows[4], "chosen": " good" * 90}
+    rows += [rows[0], rows[1], rows[1], swapped, long]
+    kept = run(raw_config, rows, tmp_path)
+    assert kept.results["duplicates"] == 3
+    assert kept.results["contradictions"] == 2
+    assert sum(kept.results["pairs"].values()) == 65
+
+    raw_config["run"]["name"] = "dropped"
+    options = {"duplicates": "drop", "contradictions": "majority", "over_length": "drop"}
+    dropped = run(raw_config, rows, tmp_path, **options)
+    assert dropped.table.num_rows == sum(dropped.results["pairs"].values()) == 59
+    assert sum(dropped.results["left_out"].values()) == 6
+    assert dropped.rejects.num_rows == 0
+    assert [one for one in dropped.table["pair_id"].to_pylist() if not one.endswith("-0")] == []
+
+    raw_config["run"]["name"] = "rejected"
+    rejected = run(raw_config, rows, tmp_path, over_length="reject")
+    assert rejected.results["rejects"] == {"prompt + response is longer than max_length": 1}
 
 
 def test_share_of_rejects_is_limited(raw_config: dict[str, Any], tmp_path: Path) -> None:

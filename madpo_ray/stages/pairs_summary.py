@@ -1,0 +1,54 @@
+"""What stage pairs prints: pairs by split, what was changed in them, what is left out and why."""
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from madpo_ray.stages.stage import Description
+
+MAX_REASONS = 10  # on the terminal
+MAX_FILES = 5  # likewise
+
+
+def describe(results: Mapping[str, Any]) -> Description:
+    """Pairs by split, what was changed in them, and rejects by reason."""
+    lines = [f"{_by_split(results['pairs'])} pairs"]
+    if any(results["cut_responses"].values()):
+        lines.append(f"responses cut at data.max_length: {_by_split(results['cut_responses'])}")
+    if results["repeated_prompts"]:
+        lines.append(
+            f"{results['repeated_prompts']} pairs repeated the prompt in both responses; it was "
+            "removed there"
+        )
+    if results["quoted_prompts"]:
+        lines.append(
+            f"{results['quoted_prompts']} pairs begin with the prompt in one response, or with a "
+            "prompt of one short word in both; they are kept as they are"
+        )
+    repeated = {
+        "are word for word as an earlier one": results["duplicates"],
+        "also occur with chosen and rejected swapped": results["contradictions"],
+    }
+    lines += [f"{count} pairs {what}" for what, count in repeated.items() if count]
+    lines += [f"left out: {count} x {why}" for why, count in results["left_out"].items() if count]
+    if files := results["files_without_pairs"]:
+        shown = ", ".join(files[:MAX_FILES]) + (", ..." if len(files) > MAX_FILES else "")
+        lines.append(f"{len(files)} files have no usable pair: {shown}")
+    rejects = Counter(results["rejects"])
+    if rejects:
+        lines.append(f"{rejects.total()} rows rejected, listed in rejects.parquet:")
+        lines += _reason_lines(rejects)
+    return lines
+
+
+def _by_split(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {split}" for split, count in counts.items())
+
+
+def _reason_lines(rejects: "Counter[str]") -> list[str]:
+    common = rejects.most_common(MAX_REASONS)
+    lines = [f"  {count} x {reason}" for reason, count in common]
+    if len(rejects) > MAX_REASONS:
+        rest = rejects.total() - sum(count for _, count in common)
+        lines[-1] = f"  {rest + common[-1][1]} for {len(rejects) - MAX_REASONS + 1} other reasons"
+    return lines
