@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
+import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file
 
@@ -24,6 +26,7 @@ from madpo_ray.config import Config, parse_config
 from madpo_ray.errors import UserError
 from madpo_ray.stages import evaluate, margins, pairs, reward, train
 from madpo_ray.stages.stage import Stage
+from madpo_ray.training.metrics import read_metrics
 from support.faults import Record, arm
 from support.pairs import tiny_run
 
@@ -36,8 +39,8 @@ BIN = Path(sys.executable).parent
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    """A Ray that no command starts or ends."""
+def cluster() -> Iterator[tuple[str, int]]:
+    """A Ray that no command starts or ends: its address and process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -53,11 +56,21 @@ def address() -> Iterator[str]:
     try:
         while subprocess.run(status, capture_output=True, check=False).returncode:
             assert process.poll() is None, "ray did not start"
-        yield f"127.0.0.1:{port}"
+        yield f"127.0.0.1:{port}", process.pid
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
         process.wait()
+
+
+@pytest.fixture(scope="module")
+def address(cluster: tuple[str, int]) -> str:
+    return cluster[0]
+
+
+@pytest.fixture(scope="module")
+def ray_head(cluster: tuple[str, int]) -> int:
+    return cluster[1]
 
 
 def run_in_this_process(raw: dict[str, Any], stage: str, number: int | None) -> None:
@@ -153,6 +166,96 @@ def test_driver_is_killed(stage: Stage, finished: Config, tmp_path: Path, record
         number += count
     assert count >= MIN_FAULTS
     record(f"driver of {stage.name}", "kill -9 at the n-th file operation", count, "same result")
+
+
+def unscored_copy(finished: Config, storage: Path) -> Config:
+    """The run before its pairs were scored; training will score them."""
+    config = copy_before(margins.STAGE, finished, storage)
+    raw = config.model_dump(mode="json")
+    raw["margins"]["mode"] = "stream"
+    raw["train"] |= {"max_steps": -1, "num_train_epochs": 2}
+    return parse_config(raw)
+
+
+def kept_files(config: Config) -> dict[str, int]:
+    """Names of the files with scores, and when each was written."""
+    files = config.run.ray_folder.glob("margins-*/kept/[!.]*.parquet")
+    return {file.name: file.stat().st_mtime_ns for file in files}
+
+
+def assert_each_pair_was_scored_once(config: Config) -> None:
+    files = config.run.ray_folder.glob("margins-*/kept/[!.]*.parquet")
+    scored = [one for file in files for one in pq.read_table(file)["pair_id"].to_pylist()]
+    ids = read_columns(pairs.STAGE.rows(config), ["pair_id"])["pair_id"].to_pylist()
+    assert sorted(scored) == sorted(ids)
+
+
+def losses(config: Config) -> list[float]:
+    lines = read_metrics(train.STAGE.folder(config) / "metrics.jsonl")
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def test_streamed_training_is_killed(finished: Config, tmp_path: Path, record: Record) -> None:
+    """Once so many files of scores are there; what is written is not scored again."""
+    undisturbed = unscored_copy(finished, tmp_path / "undisturbed")
+    assert run(undisturbed.model_dump(mode="json"), train.STAGE) == 0
+    assert_each_pair_was_scored_once(undisturbed)
+    total = len(kept_files(undisturbed))
+
+    count = 0
+    for share in (0.0, 0.4, 0.7, 1.0):
+        config = unscored_copy(finished, tmp_path / str(share))
+        raw = config.model_dump(mode="json")
+        process = start(raw, train.STAGE)
+        while process.is_alive() and len(kept_files(config)) < share * total:
+            time.sleep(0.005)
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        time.sleep(3)  # the actors of a killed driver end a moment later
+        before = kept_files(config)
+        assert run(raw, train.STAGE) == 0
+        assert before.items() <= kept_files(config).items()
+        assert_each_pair_was_scored_once(config)
+        assert losses(config) == pytest.approx(losses(undisturbed), abs=1e-5)
+        count += 1
+    record("streamed training", "kill -9 of the driver", count, "same losses, each scored once")
+
+
+def scoring_actors(ray_head: int) -> list[psutil.Process]:
+    """Actors of a streamed training, below a Ray of ours."""
+    found = []
+    for process in psutil.Process(ray_head).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "_ChunkScorer" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
+def test_scoring_actor_of_a_training_is_killed(
+    finished: Config, ray_head: int, tmp_path: Path, record: Record
+) -> None:
+    """Ray starts another; the training goes on."""
+    undisturbed = unscored_copy(finished, tmp_path / "undisturbed")
+    assert run(undisturbed.model_dump(mode="json"), train.STAGE) == 0
+    count = 0
+    for delay_s in (0.0, 1.0, 3.0):
+        config = unscored_copy(finished, tmp_path / str(delay_s))
+        process = start(config.model_dump(mode="json"), train.STAGE)
+        while not (actors := scoring_actors(ray_head)):
+            assert process.is_alive()
+            time.sleep(0.01)
+        time.sleep(delay_s)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            actors[0].kill()
+        process.join()
+        assert process.exitcode == 0
+        assert_each_pair_was_scored_once(config)
+        assert losses(config) == pytest.approx(losses(undisturbed), abs=1e-5)
+        count += 1
+    record(
+        "streamed training", "kill -9 of a scoring actor", count, "same losses, each scored once"
+    )
 
 
 def test_second_command_at_random_moments(finished: Config, tmp_path: Path, record: Record) -> None:
