@@ -2,6 +2,8 @@
 
 PAIR_ID = "pair_id"
 GROUP = "group"
+GROUP_HASH = "group_hash"  # a number that decides the fold
+FOLD = "fold"  # whose reward model, of `reward.folds`, scored the pair
 SPLIT = "split"
 
 PROMPT = "prompt"
@@ -43,6 +45,8 @@ RESERVED = frozenset(
     {
         PAIR_ID,
         GROUP,
+        GROUP_HASH,
+        FOLD,
         SPLIT,
         *TEXT_COLUMNS,
         *TOKEN_COLUMNS,

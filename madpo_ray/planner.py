@@ -105,12 +105,18 @@ def _trainings(config: Config, stages: Sequence[Stage], num_pairs: int) -> Itera
     }
     for stage in stages:
         settings = sections.get(stage.name)
-        if settings is not None:
-            yield TrainingPlan(
-                stage.name,
-                _steps(settings, num_pairs),
-                _idle(settings, config.cluster.num_workers),
-            )
+        if settings is None:
+            continue
+        name = stage.name
+        num_read = num_pairs
+        if stage is reward.STAGE and (folds := config.reward.folds) > 1:
+            name = f"each of {folds} trainings of {stage.name}"
+            num_read = num_pairs * (folds - 1) // folds
+        yield TrainingPlan(
+            name,
+            _steps(settings, num_read),
+            _idle(settings, config.cluster.num_workers),
+        )
 
 
 def _steps(settings: TrainingConfig, num_pairs: int) -> int:

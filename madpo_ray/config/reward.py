@@ -26,6 +26,13 @@ class RewardConfig(TrainingConfig):
         description="for source columns: kept columns with chosen and rejected reward, or with the "
         "margin",
     )
+    folds: int = Field(
+        1,
+        ge=1,
+        le=20,
+        description="reward models to train, each without the pairs that it scores "
+        "(cross-fitting); 1: one model that has seen the training pairs",
+    )
     center_rewards_coefficient: float = Field(
         0.0, ge=0, description="weight of (chosen + rejected reward)^2, as in TRL"
     )
@@ -38,6 +45,12 @@ class RewardConfig(TrainingConfig):
         if self.source == "columns":
             return "columns"
         return "function" if re.fullmatch(r"[\w.]+:\w+", self.source) else "classifier"
+
+    @model_validator(mode="after")
+    def _check_folds(self) -> "RewardConfig":
+        if self.folds > 1 and self.source != "trained":
+            raise ValueError("folds are of reward models trained here: they need source: trained")
+        return self
 
     @model_validator(mode="after")
     def _check_source_columns(self) -> "RewardConfig":

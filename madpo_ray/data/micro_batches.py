@@ -25,7 +25,9 @@ PLACE = tuple(field.name for field in dataclasses.fields(StepPlace))
 def open_tokens(order: Order) -> TokenFiles:
     """The tokens of an order's pairs. Makes the flat files if they are missing."""
     spec = order.spec
-    return TokenFiles(spec.token_files, spec.rows, spec.split, spec.token_columns, order.lengths)
+    return TokenFiles(
+        spec.token_files, spec.rows, spec.split, spec.token_columns, order.all_lengths
+    )
 
 
 def open_texts(order: Order) -> TextFiles:

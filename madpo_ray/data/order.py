@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from madpo_ray.artifacts.tables import read_split
-from madpo_ray.columns import LENGTHS, PROMPT_IDS, RESPONSE_IDS
+from madpo_ray.columns import GROUP_HASH, LENGTHS, PROMPT_IDS, RESPONSE_IDS
 from madpo_ray.errors import UserError
 
 # Steps whose pairs are sorted by length together: enough for little padding, few enough to keep
@@ -39,6 +39,7 @@ class OrderSpec:
     shared_prefix: bool = True  # whether a pair's prompt is read once or once per response
     responses: tuple[str, ...] = RESPONSE_IDS
     text_columns: tuple[str, ...] = ()  # that come with a micro-batch
+    fold: tuple[int, int] | None = None  # (k, K): without the pairs of fold k of K
     num_epochs: int = 1
     max_steps: int = -1
     is_shuffled: bool = True
@@ -158,8 +159,9 @@ class Order:
 
     Attributes:
         spec: what it was made from.
-        lengths: tokens of prompt and responses, (pairs, 1 + responses).
-        tokens_read: tokens that the model reads for each pair of the split, (pairs,).
+        all_lengths: tokens of prompt and responses of the split's pairs, (all, 1 + responses).
+        lengths: the same of the pairs that are read, (pairs, 1 + responses).
+        tokens_read: tokens that the model reads for each of them, (pairs,).
         steps_per_epoch, total_steps: optimizer steps.
         max_response_tokens: the largest number of response tokens in a micro-batch.
         first_micro_batches: number of each step's first one, and the end, (total_steps + 1,).
@@ -170,7 +172,9 @@ class Order:
 
     def __init__(self, spec: OrderSpec) -> None:
         self.spec = spec
-        self.lengths = _read_lengths(spec)
+        self.all_lengths = _read_lengths(spec)
+        self._rows = _rows_to_read(spec, len(self.all_lengths))
+        self.lengths = self.all_lengths[self._rows]
         self._pair_lengths = self.lengths.sum(1)
         self._response_tokens = self.lengths[:, 1:].sum(1)
         self.tokens_read = self._pair_lengths
@@ -218,7 +222,7 @@ class Order:
         members = epoch.members[:0]
         if index < end:
             start, stop = epoch.micro_batches[index : index + 2]
-            members = epoch.members[start:stop]
+            members = self._rows[epoch.members[start:stop]]
         place = StepPlace(
             step=step,
             pairs_in_step=int(epoch.micro_batches[end] - epoch.micro_batches[first]),
@@ -255,6 +259,28 @@ class Order:
     def _sum_responses(self, epoch: Epoch, bounds: np.ndarray) -> np.ndarray:
         """Response tokens between places in `epoch.members`."""
         return np.add.reduceat(self._response_tokens[epoch.members], bounds[:-1])
+
+
+def folds_of(group_hashes: np.ndarray, num_folds: int) -> np.ndarray:
+    """The fold of each pair, (pairs,), from its group's hash."""
+    folds: np.ndarray = group_hashes % num_folds
+    return folds
+
+
+def _rows_to_read(spec: OrderSpec, num_pairs: int) -> np.ndarray:
+    """Row numbers, in the split, of the pairs that are read. Raises UserError if there is none."""
+    if spec.fold is None:
+        return np.arange(num_pairs)
+    fold, num_folds = spec.fold
+    table = read_split(spec.rows, spec.split, [GROUP_HASH])
+    folds = folds_of(table[GROUP_HASH].to_numpy(), num_folds)
+    rows = np.flatnonzero(folds != fold)
+    if not len(rows) or len(rows) == len(folds):
+        raise UserError(
+            f"reward.folds: {num_folds} folds of {len(folds)} pairs leave fold {fold} or the "
+            "others without a pair: lower it, or set data.group_column"
+        )
+    return rows
 
 
 def _read_lengths(spec: OrderSpec) -> np.ndarray:

@@ -14,7 +14,7 @@ from madpo_ray.data.messages import BadRowError, as_text
 from madpo_ray.data.responses import pairs_in
 from madpo_ray.data.rows import ROWS_PER_BATCH, Row
 from madpo_ray.data.sources import open_source
-from madpo_ray.data.splits import content_hash, default_group, split_of, swapped_hash
+from madpo_ray.data.splits import content_hash, default_group, group_hash, split_of, swapped_hash
 from madpo_ray.data.tokens import tokenize_pair
 
 if TYPE_CHECKING:
@@ -109,6 +109,7 @@ class PairReader:
             columns.CONTENT_HASH: content_hash(pair),
             columns.SWAPPED_HASH: swapped_hash(pair),
             columns.GROUP: group,
+            columns.GROUP_HASH: group_hash(group),
             columns.SPLIT: split,
             columns.NUM_CUT: tokens.num_cut,
             columns.PROMPT_REPEATS: pair.prompt_repeats,
@@ -179,6 +180,7 @@ def pairs_schema(data: DataConfig) -> pa.Schema:
         (columns.CONTENT_HASH, pa.string()),
         (columns.SWAPPED_HASH, pa.string()),
         (columns.GROUP, pa.string()),
+        (columns.GROUP_HASH, pa.int64()),
         (columns.SPLIT, pa.string()),
     ]
     fields += [(name, pa.float64()) for name in data.keep_columns]

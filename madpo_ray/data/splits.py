@@ -42,6 +42,11 @@ def swapped_hash(pair: Pair) -> str:
     return content_hash(dataclasses.replace(pair, chosen=pair.rejected, rejected=pair.chosen))
 
 
+def group_hash(group: str) -> int:
+    """A number below 2^56 that decides a group's fold."""
+    return int.from_bytes(hashlib.sha256(f"fold:{group}".encode()).digest()[:7])
+
+
 Place = tuple[int, int, int]  # file number, row, pair in the row
 
 

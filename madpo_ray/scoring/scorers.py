@@ -13,9 +13,10 @@ import pyarrow as pa
 import torch
 from torch import nn
 
-from madpo_ray.columns import PAIR_ID, PROMPT_IDS, RESPONSE_IDS
+from madpo_ray.columns import GROUP_HASH, PAIR_ID, PROMPT_IDS, RESPONSE_IDS, REWARDS
 from madpo_ray.config import ModelConfig
 from madpo_ray.data.batching import collate
+from madpo_ray.data.order import folds_of
 from madpo_ray.errors import UserError
 from madpo_ray.models.loading import load_policy, load_reward_model
 from madpo_ray.models.logprobs import ResponseLogps, ResponseRewards
@@ -163,3 +164,30 @@ class TrainedReward(ModelScorer):
 
     def _values(self, outputs: dict[str, torch.Tensor]) -> torch.Tensor:
         return outputs["rewards"]
+
+
+class CrossFittedReward:
+    """Rewards of several reward models: each pair's of the one that did not see its group.
+
+    Args:
+        models: of the folds 0, 1, ...
+    """
+
+    reads = (PROMPT_IDS, *RESPONSE_IDS, GROUP_HASH)
+    columns = REWARDS
+
+    def __init__(self, models: Sequence[TrainedReward]) -> None:
+        self._models = models
+
+    def load(self, device: torch.device) -> None:
+        for model in self._models:
+            model.load(device)
+
+    def __call__(self, rows: pa.Table) -> np.ndarray:
+        folds = folds_of(rows[GROUP_HASH].to_numpy(), len(self._models))
+        scores = np.full((len(self.columns), rows.num_rows), np.nan)
+        for fold, model in enumerate(self._models):
+            members = np.flatnonzero(folds == fold)
+            if len(members):
+                scores[:, members] = model(rows.take(members))
+        return scores

@@ -52,6 +52,13 @@ class StreamedScores:
         read = {name for scorer in self.scorers for name in scorer.reads}
         return tuple(name for name in columns.TEXT_COLUMNS if name in read)
 
+    @property
+    def row_columns(self) -> tuple[str, ...]:
+        """The numbers of the pairs' own rows that are needed besides tokens and texts."""
+        read = [name for scorer in self.scorers for name in scorer.reads]
+        others = (*columns.TOKEN_COLUMNS, *columns.TEXT_COLUMNS)
+        return (*self.source_columns, *(name for name in read if name not in others))
+
     def numbers(self, own: pa.Table, scored: pa.Table) -> pa.Table:
         """`columns` of some pairs; NaN for those that could not be scored.
 

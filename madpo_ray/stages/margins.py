@@ -17,6 +17,7 @@ from madpo_ray import columns
 from madpo_ray.artifacts.tables import column_names, read_columns, read_split, write_with_columns
 from madpo_ray.atomic import write_json
 from madpo_ray.config import Config
+from madpo_ray.data.order import folds_of
 from madpo_ray.errors import UserError
 from madpo_ray.stages import pairs, reward, reward_source, scores
 from madpo_ray.stages.margins_report import write_report
@@ -27,6 +28,7 @@ from madpo_ray.stages.stage import Build, Description, Stage
 # `--help` nor a wrong config should wait.
 
 MAX_REASONS = 5  # on the terminal
+SEEN_AND_NOT = (columns.TRAIN, columns.VALIDATION)
 
 
 def _settings(config: Config) -> dict[str, Any]:
@@ -78,6 +80,11 @@ def make(build: Build) -> dict[str, Any]:
         reason = pc.coalesce(reason, added[columns.REASON])
     rejects = _write_rejects(numbers, reason, build)
 
+    if reward.is_trained(config) and config.reward.folds > 1:
+        hashes = read_columns(rows, [columns.GROUP_HASH])[columns.GROUP_HASH].to_numpy()
+        folds = folds_of(hashes, config.reward.folds)
+        numbers = numbers.append_column(columns.FOLD, pa.array(folds, pa.int32()))
+
     # Rewards become margins.
     calibration = None
     if reward.uses_rewards(config):
@@ -90,9 +97,14 @@ def make(build: Build) -> dict[str, Any]:
         numbers = with_margins(numbers, scores.scaling(calibration, config))
 
     write_with_columns(rows, numbers, build.rows, keep=pc.is_null(reason))
-    results = {"splits": _summary(build.rows), "calibration": calibration, "rejects": rejects}
+    results: dict[str, Any] = {
+        "splits": _summary(build.rows),
+        "calibration": calibration,
+        "rejects": rejects,
+    }
     if calibration is not None:
         results["mean_weight"] = write_report(build, calibration, rejects)
+        results["is_in_sample"] = reward.is_trained(config) and config.reward.folds == 1
     return results
 
 
@@ -103,7 +115,24 @@ def describe(results: Mapping[str, Any]) -> Description:
     if rejects:
         failed.append(f"{rejects.total()} pairs could not be scored, listed in rejects.parquet:")
         failed += [f"  {count} x {kind}" for kind, count in rejects.most_common(MAX_REASONS)]
-    return [*_describe_splits(results), *_describe_weights(results), *failed]
+    return [
+        *_describe_splits(results),
+        *_describe_optimism(results),
+        *_describe_weights(results),
+        *failed,
+    ]
+
+
+def _describe_optimism(results: Mapping[str, Any]) -> list[str]:
+    """What a reward model that has seen the training pairs makes of them."""
+    if not results.get("is_in_sample"):
+        return []
+    right = {split: 1 - results["splits"][split]["negative_fraction"] for split in SEEN_AND_NOT}
+    seen, unseen = right.values()
+    return [
+        f"the reward model has seen the training pairs: {seen:.1%} of their margins are positive, "
+        f"{unseen:.1%} of the validation pairs'; with reward.folds above 1 it has not"
+    ]
 
 
 def _describe_weights(results: Mapping[str, Any]) -> list[str]:

@@ -1,8 +1,11 @@
 """Stage reward: a Bradley-Terry reward model on the training pairs."""
 
+import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from madpo_ray.artifacts.manifest import model_folder
 from madpo_ray.config import Config
 from madpo_ray.errors import UserError
 from madpo_ray.models.source import base_model, check_model, model_inputs
@@ -46,8 +49,24 @@ def _check(config: Config) -> None:
     check_training(config, config.reward, task_type="SEQ_CLS")
 
 
+def models(config: Config) -> list[Path]:
+    """Folders of the trained reward models, one per fold."""
+    folder = STAGE.folder(config)
+    return [model_folder(part) for part in _parts(folder, config.reward.folds)]
+
+
+def _parts(folder: Path, num_folds: int) -> list[Path]:
+    """Where the training of each fold is."""
+    if num_folds == 1:
+        return [folder]
+    return [folder / f"fold-{fold}" for fold in range(num_folds)]
+
+
 def make(build: Build) -> dict[str, Any]:
-    """Trains the reward model; writes `model/` (LoRA merged in) and `metrics.jsonl`."""
+    """Trains the reward model; writes `model/` (LoRA merged in) and `metrics.jsonl`.
+
+    With `reward.folds` above 1 there is one of them in each of `fold-0/`, `fold-1/`, ...
+    """
     from madpo_ray.training.job import RewardTask
 
     config = build.config
@@ -59,13 +78,25 @@ def make(build: Build) -> dict[str, Any]:
         initial=base_model(config.model, config.run),
         rows=pairs.STAGE.rows(config),
     )
-    return train(job, config.cluster)
+    num_folds = config.reward.folds
+    if num_folds == 1:
+        return {"folds": [train(job, config.cluster)]}
+    results = []
+    for fold, output in enumerate(_parts(build.folder, num_folds)):
+        output.mkdir()
+        own = dataclasses.replace(job, output=output, trial=output.name, fold=(fold, num_folds))
+        results.append(train(own, config.cluster))
+    return {"folds": results}
 
 
 def describe(results: Mapping[str, Any]) -> Description:
+    """One line per reward model."""
+    folds = results["folds"]
     return [
-        f"step {results['step']}: eval_loss {results['eval_loss']:.4f}, "
-        f"eval_accuracy {results['eval_accuracy']:.3f}"
+        (f"fold {number}: " if len(folds) > 1 else "")
+        + f"step {fold['step']}: eval_loss {fold['eval_loss']:.4f}, "
+        f"eval_accuracy {fold['eval_accuracy']:.3f}"
+        for number, fold in enumerate(folds)
     ]
 
 

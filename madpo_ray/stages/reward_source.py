@@ -52,7 +52,7 @@ def _classifier(config: Config) -> ModelConfig:
 def scorer(config: Config) -> "Scorer":
     """What gives the rewards, unless they are in the data."""
     from madpo_ray.scoring.judges import ClassifierReward, FunctionReward
-    from madpo_ray.scoring.scorers import TrainedReward
+    from madpo_ray.scoring.scorers import CrossFittedReward, TrainedReward
 
     batch_size = config.scoring.per_device_batch_size
     match config.reward.source_kind:
@@ -62,5 +62,8 @@ def scorer(config: Config) -> "Scorer":
             return ClassifierReward(folder, classifier, batch_size=batch_size)
         case "function":
             return FunctionReward(config.reward.source)
-    model = reward.STAGE.model(config)
-    return TrainedReward(model, config.model, columns=columns.REWARDS, batch_size=batch_size)
+    trained = [
+        TrainedReward(folder, config.model, columns=columns.REWARDS, batch_size=batch_size)
+        for folder in reward.models(config)
+    ]
+    return trained[0] if len(trained) == 1 else CrossFittedReward(trained)

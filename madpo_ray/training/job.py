@@ -77,6 +77,7 @@ class TrainingJob:
     export: bool = True  # write to `output`; Tune's trials do not
     deadline: float | None = None  # time.time() at which to save and exit
     streamed: StreamedScores | None = None  # the columns that the rows lack
+    fold: tuple[int, int] | None = None  # (k, K): train without the pairs of fold k of K
 
     @property
     def name(self) -> str:
@@ -141,7 +142,7 @@ class TrainingJob:
         if self.streamed is None:
             return self.task.columns
         own = [name for name in self.task.columns if name not in self.streamed.columns]
-        return tuple(dict.fromkeys([*own, *self.streamed.source_columns]))
+        return tuple(dict.fromkeys([*own, *self.streamed.row_columns]))
 
     def _token_files(self, split: str) -> Path:
         """Where the tokens of a split are as flat files; the same for all trials of a search."""
@@ -163,6 +164,7 @@ class TrainingJob:
             max_tokens=settings.max_tokens_per_device,
             shared_prefix=self.may_share_prefix(),
             responses=self.task.responses,
+            fold=self.fold,
             num_epochs=settings.num_train_epochs,
             max_steps=settings.max_steps,
         )

@@ -2,17 +2,22 @@
 
 import dataclasses
 import itertools
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from madpo_ray.artifacts.tables import read_split
-from madpo_ray.data.micro_batches import MicroBatchReader, decode_micro_batch
+from madpo_ray.artifacts.tables import read_split, write_table
+from madpo_ray.data.micro_batches import MicroBatchReader, decode_micro_batch, pairs_of
 from madpo_ray.data.order import Order, OrderSpec, StepPlace
 from madpo_ray.data.order import order_epoch as order_arrays
+from madpo_ray.data.splits import group_hash
 from madpo_ray.errors import UserError
 from support.ranks import MakeJob
 
@@ -224,3 +229,37 @@ def test_place_counts_the_steps_response_tokens(policy_job: MakeJob) -> None:
         totals[place.step] = totals.get(place.step, 0) + tokens
         places[place.step] = place.response_tokens_in_step
     assert totals == places
+
+
+def test_pairs_of_a_fold_are_left_out(policy_job: MakeJob, tmp_path: Path) -> None:
+    """No group trains the model that scores it; all others are in each epoch once."""
+    spec = policy_job("folds").order_spec(2)
+    rows = pa.concat_tables(pq.read_table(file) for file in spec.rows.glob("*.parquet"))
+    groups = [f"group {i // 3}" for i in range(rows.num_rows)]
+    rows = rows.append_column("group_hash", pa.array([group_hash(group) for group in groups]))
+    write_table(rows, tmp_path / "rows")
+    train = [i for i, split in enumerate(rows["split"].to_pylist()) if split == "train"]
+
+    for fold in range(3):
+        order = Order(replace(spec, rows=tmp_path / "rows", fold=(fold, 3), max_steps=-1))
+        numbers = range(order.num_micro_batches)
+        members = sorted(int(row) for number in numbers for row in order.members(number)[0])
+        seen = {groups[train[row]] for row in members}
+        scored = {groups[i] for i in train if group_hash(groups[i]) % 3 == fold}
+        assert seen.isdisjoint(scored)
+        assert seen | scored == {groups[i] for i in train}
+        expected = [row for row, i in enumerate(train) if groups[i] not in scored]
+        assert members == expected
+        table = MicroBatchReader(order).read([0])
+        own = pairs_of(table, order.spec.token_columns)["pair_id"].to_pylist()
+        assert own == [rows["pair_id"][train[int(row)]].as_py() for row in order.members(0)[0]]
+
+
+def test_folds_without_pairs_are_refused(policy_job: MakeJob, tmp_path: Path) -> None:
+    spec = policy_job("folds").order_spec(2)
+    rows = pa.concat_tables(pq.read_table(file) for file in spec.rows.glob("*.parquet"))
+    rows = rows.append_column("group_hash", pa.array([4] * rows.num_rows))
+    write_table(rows, tmp_path / "rows")
+    for fold in (0, 1):
+        with pytest.raises(UserError, match=r"reward\.folds: 2 folds of 75 pairs leave fold"):
+            Order(replace(spec, rows=tmp_path / "rows", fold=(fold, 2)))

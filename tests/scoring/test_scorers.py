@@ -14,7 +14,13 @@ from madpo_ray.errors import UserError
 from madpo_ray.models.loading import load_policy
 from madpo_ray.passes import BatchNotes
 from madpo_ray.scoring.actors import REFUSAL, ScoringActor
-from madpo_ray.scoring.scorers import PolicyLogps, Scorer, TrainedReward, score_or_explain
+from madpo_ray.scoring.scorers import (
+    CrossFittedReward,
+    PolicyLogps,
+    Scorer,
+    TrainedReward,
+    score_or_explain,
+)
 from support.forwards import PAIRS, separate_logp
 from support.models import make_model, make_reward_model
 
@@ -126,6 +132,25 @@ def test_pair_without_a_score_has_a_reason(value: str, tmp_path: Path) -> None:
     assert second["reason"] == f"rejected_reward is {value}"
     assert math.isnan(second["chosen_reward"])
     assert second["number"] == 1.0
+
+
+def test_each_pair_is_scored_by_the_model_of_its_fold() -> None:
+    """Whatever the order of the rows; a fold may have none."""
+
+    class Fold:
+        def __init__(self, number: int) -> None:
+            self._number = number
+
+        def load(self, device: torch.device) -> None:
+            """Nothing to load."""
+
+        def __call__(self, rows: pa.Table) -> np.ndarray:
+            return np.array([[self._number] * rows.num_rows, rows["group_hash"].to_pylist()])
+
+    models: Any = [Fold(number) for number in range(3)]
+    hashes = [7, 3, 4, 6, 9, 10]
+    scores = loaded(CrossFittedReward(models))(pa.table({"group_hash": hashes}))
+    assert scores.tolist() == [[1, 0, 1, 0, 0, 1], hashes]
 
 
 class Failing:

@@ -4,18 +4,21 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.compute as pc
 import pytest
 import torch
 
-from madpo_ray import pipeline
+from madpo_ray import columns, pipeline
 from madpo_ray.artifacts.tables import column_names, read_columns, read_split
 from madpo_ray.config import Config, parse_config
 from madpo_ray.data.batching import collate
+from madpo_ray.data.splits import group_hash
 from madpo_ray.errors import UserError
 from madpo_ray.models.loading import load_policy
 from madpo_ray.models.logprobs import ResponseLogps
 from madpo_ray.scoring.scaling import fit_temperature
+from madpo_ray.scoring.scorers import TrainedReward
 from madpo_ray.stages import margins, pairs, reward, sft
 
 pytestmark = [pytest.mark.ray, pytest.mark.deepspeed]
@@ -185,3 +188,28 @@ def test_uncalibratable_margins_are_refused(copied_run: dict[str, Any]) -> None:
     copied_run["margins"] = {"calibration": "none"}
     config = run_margins(copied_run)
     assert read_columns(margins.STAGE.rows(config), ["margin"]).num_rows == 90
+
+
+@pytest.mark.slow
+def test_cross_fitted_margins(copied_run: dict[str, Any]) -> None:
+    """Each pair's rewards are those of the model that was trained without its group."""
+    copied_run["reward"] |= {"folds": 2}
+    copied_run["margins"] = {"calibration": "none"}
+    config = run_margins(copied_run, reward.STAGE)
+    names = ["prompt_ids", "chosen_ids", "rejected_ids", "group", "group_hash", "fold"]
+    rows = read_columns(margins.STAGE.rows(config), [*names, *columns.REWARDS])
+    assert [group_hash(group) % 2 for group in rows["group"].to_pylist()] == rows[
+        "fold"
+    ].to_pylist()
+
+    folders = reward.models(config)
+    assert len(set(folders)) == 2
+    scored = np.full((2, rows.num_rows), np.nan)
+    for fold, folder in enumerate(folders):
+        scorer = TrainedReward(folder, config.model, columns=columns.REWARDS, batch_size=4)
+        scorer.load(torch.device("cpu"))
+        members = np.flatnonzero(rows["fold"].to_numpy() == fold)
+        assert 20 < len(members) < 70
+        scored[:, members] = scorer(rows.take(members))
+    stored = np.stack([rows[name].to_numpy() for name in columns.REWARDS])
+    np.testing.assert_allclose(scored, stored, atol=1e-5)
