@@ -193,7 +193,7 @@ def compare_modes(work: Path, model: Path, count: int, seed: int) -> dict[str, f
         ("stream", (train.STAGE, margins.STAGE)),
     ):
         own = config(mode)
-        with connected(own.cluster, actors=own.streaming_actors):
+        with connected(own.cluster, actors=own.actors, streams=mode == "stream"):
             pipeline.run_stage(own, pairs.STAGE, say=print)
             began = time.time()
             for stage in stages:

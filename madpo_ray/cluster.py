@@ -27,34 +27,39 @@ IF_NODES_COME = ", or set cluster.autoscaling: true if nodes will be added"
 
 @contextlib.contextmanager
 def connected(
-    cluster: ClusterConfig, *, actors: ActorPool | None = None, dashboard: bool = False
+    cluster: ClusterConfig,
+    *,
+    actors: ActorPool | None = None,
+    streams: bool = False,
+    dashboard: bool = False,
 ) -> Iterator[None]:
     """Connects to the config's cluster, to RAY_ADDRESS, or to a local Ray that ends with the block.
 
     If this process is connected already, only checks the cluster and sets Ray Data's options.
 
     Args:
-        actors: scoring actors that run at the same time as the workers.
+        actors: those that score pairs.
+        streams: whether they run at the same time as the workers.
 
     Raises:
-        UserError: the cluster cannot be reached, or can never place the config's workers.
+        UserError: the cluster cannot be reached, or can never place the config's workers or actors.
         Stopped: SIGTERM was received inside the block.
     """
     import ray
 
     if ray.is_initialized():
-        with _ready_for_passes(cluster, actors):
+        with _ready_for_passes(cluster, actors, streams):
             yield
         return
 
     def start() -> None:
-        _start_or_connect(cluster, actors, dashboard=dashboard)
+        _start_or_connect(cluster, actors if streams else None, dashboard=dashboard)
 
     # SystemExit is the only exception that passes through Ray's calls. Ray installs a handler of
     # its own when it starts.
     with on_sigterm(lambda: sys.exit(ExitCode.TERMINATED), prepare=start) as terminated:
         try:
-            with _ready_for_passes(cluster, actors):
+            with _ready_for_passes(cluster, actors, streams):
                 yield
         except SystemExit:
             if terminated.is_set():  # Ray passes the exit on with a code of its own
@@ -66,11 +71,13 @@ def connected(
 
 
 @contextlib.contextmanager
-def _ready_for_passes(cluster: ClusterConfig, actors: ActorPool | None) -> Iterator[None]:
+def _ready_for_passes(
+    cluster: ClusterConfig, actors: ActorPool | None, streams: bool
+) -> Iterator[None]:
     """Checks the cluster, sets Ray Data's options, and raises Stopped if actors find no place."""
     import ray.exceptions
 
-    check_workers_fit(cluster, actors)
+    check_workers_fit(cluster, actors, streams=streams)
     _configure_data(cluster)
     try:
         yield
@@ -83,7 +90,9 @@ def _ready_for_passes(cluster: ClusterConfig, actors: ActorPool | None) -> Itera
         ) from error
 
 
-def _start_or_connect(cluster: ClusterConfig, actors: ActorPool | None, *, dashboard: bool) -> None:
+def _start_or_connect(
+    cluster: ClusterConfig, streaming: ActorPool | None, *, dashboard: bool
+) -> None:
     import ray
 
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "warning"}
@@ -107,8 +116,8 @@ def _start_or_connect(cluster: ClusterConfig, actors: ActorPool | None, *, dashb
     _protect_token()
     # "local": never a cluster that happens to run on this machine; its address has to be given.
     num_cpus = (os.cpu_count() or 1) + LOCAL_EXTRA_CPUS
-    if actors is not None:  # they share the machine's CPUs with the workers
-        num_cpus += math.ceil(actors.min_size * actors.num_cpus)
+    if streaming is not None:  # actors share the machine's CPUs with the workers
+        num_cpus += math.ceil(streaming.min_size * streaming.num_cpus)
     ray.init(address="local", num_cpus=num_cpus, include_dashboard=dashboard, **options)
 
 
@@ -136,14 +145,18 @@ def _check_local(cluster: ClusterConfig) -> None:
         raise UserError(_explain_too_many(cluster, f"this machine has {available} CPUs"))
 
 
-def check_workers_fit(cluster: ClusterConfig, actors: ActorPool | None = None) -> None:
-    """Raises UserError if the nodes, as they are, have no place for the workers."""
+def check_workers_fit(
+    cluster: ClusterConfig, actors: ActorPool | None = None, *, streams: bool = False
+) -> None:
+    """Raises UserError if the nodes, as they are, have no place for the workers or actors."""
     import ray
 
     if cluster.autoscaling:
         return
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    check_nodes(nodes, cluster, actors)
+    check_nodes(nodes, cluster, actors if streams else None)
+    if actors is not None:
+        check_actors(nodes, actors)
 
 
 def check_nodes(
@@ -175,7 +188,8 @@ def check_nodes(
                 reason += f", and feeding the workers needs {DATA_CPUS:g} of them"
             if actors is not None:
                 reason += (
-                    f"; margins.mode: stream needs {amount:g}, with those of the scoring actors"
+                    f"; margins.mode: stream needs {amount:g} with those of the scoring actors: "
+                    "see scoring.min_actors, scoring.gpus_per_actor and cluster.gpus_per_worker"
                 )
             raise UserError(_explain_too_many(cluster, reason) + IF_NODES_COME)
 
@@ -186,9 +200,31 @@ def check_nodes(
         raise UserError(_explain_too_many(cluster, reason) + IF_NODES_COME)
 
 
-def _places_on(node: Mapping[str, float], worker: Mapping[str, float]) -> int:
-    """How many workers fit on one node."""
-    return math.floor(min(node.get(name, 0) / amount for name, amount in worker.items()))
+def check_actors(nodes: Sequence[Mapping[str, float]], actors: ActorPool) -> None:
+    """Raises UserError if there is no place for the actors that a pass starts with."""
+    resources = {"CPU": actors.num_cpus}
+    if actors.num_gpus:
+        resources["GPU"] = actors.num_gpus
+    places = sum(_places_on(node, resources) for node in nodes)
+    if places < actors.min_size:
+        raise UserError(
+            f"scoring.min_actors: {actors.min_size} actors of {actors.num_cpus:g} CPUs and "
+            f"{actors.num_gpus:g} GPUs can never be placed: the {len(nodes)} nodes have places for "
+            f"{places}, each on one node. Lower min_actors, cpus_per_actor or gpus_per_actor"
+            + IF_NODES_COME
+        )
+
+
+def _places_on(node: Mapping[str, float], resources: Mapping[str, float]) -> int:
+    """How many workers or actors with such resources fit on one node."""
+    return min(_count_shares(node.get(name, 0), name, share) for name, share in resources.items())
+
+
+def _count_shares(available: float, name: str, share: float) -> int:
+    """How often a share fits; one of a GPU is of a single GPU."""
+    if name == "GPU" and share < 1:
+        return math.floor(available) * math.floor(1 / share)
+    return math.floor(available / share)
 
 
 def _explain_too_many(cluster: ClusterConfig, reason: str) -> str:

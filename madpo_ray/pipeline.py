@@ -9,6 +9,8 @@
     tune       search settings of `train` over the same margins; only by its own command
     export     the scored pairs as a data set for TRL; only by its own command
 
+With `margins.mode: stream`, `train` runs before `margins`, which then collects what was scored.
+
 A stage reads the results of earlier stages from their folders and writes its own. It is finished
 when its manifest exists; the manifest records what it was made from.
 """
@@ -103,7 +105,8 @@ def run_all(config: Config, *, say: Say, deadline: float | None = None) -> None:
             say(nothing_to_do)
             return
 
-        with connected(config.cluster, actors=config.streaming_actors):
+        streams = any(stage.streams(config) for stage in todo)
+        with connected(config.cluster, actors=config.actors, streams=streams):
             for stage in stages:
                 if stage in todo:
                     _run(config, stage, say, deadline)

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from madpo_ray.artifacts.tables import read_columns, rows_files
-from madpo_ray.cluster import check_nodes, check_workers_fit, connected
+from madpo_ray.cluster import check_actors, check_nodes, check_workers_fit, connected
 from madpo_ray.config import ActorPool, ClusterConfig
 from madpo_ray.errors import UserError
 from madpo_ray.passes import write_rows
@@ -91,11 +91,24 @@ def test_refuses_actors_that_have_no_place_next_to_the_workers() -> None:
     check_nodes([node], whole)
     check_nodes([node] * 2, whole, ActorPool(2, 4, 1.0, 1.0))
     check_nodes([node], shared, ActorPool(2, 2, 1.0, 0.4))
-    message = r"the cluster has 2 GPUs in all; margins\.mode: stream needs 3, with those of the"
+    message = r"the cluster has 2 GPUs in all; margins\.mode: stream needs 3 with those of the"
     with pytest.raises(UserError, match=message):
         check_nodes([node], whole, ActorPool(1, 1, 1.0, 1.0))
     with pytest.raises(UserError, match=r"the cluster has 16 CPUs .* stream needs 23\.5"):
         check_nodes([node], shared, ActorPool(2, 2, 10.0, 0.4))
+
+
+def test_share_of_a_gpu_is_of_one_gpu() -> None:
+    """Two GPUs have no place for three shares of 0.6."""
+    node = {"CPU": 16.0, "GPU": 2.0}
+    check_actors([node], ActorPool(4, 4, 1.0, 0.5))
+    with pytest.raises(UserError, match="the 1 nodes have places for 2, each on one node"):
+        check_actors([node], ActorPool(3, 3, 1.0, 0.6))
+    with pytest.raises(UserError, match=r"scoring\.min_actors: 1 actors of 64 CPUs and 0 GPUs"):
+        check_actors([node] * 8, ActorPool(1, 8, 64.0, 0.0))
+    shared = ClusterConfig(num_workers=3, use_gpu=True, gpus_per_worker=0.6)
+    with pytest.raises(UserError, match="have places for 2 such workers"):
+        check_nodes([node], shared)
 
 
 @pytest.mark.ray

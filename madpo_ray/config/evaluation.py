@@ -40,7 +40,7 @@ class ScoringConfig(Section):
         None, gt=0, description="logical CPUs per actor; its threads. null: cluster.cpus_per_worker"
     )
     gpus_per_actor: float | None = operational(
-        None, gt=0, description="GPUs per actor, such as 0.5; null: 1 if cluster.use_gpu is set"
+        None, gt=0, le=1, description="share of a GPU per actor; null: 1 if cluster.use_gpu is set"
     )
 
     @model_validator(mode="after")

@@ -55,9 +55,10 @@ class ClusterConfig(Section):
     use_gpu: bool = Field(False, description="give each worker a GPU")
     gpus_per_worker: float = operational(
         1.0,
-        gt=0,
+        gt=0.5,
         le=1,
-        description="share of a GPU per worker; scoring actors may have the rest",
+        description="share of a GPU per worker, with cluster.use_gpu; scoring actors may have the "
+        "rest, but no other worker: NCCL refuses two ranks on one GPU",
     )
     cpus_per_worker: float = Field(1.0, gt=0, description="logical CPUs per worker; its threads")
     autoscaling: bool = Field(

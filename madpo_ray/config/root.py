@@ -55,11 +55,6 @@ class Config(Section):
         )
 
     @property
-    def streaming_actors(self) -> ActorPool | None:
-        """The actors that run at the same time as the training workers; None if there are none."""
-        return self.actors if self.margins.mode == "stream" else None
-
-    @property
     def score_columns(self) -> tuple[str, ...]:
         """The kept columns with the true scores of chosen and rejected, or ()."""
         names = (self.evaluate.chosen_score_column, self.evaluate.rejected_score_column)
@@ -88,6 +83,17 @@ class Config(Section):
                 f"model.attn_implementation: {kernel} trains on GPUs only: set cluster.use_gpu, "
                 "or use sdpa"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_shares_of_gpus(self) -> "Config":
+        shares = {
+            "cluster.gpus_per_worker": self.cluster.gpus_per_worker != 1,
+            "scoring.gpus_per_actor": self.scoring.gpus_per_actor is not None,
+        }
+        for key, is_set in shares.items():
+            if is_set and not self.cluster.use_gpu:
+                raise ValueError(f"{key} needs cluster.use_gpu: true")
         return self
 
     @model_validator(mode="after")

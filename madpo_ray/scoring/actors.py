@@ -20,7 +20,7 @@ from madpo_ray.errors import UserError
 from madpo_ray.passes import BatchNotes, pool_options, received
 from madpo_ray.scoring.chunks import ScoredChunks, rows_of
 from madpo_ray.scoring.progress import ScoringProgress
-from madpo_ray.scoring.scorers import score_or_explain
+from madpo_ray.scoring.scorers import RAISED, score_or_explain
 
 if TYPE_CHECKING:
     from madpo_ray.scoring.scorers import Scorer
@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 # At least so many blocks, for any number of actors: after a kill, what was scored is found by them.
 MIN_BLOCKS = 16
+# Pairs without scores after which an actor that has scored none gives up.
+MAX_FAILURES = 16
 # Instead of scores: why a scorer could not be loaded. Ray Data would pass on an exception's text
 # only, as a traceback.
 REFUSAL = "refusal"
@@ -40,7 +42,8 @@ class ScoringActor:
     A pair for which a scorer fails has NaN in its columns, and the reason why; null otherwise.
 
     Args:
-        kept: folder where what was scored is kept, and looked for; None: it is not.
+        kept: folder where what was scored is kept, and looked for; None: it is not. Pairs that
+            failed with an exception are not kept: another start tries them again.
     """
 
     def __init__(
@@ -51,7 +54,10 @@ class ScoringActor:
         kept: Path | None = None,
     ) -> None:
         self._notes = notes
-        self._kept = None if kept is None else ScoredChunks(kept)
+        names = [name for scorer in scorers for name in scorer.columns]
+        self._kept = None if kept is None else ScoredChunks(kept, names)
+        self._num_failed = 0
+        self._has_succeeded = False
         torch.set_num_threads(num_threads)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._scorers = scorers
@@ -82,9 +88,23 @@ class ScoringActor:
             except UserError as error:
                 self._refusal = str(error)
                 return self(rows)
+        self._require_success(scored)
         if self._kept is not None:
-            self._kept.write(scored)
+            final = scored.filter(pc.invert(is_from_exception(scored[REASON])))
+            if final.num_rows:
+                self._kept.write(final)
         return scored if known is None else rows_of(pa.concat_tables([known, scored]), ids)
+
+    def _require_success(self, scored: pa.Table) -> None:
+        """Raises RuntimeError if many pairs were tried, and none has scores."""
+        reasons = scored[REASON]
+        self._num_failed += len(reasons) - reasons.null_count
+        self._has_succeeded = self._has_succeeded or reasons.null_count > 0
+        if not self._has_succeeded and self._num_failed >= MAX_FAILURES:
+            raise RuntimeError(
+                f"none of the first {self._num_failed} pairs could be scored, such as "
+                f"{scored[PAIR_ID][0]}: {reasons[0]}"
+            )
 
     def _score(self, rows: pa.Table) -> pa.Table:
         scored: dict[str, Any] = {PAIR_ID: rows[PAIR_ID]}
@@ -116,20 +136,20 @@ def score_rows(
     Args:
         rows: folder of Parquet files with tokens.
         batch_size: rows per call of an actor, at most.
-        kept: folder for what is scored, so that a pass that is killed goes on; for these rows and
-            scorers only.
+        kept: folder for what is scored, so that a pass that is killed resumes; for these rows only.
         splits: of the rows to score.
 
     Raises:
         UserError: a scorer's model is not one that can be scored with.
         Stopped: a batch killed its actor again and again.
-        RuntimeError: a scorer fails for every pair of a batch, or rows were lost.
+        RuntimeError: no pair can be scored, or rows were lost.
     """
     table = read_columns(rows, [PAIR_ID, SPLIT, *LENGTHS.values()])
     table = table.filter(pc.field(SPLIT).isin(list(splits)))
     ids = table[PAIR_ID]
     new_tokens = sum(table[name].to_numpy() for name in LENGTHS.values())
-    known = ScoredChunks(kept).find(ids)
+    columns = [name for scorer in scorers for name in scorer.columns]
+    known = ScoredChunks(kept, columns).find(ids)
     if known is not None:
         is_known = pc.is_in(ids, value_set=known[PAIR_ID]).to_numpy()
         if is_known.all():
@@ -231,3 +251,8 @@ def _reported(tables: Iterator[pa.Table], new_tokens: np.ndarray) -> Iterator[pa
         if tokens.any():
             progress.add(int(np.count_nonzero(tokens)), int(tokens.sum()))
         yield table
+
+
+def is_from_exception(reasons: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Which reasons are those of an exception, and not of a number; False for none."""
+    return pc.fill_null(pc.match_substring(reasons, RAISED), False)

@@ -11,13 +11,14 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from scipy.special import expit, ndtri
+from scipy.special import expit, ndtr, ndtri
 from scipy.stats import bootstrap
 
 from madpo_ray.scoring.scaling import Margins, Method, fit_scaling
 
 FOLDS = 5
 RESAMPLES = 999
+MAX_RESAMPLED = 10**7  # margins
 
 
 def count_right(differences: Margins) -> float:
@@ -78,34 +79,48 @@ def reliability(margins: Margins, bins: int = 10) -> list[dict[str, Any]]:
 def bootstrap_interval(
     statistic: Callable[[Margins], float], margins: Margins
 ) -> tuple[float, float]:
-    """The 95 % percentile interval of a statistic of margins (N,) (Efron 1979)."""
+    """The 95 % bias-corrected percentile interval of a statistic of margins (N,) (Efron 1981).
+
+    Bias-corrected since ECE is larger on resamples than on the pairs themselves.
+    """
+    value = statistic(margins)
     if len(margins) < 2:
-        value = statistic(margins)
         return value, value
-    found = bootstrap(
-        (margins,), statistic, n_resamples=RESAMPLES, method="percentile", vectorized=False, rng=0
-    )
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+    resampled = bootstrap(
+        (margins,),
+        statistic,
+        n_resamples=RESAMPLES,
+        batch=max(1, MAX_RESAMPLED // len(margins)),  # at a time, or all are in memory
+        method="percentile",
+        vectorized=False,
+        rng=0,
+    ).bootstrap_distribution
+
+    share_below = np.clip(np.mean(resampled < value), 0.5 / RESAMPLES, 1 - 0.5 / RESAMPLES)
+    bias = ndtri(share_below)
+    low, high = np.quantile(resampled, ndtr(2 * bias + ndtri([0.025, 0.975])))
+    return min(float(low), value), max(float(high), value)
 
 
 def calibration_report(margins: Margins, method: Method = "temperature") -> dict[str, Any]:
-    """Accuracy, scaling, ECE and Brier score before and after, for held-out margins (N,).
+    """Accuracy, scaling, ECE and Brier score before and after, for held-out margins (N,), N > 0.
 
     The scaling is fitted on all of them; the errors after it are measured on pairs that did not fit
-    theirs, by cross-fitting over folds. There is a `reason` instead if none can be fitted.
+    theirs, by cross-fitting over folds. There is a `reason` instead if none can be fitted, and
+    nothing after if the method is "none".
     """
     margins = np.asarray(margins, dtype=np.float64)
     num_right = count_right(margins)
-    scaling = fit_scaling(margins, method)
     report: dict[str, Any] = {
         "validation_pairs": len(margins),
         "accuracy": num_right / len(margins),
         "accuracy_interval": interval(num_right, len(margins)),
         "method": method,
-        "temperature": None if scaling is None else scaling.temperature,
-        "knots": [] if scaling is None else scaling.knots,
         **_errors(margins, "before"),
     }
+    if method == "none":
+        return report
+    scaling = fit_scaling(margins, method)
 
     # Each pair's scaling is fitted on the other folds.
     fold = np.arange(len(margins)) % FOLDS
@@ -127,7 +142,10 @@ def calibration_report(margins: Margins, method: Method = "temperature") -> dict
     scaled = np.empty_like(margins)
     for i, one in enumerate(found):
         scaled[fold == i] = one(margins[fold == i])
-    return report | _errors(scaled, "after")
+    fitted_as: dict[str, Any] = {"temperature": scaling.temperature}
+    if method == "isotonic":
+        fitted_as = {"knots": scaling.knots}
+    return {**report, **fitted_as, **_errors(scaled, "after")}
 
 
 def _errors(margins: Margins, when: str) -> dict[str, Any]:

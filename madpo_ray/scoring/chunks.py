@@ -4,6 +4,7 @@ import hashlib
 import logging
 import os
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from madpo_ray.atomic import sync
-from madpo_ray.columns import PAIR_ID
+from madpo_ray.columns import PAIR_ID, REASON
 
 logger = logging.getLogger(__name__)
 
@@ -22,17 +23,19 @@ class ScoredChunks:
     What other processes write after the first look for pairs is found by the same chunks only.
 
     Args:
-        folder: one that every node mounts; for these pairs and these scorers only.
+        folder: one that every node mounts; for these pairs only.
+        names: columns of the scores. Files without one of them are passed over.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, names: Sequence[str]) -> None:
         self._folder = folder
+        self._names = [PAIR_ID, *names, REASON]
         self._known: pa.Table | None = None
         folder.mkdir(parents=True, exist_ok=True)
 
     def find(self, ids: pa.ChunkedArray) -> pa.Table | None:
-        """The scores of those pairs that have some, in no certain order; None if none has."""
-        own = _read(self._path(ids))
+        """The scores of those pairs that have some, in any order; None if none has."""
+        own = self._read(self._path(ids))
         if own is not None and own[PAIR_ID].to_pylist() == ids.to_pylist():
             return own
         if self._known is None:
@@ -49,6 +52,7 @@ class ScoredChunks:
         pq.write_table(scored, partial)
         sync(partial)
         os.replace(partial, path)
+        sync(self._folder)
 
     def count(self) -> int:
         """How many chunks are there."""
@@ -58,22 +62,25 @@ class ScoredChunks:
         return sorted(self._folder.glob("[!.]*.parquet"))
 
     def _read_all(self) -> pa.Table:
-        tables = [table for path in self._files() if (table := _read(path)) is not None]
+        tables = [table for path in self._files() if (table := self._read(path)) is not None]
         return pa.concat_tables(tables) if tables else pa.table({PAIR_ID: pa.array([], "string")})
 
+    def _read(self, path: Path) -> pa.Table | None:
+        """A file's scores; None if it is missing, damaged, or of other columns."""
+        try:
+            table = pq.read_table(path, partitioning=None)
+        except FileNotFoundError:
+            return None
+        except (OSError, pa.ArrowException) as error:
+            logger.warning("%s cannot be read, so its pairs are scored again: %s", path, error)
+            return None
+        if not set(self._names) <= set(table.column_names):
+            return None
+        return table.select(self._names)
+
     def _path(self, ids: pa.ChunkedArray) -> Path:
-        name = hashlib.sha256("\n".join(ids.to_pylist()).encode()).hexdigest()[:32]
-        return self._folder / f"{name}.parquet"
-
-
-def _read(path: Path) -> pa.Table | None:
-    try:
-        return pq.read_table(path, partitioning=None)
-    except FileNotFoundError:
-        return None
-    except (OSError, pa.ArrowException) as error:
-        logger.warning("%s cannot be read, so its pairs are scored again: %s", path, error)
-        return None
+        content = "\n".join([*self._names, *ids.to_pylist()])
+        return self._folder / f"{hashlib.sha256(content.encode()).hexdigest()[:32]}.parquet"
 
 
 def rows_of(scored: pa.Table, ids: pa.ChunkedArray) -> pa.Table:

@@ -15,7 +15,7 @@ from scipy.optimize import isotonic_regression, minimize_scalar
 from scipy.special import log_expit, logit
 
 Margins = NDArray[np.float64]
-Method = Literal["temperature", "isotonic"]
+Method = Literal["temperature", "isotonic", "none"]
 # A fit that ends at these bounds has no optimum inside: the margins have one sign only, or are
 # worse than chance.
 TEMPERATURE_BOUNDS = (1e-3, 1e3)
@@ -45,6 +45,8 @@ class Scaling:
 
 def fit_scaling(margins: Margins, method: Method) -> Scaling | None:
     """The scaling that fits margins (N,) best; None if there is none."""
+    if method == "none":
+        return Scaling()
     if method == "isotonic":
         knots = fit_isotonic(margins)
         return None if knots is None else Scaling(knots=knots)
@@ -80,17 +82,18 @@ def fit_isotonic(margins: Margins) -> tuple[tuple[float, float], ...] | None:
     """
     if len(margins) == 0:
         return None
-    sizes = np.abs(margins)
-    order = np.argsort(sizes, kind="stable")
-    sizes = sizes[order]
-    labels = np.where(margins == 0, 0.5, margins > 0)[order]
-    shares = isotonic_regression(labels).x
+    labels = np.where(margins == 0, 0.5, margins > 0)
+
+    # Pairs of one size have one share.
+    sizes, place, counts = np.unique(np.abs(margins), return_inverse=True, return_counts=True)
+    means = np.bincount(place, labels) / counts
+    shares = isotonic_regression(means, weights=counts).x
 
     # One knot for each block of equal shares.
     starts = np.flatnonzero(np.diff(shares, prepend=-1.0) > 0)
-    counts = np.diff(np.append(starts, len(shares)))
-    centers = np.add.reduceat(sizes, starts) / counts
-    smoothed = (shares[starts] * counts + 1) / (counts + 2)
+    in_block = np.add.reduceat(counts, starts)
+    centers = np.add.reduceat(sizes * counts, starts) / in_block
+    smoothed = (shares[starts] * in_block + 1) / (in_block + 2)
     logits = np.maximum.accumulate(np.maximum(logit(smoothed), 0.0))
     if logits[-1] == 0:
         return None

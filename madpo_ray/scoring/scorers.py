@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 from torch import nn
 
-from madpo_ray.columns import GROUP_HASH, PAIR_ID, PROMPT_IDS, RESPONSE_IDS, REWARDS
+from madpo_ray.columns import GROUP_HASH, PROMPT_IDS, RESPONSE_IDS, REWARDS
 from madpo_ray.config import ModelConfig
 from madpo_ray.data.batching import collate
 from madpo_ray.data.order import folds_of
@@ -21,6 +21,8 @@ from madpo_ray.errors import UserError
 from madpo_ray.models.loading import load_policy, load_reward_model
 from madpo_ray.models.logprobs import ResponseLogps, ResponseRewards
 from madpo_ray.models.reading import find_reading
+
+RAISED = "raised "  # how the reason of an exception begins
 
 
 class Scorer(Protocol):
@@ -50,21 +52,19 @@ def score_or_explain(scorer: Scorer, rows: pa.Table) -> tuple[np.ndarray, list[s
     If the scorer fails for a table, it is tried row by row.
 
     Raises:
-        UserError: the scorer refuses all rows.
-        RuntimeError: no row of several has finite scores; or what the scorer raises for each.
+        UserError: the scorer refuses all rows. Errors of memory and of devices are no row's, too.
     """
     num_rows = rows.num_rows
     try:
         scores = scorer(rows)
-    except (UserError, MemoryError, torch.OutOfMemoryError):
+    except (UserError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except Exception as error:  # a callable, or a tokenizer, may raise anything about one row
         if num_rows == 1:
-            return np.full((len(scorer.columns), 1), np.nan), [f"{type(error).__name__}: {error}"]
+            reason = f"{RAISED}{type(error).__name__}: {error}"
+            return np.full((len(scorer.columns), 1), np.nan), [reason]
         parts = [score_or_explain(scorer, rows.slice(i, 1)) for i in range(num_rows)]
         reasons = [reason for _, part in parts for reason in part]
-        if all(reasons):
-            raise
         return np.concatenate([part for part, _ in parts], axis=1), reasons
 
     scores = np.array(scores, dtype=np.float64)
@@ -72,9 +72,6 @@ def score_or_explain(scorer: Scorer, rows: pa.Table) -> tuple[np.ndarray, list[s
     for name, values in zip(scorer.columns, scores, strict=True):
         for i in np.flatnonzero(~np.isfinite(values)):
             reasons[i] = reasons[i] or f"{name} is {values[i]}"
-    if num_rows > 1 and all(reasons):
-        ids = rows[PAIR_ID].to_pylist()[:5]
-        raise RuntimeError(f"none of {num_rows} pairs has scores, such as {ids}: {reasons[0]}")
     scores[:, [bool(reason) for reason in reasons]] = np.nan
     return scores, reasons
 

@@ -1,6 +1,7 @@
 """Numbers of pairs that are scored while the policy is trained on them."""
 
 import functools
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,9 @@ from madpo_ray.scoring.scaling import Scaling
 if TYPE_CHECKING:
     from madpo_ray.scoring.scorers import Scorer
 
+# How long a network file system may show an old listing, in seconds.
+LISTING_S = 60
+
 
 @dataclass(frozen=True)
 class StreamedScores:
@@ -27,6 +31,7 @@ class StreamedScores:
     Attributes:
         kept: folder of `ScoredChunks` for what the scorers give.
         actors: those that score.
+        batch_size: pairs that they score at a time.
         scorers: what is still to be scored.
         finished: folders of rows with the columns of scorers that are done.
         source_columns: columns of the data that hold rewards, or the margin.
@@ -35,6 +40,7 @@ class StreamedScores:
 
     kept: Path
     actors: ActorPool
+    batch_size: int
     scorers: tuple["Scorer", ...]
     finished: tuple[Path, ...] = ()
     source_columns: tuple[str, ...] = ()
@@ -92,17 +98,26 @@ class StreamedScores:
 
     def _scored(self, own: pa.Table) -> pa.Table:
         """What the scorers gave."""
-        ids = own[PAIR_ID]
         if not self.scorers:
             return own.select([PAIR_ID])
-        known = ScoredChunks(self.kept).find(ids)
-        if known is None:
-            raise RuntimeError(f"none of {len(ids)} pairs has scores in {self.kept}")
-        return rows_of(known, ids)
+        began = time.monotonic()
+        while (known := self.find(own[PAIR_ID])).num_rows < own.num_rows:
+            # Another node may have written them a moment ago.
+            if time.monotonic() - began > LISTING_S:
+                break
+            time.sleep(1)
+        return rows_of(known, own[PAIR_ID])
+
+    def find(self, ids: pa.ChunkedArray) -> pa.Table:
+        """What the scorers gave, and has been kept, of some pairs, in any order."""
+        names = [name for scorer in self.scorers for name in scorer.columns]
+        known = ScoredChunks(self.kept, names).find(ids)
+        return pa.table({PAIR_ID: pa.array([], pa.string())}) if known is None else known
 
     def _with_known(self, own: pa.Table, scored: pa.Table) -> pa.Table:
         """The scorers' columns with what needs no scoring."""
         for table in self._finished_tables:
+            table = table.filter(pc.is_in(table[PAIR_ID], value_set=own[PAIR_ID]))
             found = rows_of(table, own[PAIR_ID])
             for name in found.drop_columns([PAIR_ID, columns.REASON]).column_names:
                 scored = scored.append_column(name, found[name])

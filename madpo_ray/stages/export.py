@@ -16,14 +16,14 @@ from madpo_ray.config import Config
 from madpo_ray.data.messages import from_text
 from madpo_ray.errors import UserError
 from madpo_ray.stages import margins
-from madpo_ray.stages.margins_report import WEIGHT_SETTINGS, weights_of
+from madpo_ray.stages.margins_report import weight_settings, weights_of
 from madpo_ray.stages.stage import Build, Description, Stage
 
 WEIGHT = "weight"
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    return {name: getattr(config.train, name) for name in WEIGHT_SETTINGS}
+    return dict(weight_settings(config.train))
 
 
 def make(build: Build) -> dict[str, Any]:

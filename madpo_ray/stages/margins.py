@@ -18,16 +18,14 @@ from madpo_ray.artifacts.tables import column_names, read_columns, read_split, w
 from madpo_ray.atomic import write_json
 from madpo_ray.config import Config
 from madpo_ray.data.order import folds_of
-from madpo_ray.errors import UserError
 from madpo_ray.stages import pairs, reward, reward_source, scores
-from madpo_ray.stages.margins_report import write_report
+from madpo_ray.stages.margins_report import weight_settings, write_report
 from madpo_ray.stages.sft import initial_policy_content, stages_before_policy
 from madpo_ray.stages.stage import Build, Description, Stage
 
 # Torch, Ray Data and scipy are imported inside functions: they take seconds, and neither
 # `--help` nor a wrong config should wait.
 
-MAX_REASONS = 5  # on the terminal
 SEEN_AND_NOT = (columns.TRAIN, columns.VALIDATION)
 
 
@@ -104,6 +102,7 @@ def make(build: Build) -> dict[str, Any]:
     }
     if calibration is not None:
         results["mean_weight"] = write_report(build, calibration, rejects)
+        results["weights_at"] = weight_settings(config.train)
         results["is_in_sample"] = reward.is_trained(config) and config.reward.folds == 1
     return results
 
@@ -114,7 +113,7 @@ def describe(results: Mapping[str, Any]) -> Description:
     failed = []
     if rejects:
         failed.append(f"{rejects.total()} pairs could not be scored, listed in rejects.parquet:")
-        failed += [f"  {count} x {kind}" for kind, count in rejects.most_common(MAX_REASONS)]
+        failed += [f"  {count} x {kind}" for kind, count in rejects.most_common(scores.MAX_REASONS)]
     return [
         *_describe_splits(results),
         *_describe_optimism(results),
@@ -141,7 +140,8 @@ def _describe_weights(results: Mapping[str, Any]) -> list[str]:
     if not means:
         return []
     shown = ", ".join(f"{mean:.3f} {split}" for split, mean in means.items())
-    return [f"mean weight {shown}; 1 for calibrated margins below tau"]
+    settings = ", ".join(f"{name} {value:g}" for name, value in results["weights_at"].items())
+    return [f"mean weight {shown} at {settings}; 1 for calibrated margins below tau"]
 
 
 def _describe_splits(results: Mapping[str, Any]) -> list[str]:
@@ -181,17 +181,10 @@ def _write_rejects(numbers: pa.Table, reason: pa.ChunkedArray, build: Build) -> 
     Raises:
         UserError: they are more than data.max_reject_fraction allows.
     """
+    counts = scores.check_reasons(reason, build.config)
     table = numbers.select([columns.PAIR_ID]).append_column(columns.REASON, reason)
     table = table.filter(pc.is_valid(table[columns.REASON]))
     pq.write_table(table, build.folder / "rejects.parquet")
-    counts = Counter(one.partition(": ")[0] for one in table[columns.REASON].to_pylist())
-    allowed = build.config.data.max_reject_fraction
-    if table.num_rows > allowed * numbers.num_rows:
-        reasons = "; ".join(f"{count} x {kind}" for kind, count in counts.most_common(MAX_REASONS))
-        raise UserError(
-            f"{table.num_rows} of {numbers.num_rows} pairs cannot be scored, more than "
-            f"data.max_reject_fraction {allowed:g} allows: {reasons}"
-        )
     return dict(counts)
 
 
@@ -220,9 +213,15 @@ def _describe_calibration(report: Mapping[str, Any]) -> str:
     )
     if "reason" in report:
         return f"{accuracy}; not calibrated: {report['reason']}"
-    scaling = f"temperature {report['temperature']:.2f}"
+    if report["method"] == "none":
+        return (
+            f"{accuracy}, ECE {report['ece_before']:.3f}, Brier {report['brier_before']:.3f}; not "
+            "calibrated, as margins.calibration asks"
+        )
     if report["method"] == "isotonic":
         scaling = f"isotonic regression with {len(report['knots'])} knots"
+    else:
+        scaling = f"temperature {report['temperature']:.2f}"
     return (
         f"{accuracy}, {scaling}, "
         f"ECE {report['ece_before']:.3f} -> {report['ece_after']:.3f}, "

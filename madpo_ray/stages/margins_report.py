@@ -23,7 +23,6 @@ from madpo_ray.stages.stage import Build
 REPORT = "margins_report.json"
 SUSPICIOUS = "suspicious.jsonl"
 NUM_SUSPICIOUS = 50
-WEIGHT_SETTINGS = ("c_min", "c_max", "lmbda", "tau")
 
 
 def weights_of(margins: np.ndarray, settings: PolicyConfig) -> np.ndarray:
@@ -32,9 +31,19 @@ def weights_of(margins: np.ndarray, settings: PolicyConfig) -> np.ndarray:
 
     from madpo_ray.losses import madpo_weight
 
-    options = {name: getattr(settings, name) for name in WEIGHT_SETTINGS}
-    weights: np.ndarray = madpo_weight(torch.from_numpy(margins.copy()), **options).numpy()
+    values = torch.from_numpy(margins.copy())
+    weights: np.ndarray = madpo_weight(values, **weight_settings(settings)).numpy()
     return weights
+
+
+def weight_settings(settings: PolicyConfig) -> dict[str, float]:
+    """The arguments of MADPO's weight."""
+    return {
+        "c_min": settings.c_min,
+        "c_max": settings.c_max,
+        "lmbda": settings.lmbda,
+        "tau": settings.tau,
+    }
 
 
 def write_report(
@@ -63,7 +72,7 @@ def write_report(
             "made_with": _made_with(config),
             "counts": _counts(config, rejects, splits),
             "splits": splits,
-            "weights_at": {name: getattr(config.train, name) for name in WEIGHT_SETTINGS},
+            "weights_at": weight_settings(config.train),
             "calibration": dict(calibration),
             "accuracy_by_margin": {"split": held_out, "bins": by_margin},
         },

@@ -5,6 +5,7 @@ Another reward model does not repeat the reference pass, and another reference n
 
 import dataclasses
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 # `--help` nor a wrong config should wait.
 
 MARGINS = "margins"  # the stage whose scores these are
+MAX_REASONS = 5  # in a message
 
 
 @dataclass(frozen=True)
@@ -96,9 +98,9 @@ def missing_passes(config: Config) -> list[Pass]:
     return [one for one in passes if not one.is_finished()]
 
 
-def kept_folder(config: Config, missing: Sequence[Pass]) -> Path:
+def kept_folder(config: Config) -> Path:
     """Where scored pairs are kept until the stage is finished."""
-    fingerprints = "".join(one.inputs.fingerprint for one in missing)
+    fingerprints = "".join(one.inputs.fingerprint for one in passes_of(config))
     name = hashlib.sha256(fingerprints.encode()).hexdigest()[:16]
     return config.run.ray_folder / f"{MARGINS}-{name}" / KEPT
 
@@ -109,18 +111,42 @@ def score(
     notes: BatchNotes,
     splits: Sequence[str] = columns.SPLITS,
 ) -> pa.Table:
-    """pair_id and the missing columns of the pairs of some splits, in one pass over them."""
+    """pair_id, the missing columns and a reason of the pairs of some splits, in one pass.
+
+    Raises:
+        UserError: more pairs cannot be scored than data.max_reject_fraction allows.
+    """
     from madpo_ray.scoring.actors import score_rows
 
-    return score_rows(
+    scored = score_rows(
         pairs.STAGE.rows(config),
         [one.scorer for one in missing],
         config.actors,
         batch_size=config.scoring.batch_size,
         notes=notes,
-        kept=kept_folder(config, missing),
+        kept=kept_folder(config),
         splits=splits,
     )
+    check_reasons(scored[columns.REASON], config)
+    return scored
+
+
+def check_reasons(reasons: pa.ChunkedArray, config: Config) -> "Counter[str]":
+    """How many pairs could not be scored, by kind of reason; a pair's is null if it could.
+
+    Raises:
+        UserError: they are more than data.max_reject_fraction allows.
+    """
+    failed = reasons.drop_null().to_pylist()
+    counts = Counter(reason.partition(": ")[0] for reason in failed)
+    allowed = config.data.max_reject_fraction
+    if len(failed) > allowed * len(reasons):
+        kinds = "; ".join(f"{count} x {kind}" for kind, count in counts.most_common(MAX_REASONS))
+        raise UserError(
+            f"{len(failed)} of {len(reasons)} pairs cannot be scored, more than "
+            f"data.max_reject_fraction {allowed:g} allows: {kinds}. Such as: {failed[0]}"
+        )
+    return counts
 
 
 def write(missing: Sequence[Pass], scored: pa.Table) -> None:
@@ -137,22 +163,22 @@ def write(missing: Sequence[Pass], scored: pa.Table) -> None:
 def streamed_scores(config: Config, notes: BatchNotes) -> "StreamedScores":
     """What a training needs to score pairs while it reads them.
 
-    Scores the pairs that are not trained on before: validation needs their numbers, and margins
-    their scaling.
+    Scores the validation pairs before: evaluations need their numbers, and margins their scaling.
 
     Raises:
-        UserError: the rewards cannot be calibrated.
+        UserError: the rewards cannot be calibrated, or too many pairs cannot be scored.
     """
     from madpo_ray.scoring.streamed import StreamedScores
 
     missing = missing_passes(config)
     if missing:
-        score(config, missing, notes, (columns.VALIDATION, columns.TEST))
+        score(config, missing, notes, (columns.VALIDATION,))
 
     sources = tuple(config.reward.source_columns) if reward.uses_rewards(config) else ()
     streamed = StreamedScores(
-        kept=kept_folder(config, missing),
+        kept=kept_folder(config),
         actors=config.actors,
+        batch_size=config.scoring.batch_size,
         scorers=tuple(one.scorer for one in missing),
         finished=tuple(one.rows for one in passes_of(config) if one.is_finished()),
         source_columns=sources,
@@ -170,15 +196,21 @@ def calibration(scores: pa.Table, config: Config) -> dict[str, Any]:
 
     Args:
         scores: of validation pairs, in the reward's own units; NaN for pairs that failed.
+
+    Raises:
+        UserError: every pair failed.
     """
     from madpo_ray.scoring.calibration import calibration_report
     from madpo_ray.scoring.streamed import margins_of
 
     margins = margins_of(scores).to_numpy()
-    method = config.margins.calibration
-    return calibration_report(
-        margins[~np.isnan(margins)], "temperature" if method == "none" else method
-    )
+    margins = margins[~np.isnan(margins)]
+    if not len(margins):
+        raise UserError(
+            "none of the validation pairs could be scored, so nothing is known of the margins: see "
+            "the reasons in rejects.parquet of stage margins, or raise data.validation_fraction"
+        )
+    return calibration_report(margins, config.margins.calibration)
 
 
 def scaling(report: Mapping[str, Any], config: Config) -> "Scaling":
@@ -196,4 +228,4 @@ def scaling(report: Mapping[str, Any], config: Config) -> "Scaling":
             f"the reward model cannot be calibrated: {report['reason']}. Train it longer or "
             "on more pairs; margins.calibration: none uses its margins as they are"
         )
-    return Scaling(report["temperature"], tuple(report["knots"]))
+    return Scaling(report.get("temperature", 1.0), tuple(report.get("knots", ())))

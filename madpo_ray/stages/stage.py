@@ -75,6 +75,10 @@ def _always(config: Config) -> bool:
     return True
 
 
+def _never(config: Config) -> bool:
+    return False
+
+
 @dataclass(frozen=True)
 class Stage:
     """One command: what it is made from, and how.
@@ -92,6 +96,7 @@ class Stage:
         is_wanted: whether `madpo-ray run` includes it.
         check: raises UserError for what can be wrong before any stage has run.
         check_upstream: raises UserError for what can be wrong with the results that it reads.
+        streams: whether pairs are scored while it trains.
         uses_ray: whether it needs a cluster.
         uses_dashboard: whether a local Ray needs its dashboard.
     """
@@ -108,6 +113,7 @@ class Stage:
     is_wanted: Callable[[Config], bool] = _always
     check: Callable[[Config], None] = _no_check
     check_upstream: Callable[[Config], None] = _no_check
+    streams: Callable[[Config], bool] = _never
     uses_ray: bool = True
     uses_dashboard: bool = False
 
@@ -199,7 +205,10 @@ class Stage:
         if not self.uses_ray:
             return contextlib.nullcontext()
         return connected(
-            config.cluster, actors=config.streaming_actors, dashboard=self.uses_dashboard
+            config.cluster,
+            actors=config.actors,
+            streams=self.streams(config),
+            dashboard=self.uses_dashboard,
         )
 
     def _delete_unneeded(self, config: Config) -> None:

@@ -1,6 +1,7 @@
 """Stage train: the policy, on stored reference log-probs and margins, or on streamed ones."""
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 # Torch, transformers and Ray Train are imported inside functions: they take seconds, and neither
 # `--help` nor a wrong config should wait.
+
+logger = logging.getLogger(__name__)
 
 
 def _settings(config: Config) -> dict[str, Any]:
@@ -120,7 +123,33 @@ def make(build: Build) -> dict[str, Any]:
     if _streams(config):
         streamed = scores.streamed_scores(config, build.notes)
         job = dataclasses.replace(job, rows=pairs.STAGE.rows(config), streamed=streamed)
+        _restore_lost_scores(job, build)
+    elif margins.STAGE.require(config)["rejects"]:
+        # A streamed training has these rows in its order: its checkpoints are of other steps.
+        job = dataclasses.replace(job, trial="scored")
     return stage.train(job, config.cluster)
+
+
+def _restore_lost_scores(job: "TrainingJob", build: Build) -> None:
+    """Scores pairs again that were trained on before the newest checkpoint, and have no scores."""
+    from madpo_ray.data.order import Order
+    from madpo_ray.training.checkpoints import newest_checkpoint
+
+    newest = newest_checkpoint(job.checkpoints)
+    streamed = job.streamed
+    if newest is None or streamed is None or not streamed.scorers:
+        return
+    order = Order(job.order_spec(build.config.cluster.num_workers))
+    step = min(newest[0], order.steps_per_epoch, order.total_steps)
+    members = [order.members(number)[0] for number in range(order.first_micro_batch(step))]
+    if not members:
+        return
+    ids = read_split(job.rows, columns.TRAIN, [columns.PAIR_ID])[columns.PAIR_ID]
+    trained_on = ids.take(np.concatenate(members))
+    num_lost = len(trained_on) - streamed.find(trained_on).num_rows
+    if num_lost:
+        logger.warning("%d pairs that were trained on have lost their scores", num_lost)
+        scores.score(build.config, scores.missing_passes(build.config), build.notes)
 
 
 def describe(results: Mapping[str, Any]) -> Description:
@@ -133,10 +162,11 @@ def describe(results: Mapping[str, Any]) -> Description:
 
 STAGE = Stage(
     name="train",
-    help="Train the policy on the stored margins.",
+    help="Train the policy on stored margins, or score them meanwhile.",
     settings=_settings,
     upstream=_upstream,
     reads=_reads,
+    streams=_streams,
     content=initial_policy_content,
     check=check,
     check_upstream=check_weights,

@@ -51,8 +51,14 @@ class Chunks:
         return (self.stop - self.start) // self.num_workers
 
 
-def cut_into_chunks(order: Order, start_step: int, stop_step: int | None = None) -> Chunks:
-    """Chunks of all micro-batches from a step on, up to another or to the end."""
+def cut_into_chunks(
+    order: Order, start_step: int, stop_step: int | None = None, max_pairs: int | None = None
+) -> Chunks:
+    """Chunks of all micro-batches from a step on, up to another or to the end.
+
+    Args:
+        max_pairs: about so many pairs in a chunk, at most.
+    """
     workers = order.spec.num_workers
     stop = order.num_micro_batches
     if stop_step is not None:
@@ -63,6 +69,9 @@ def cut_into_chunks(order: Order, start_step: int, stop_step: int | None = None)
     bytes_per_micro_batch = 4 * tokens / order.num_micro_batches
     size = math.ceil((stop - start) / MAX_BLOCKS)
     size = min(size, max(1, int(MAX_BLOCK_BYTES / bytes_per_micro_batch)))
+    if max_pairs is not None:
+        pairs = len(order.lengths) * order.total_steps / order.steps_per_epoch
+        size = min(size, max(1, int(max_pairs * order.num_micro_batches / pairs)))
     return Chunks(start, stop, workers, size)
 
 
@@ -174,17 +183,17 @@ def datasets_of(
     follows reads the scores of all pairs, and no rank asks for it before they are there.
     """
     spec = order.spec
-    if streamed is None:
+    complete = None if streamed is None else streamed.complete
+    if streamed is None or not streamed.scorers:
         chunks = cut_into_chunks(order, start_step)
-        return {"train": lambda: micro_batch_dataset(spec, chunks, notes)}
+        return {"train": lambda: micro_batch_dataset(spec, chunks, notes, complete)}
 
     datasets: dict[str, Callable[[], ray.data.Dataset]] = {}
     first_stop = min(order.steps_per_epoch, order.total_steps)
     if start_step < first_stop:
-        first = cut_into_chunks(order, start_step, first_stop)
+        first = cut_into_chunks(order, start_step, first_stop, streamed.batch_size)
         datasets["first_epoch"] = lambda: scored_dataset(spec, first, notes, streamed)
     if first_stop < order.total_steps or not datasets:
         rest = cut_into_chunks(order, max(start_step, first_stop))
-        complete = streamed.complete
         datasets["train"] = lambda: micro_batch_dataset(spec, rest, notes, complete)
     return datasets

@@ -257,7 +257,7 @@ def _with_rates(run: TrainingRun, metrics: dict[str, float], elapsed_s: float) -
     run.progress.num_tokens += round(tokens)
     return metrics | {
         "num_tokens": run.progress.num_tokens,
-        "padding_fraction": 1 - tokens / padded,
+        "padding_fraction": 1 - tokens / padded if padded else 0.0,
         "tokens_per_second": tokens / elapsed_s,
         "pairs_per_second": pairs / elapsed_s,
         "mfu": flops / elapsed_s / run.machine_flops,

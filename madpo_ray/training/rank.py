@@ -67,7 +67,7 @@ def run_rank(job: TrainingJob, site: Site) -> Outcome:
     checkpoint = agreed_checkpoint(job.checkpoints)
     engine = rank.start_engine(checkpoint)
     progress, notice = rank.train(engine, checkpoint)
-    note = rank.reading.note
+    note = rank.describe(engine)
     if notice > Notice.NONE:
         return Outcome(progress.step, notice, note=note)
 
@@ -92,6 +92,8 @@ class _Rank:
         self._validation_order = Order(job.validation_order_spec(site.world_size))
         self._check_agreement()
         self.reading = Reading(shared_prefix=False)  # until an engine is started
+        self._validation_reader: MicroBatchReader | None = None
+        self._num_unscored = 0
         self._collate = functools.partial(
             collate,
             column_names=job.task.columns,
@@ -228,23 +230,39 @@ class _Rank:
         for row, number in zip(self._site.micro_batches(start_step), numbers, strict=False):
             if row[NUMBER][0].as_py() != number:
                 raise RuntimeError(f"micro-batch {row[NUMBER][0]} came instead of {number}")
-            micro_batch = self._decoded(row)
+            micro_batch, num_unscored = self._decoded(row)
             if micro_batch.place.step >= start_step:
+                self._num_unscored += num_unscored
                 yield micro_batch
 
     def _validation_batches(self) -> Iterator[MicroBatch]:
         """This rank's share, filled up so that every rank has equally many micro-batches."""
         order = self._validation_order
-        reader = MicroBatchReader(order, self._job.complete)
+        if self._validation_reader is None:
+            self._validation_reader = MicroBatchReader(order, self._job.complete)
         for number in range(self._site.rank, order.num_micro_batches, self._site.world_size):
-            yield self._decoded(reader.read([number]))
+            micro_batch, _ = self._decoded(self._validation_reader.read([number]))
+            yield micro_batch
 
-    def _decoded(self, row: pa.Table) -> MicroBatch:
+    def _decoded(self, row: pa.Table) -> tuple[MicroBatch, int]:
+        """A micro-batch without the pairs that could not be scored on their way, and how many."""
         pairs, place = decode_micro_batch(row, self._order.spec.token_columns)
-        # A pair that could not be scored on its way here is not trained on.
-        names = self._job.task.columns
-        pairs = [pair for pair in pairs if all(math.isfinite(pair[name]) for name in names)]
-        return self._collate(pairs, shared_prefix=self.reading.shared_prefix, place=place)
+        scored = pairs
+        if self._job.streamed is not None:
+            names = self._job.task.columns
+            scored = [pair for pair in pairs if all(math.isfinite(pair[name]) for name in names)]
+        micro_batch = self._collate(scored, shared_prefix=self.reading.shared_prefix, place=place)
+        return micro_batch, len(pairs) - len(scored)
+
+    def describe(self, engine: DeepSpeedEngine) -> str:
+        """What a user may want to know of how it ran. A collective."""
+        num_unscored = sum_over_ranks(self._num_unscored, engine.device)
+        notes = [self.reading.note] if self.reading.note else []
+        if num_unscored:
+            notes.append(
+                f"not trained on, since they could not be scored: {num_unscored:.0f} pairs"
+            )
+        return "; ".join(notes)
 
 
 def _export(job: TrainingJob, engine: DeepSpeedEngine) -> None:

@@ -257,14 +257,12 @@ def test_actors_follow_the_workers(raw_config: dict[str, Any]) -> None:
     raw_config["scoring"] = {"max_actors": 2}
     assert parse_config(raw_config).actors == (2, 2, 2.0, 0.0)
     raw_config["scoring"] = {"min_actors": 1, "max_actors": 8, "gpus_per_actor": 0.25}
-    assert parse_config(raw_config).actors == (1, 8, 2.0, 0.0)
+    with pytest.raises(UserError, match=r"scoring\.gpus_per_actor needs cluster\.use_gpu"):
+        parse_config(raw_config)
     raw_config["cluster"]["use_gpu"] = True
     assert parse_config(raw_config).actors == (1, 8, 2.0, 0.25)
     raw_config["scoring"] = {"cpus_per_actor": 1.5}
     assert parse_config(raw_config).actors == (3, 3, 1.5, 1.0)
-    assert parse_config(raw_config).streaming_actors is None
-    raw_config["margins"] = {"mode": "stream"}
-    assert parse_config(raw_config).streaming_actors == (3, 3, 1.5, 1.0)
 
 
 def test_more_actors_to_start_with_than_allowed(raw_config: dict[str, Any]) -> None:

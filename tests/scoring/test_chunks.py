@@ -18,11 +18,13 @@ from madpo_ray.scoring.chunks import ScoredChunks, rows_of
 
 
 def scored(*ids: str) -> pa.Table:
-    return pa.table({"pair_id": list(ids), "margin": [float(len(ids))] * len(ids)})
+    margins = [float(len(ids))] * len(ids)
+    reasons = pa.nulls(len(ids), pa.string())
+    return pa.table({"pair_id": list(ids), "margin": margins, "reason": reasons})
 
 
 def test_keeps_chunks_by_their_pairs(tmp_path: Path) -> None:
-    chunks = ScoredChunks(tmp_path / "kept")
+    chunks = ScoredChunks(tmp_path / "kept", ["margin"])
     chunks.write(scored("a", "b"))
     chunks.write(scored("a"))
     assert chunks.find(scored("a", "b")["pair_id"]) == scored("a", "b")
@@ -33,26 +35,41 @@ def test_keeps_chunks_by_their_pairs(tmp_path: Path) -> None:
 def test_finds_pairs_of_other_chunks(tmp_path: Path) -> None:
     """Another number of workers cuts other chunks; rows_of gives them in order."""
     folder = tmp_path / "kept"
-    assert ScoredChunks(folder).find(scored("a")["pair_id"]) is None
-    ScoredChunks(folder).write(scored("a", "b"))
-    ScoredChunks(folder).write(scored("c"))
+    assert ScoredChunks(folder, ["margin"]).find(scored("a")["pair_id"]) is None
+    ScoredChunks(folder, ["margin"]).write(scored("a", "b"))
+    ScoredChunks(folder, ["margin"]).write(scored("c"))
     ids = scored("c", "d", "b")["pair_id"]
-    found = ScoredChunks(folder).find(ids)
+    found = ScoredChunks(folder, ["margin"]).find(ids)
     assert found is not None
     assert sorted(found["pair_id"].to_pylist()) == ["b", "c"]
     assert rows_of(found, ids.take([0, 2])).to_pylist() == [
-        {"pair_id": "c", "margin": 1.0},
-        {"pair_id": "b", "margin": 2.0},
+        {"pair_id": "c", "margin": 1.0, "reason": None},
+        {"pair_id": "b", "margin": 2.0, "reason": None},
     ]
     with pytest.raises(RuntimeError, match="1 pairs have no scores, such as d"):
         rows_of(found, ids)
+
+
+def test_scores_of_other_columns_do_not_count(tmp_path: Path) -> None:
+    """A scorer that finished in between needs no scores, and has some of all."""
+    both = scored("a", "b").append_column("ref", pa.array([1.0, 2.0]))
+    ScoredChunks(tmp_path, ["margin", "ref"]).write(both)
+    ScoredChunks(tmp_path, ["margin"]).write(scored("c"))
+    ids = scored("a", "b", "c")["pair_id"]
+    found = ScoredChunks(tmp_path, ["margin", "ref"]).find(ids)
+    assert found is not None
+    assert sorted(found["pair_id"].to_pylist()) == ["a", "b"]
+    found = ScoredChunks(tmp_path, ["margin"]).find(ids)
+    assert found is not None
+    assert sorted(found["pair_id"].to_pylist()) == ["a", "b", "c"]
+    assert "ref" not in found.column_names
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1"])
 def test_torn_chunk_is_scored_again(
     content: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    chunks = ScoredChunks(tmp_path)
+    chunks = ScoredChunks(tmp_path, ["margin"])
     chunks.write(scored("a"))
     (file,) = tmp_path.glob("*.parquet")
     file.write_bytes(content)
@@ -88,7 +105,7 @@ def test_actor_scores_what_is_missing_of_a_chunk(tmp_path: Path) -> None:
     assert actor(pa.table({"pair_id": ["1", "2", "3"]}))["score"].to_pylist() == [1.0, 2.0, 3.0]
     assert (tmp_path / "1").exists()
     assert not (tmp_path / "2").exists()
-    assert ScoredChunks(kept).count() == 2
+    assert ScoredChunks(kept, ["score"]).count() == 2
 
 
 def test_actor_scores_a_chunk_once(tmp_path: Path) -> None:

@@ -35,6 +35,17 @@ def test_isotonic_by_hand() -> None:
     assert knots[2] == (3.5, pytest.approx(np.log(3)))
 
 
+def test_isotonic_of_ratings_does_not_depend_on_the_rows() -> None:
+    """Pairs of one size have one share: that of all of them."""
+    margins = np.repeat([1.0, -1.0, 2.0, -2.0, 3.0, -3.0], [61, 39, 75, 25, 90, 10])
+    expected = [(0.0, 0.0), *zip([1.0, 2.0, 3.0], np.log([62 / 40, 76 / 26, 91 / 11]), strict=True)]
+    for seed in range(3):
+        shuffled = np.random.default_rng(seed).permutation(margins)
+        knots = fit_isotonic(shuffled)
+        assert knots is not None
+        np.testing.assert_allclose(knots, expected)
+
+
 def test_isotonic_is_that_of_symmetric_data() -> None:
     """Away from the ends, and but for the pairs that are added to each block."""
     rng = np.random.default_rng(0)

@@ -13,7 +13,8 @@ from madpo_ray.config import ModelConfig
 from madpo_ray.errors import UserError
 from madpo_ray.models.loading import load_policy
 from madpo_ray.passes import BatchNotes
-from madpo_ray.scoring.actors import REFUSAL, ScoringActor
+from madpo_ray.scoring.actors import MAX_FAILURES, REFUSAL, ScoringActor
+from madpo_ray.scoring.chunks import ScoredChunks
 from madpo_ray.scoring.scorers import (
     CrossFittedReward,
     PolicyLogps,
@@ -175,17 +176,47 @@ def test_pair_that_makes_a_scorer_fail_has_a_reason() -> None:
     """The others of its batch have their scores."""
     rows = pa.table({"pair_id": ["a", "b", "c"]})
     scores, reasons = score_or_explain(Failing("b"), rows)
-    assert reasons == ["", "KeyError: 'no such judge'", ""]
+    assert reasons == ["", "raised KeyError: 'no such judge'", ""]
     assert np.isnan(scores).tolist() == [[False, True, False]]
 
 
-def test_scorer_that_fails_for_every_pair_ends_the_pass() -> None:
-    """It is the scorer, not the pairs."""
-    with pytest.raises(KeyError, match="no such judge"):
-        score_or_explain(Failing("b"), pa.table({"pair_id": ["b", "b"]}))
-    message = r"none of 2 pairs has scores, such as \['a', 'b'\]: rejected_reward is nan"
-    with pytest.raises(RuntimeError, match=message):
-        score_or_explain(loaded(Constant([math.nan] * 2)), pa.table({"pair_id": ["a", "b"]}))
+@pytest.mark.parametrize("scorer", [Failing("b"), Constant([math.nan])], ids=["raises", "nan"])
+def test_scorer_that_fails_for_every_pair_ends_the_pass(scorer: Any, tmp_path: Path) -> None:
+    """After some pairs: it is the scorer, not the pairs. One success is enough to go on."""
+    actor = ScoringActor([scorer], torch.get_num_threads(), BatchNotes(tmp_path))
+    bad = pa.table({"pair_id": ["b"]})
+    for _ in range(MAX_FAILURES - 1):
+        assert actor(bad)["reason"][0].as_py()
+    with pytest.raises(RuntimeError, match="none of the first 16 pairs could be scored, such as b"):
+        actor(bad)
+
+
+def test_one_success_is_enough(tmp_path: Path) -> None:
+    actor = ScoringActor([Failing("b")], torch.get_num_threads(), BatchNotes(tmp_path))
+    actor(pa.table({"pair_id": ["a"]}))
+    for _ in range(2 * MAX_FAILURES):
+        assert actor(pa.table({"pair_id": ["b"]}))["reason"][0].as_py()
+
+
+def test_exceptions_are_not_kept(tmp_path: Path) -> None:
+    """A service that did not answer is asked again; a number that is not finite stays so."""
+    kept = tmp_path / "kept"
+    rows = pa.table({"pair_id": ["a", "b"]})
+    notes = BatchNotes(tmp_path)
+    scorers: list[Scorer] = [Failing("b")]
+    ScoringActor(scorers, torch.get_num_threads(), notes, kept)(rows)
+    found = ScoredChunks(kept, ["number"]).find(rows["pair_id"])
+    assert found is not None
+    assert found["pair_id"].to_pylist() == ["a"]
+    again = ScoringActor([Failing("none")], torch.get_num_threads(), notes, kept)(rows)
+    assert again["reason"].to_pylist() == [None, None]
+
+    scorers = [Constant([2.0, math.nan])]
+    ScoringActor(scorers, torch.get_num_threads(), notes, tmp_path / "nan")(rows)
+    names = ["chosen_reward", "rejected_reward"]
+    found = ScoredChunks(tmp_path / "nan", names).find(rows["pair_id"])
+    assert found is not None
+    assert found["reason"].to_pylist() == [None, "rejected_reward is nan"]
 
 
 class Refusing(Failing):

@@ -8,6 +8,7 @@ import pytest
 from madpo_ray.artifacts.tables import write_table
 from madpo_ray.columns import PAIR_ID, REASON, REF_LOGPS, REWARDS
 from madpo_ray.config import ActorPool, ModelConfig
+from madpo_ray.scoring import streamed as streamed_module
 from madpo_ray.scoring.chunks import ScoredChunks
 from madpo_ray.scoring.judges import FunctionReward
 from madpo_ray.scoring.scaling import Scaling
@@ -30,12 +31,14 @@ def reference(folder: Path) -> PolicyLogps:
 def test_scored_and_finished_numbers_come_together(tmp_path: Path) -> None:
     """The reference's are streamed, the rewards are done; in any order of the pairs."""
     write_table(REWARDED.append_column(REASON, NONE), tmp_path / "reward")
-    chunks = ScoredChunks(tmp_path / "kept")
-    chunks.write(REFERENCE.slice(1))
-    chunks.write(REFERENCE.slice(0, 1))
+    chunks = ScoredChunks(tmp_path / "kept", REF_LOGPS)
+    scored = REFERENCE.append_column(REASON, NONE)
+    chunks.write(scored.slice(1))
+    chunks.write(scored.slice(0, 1))
     streamed = StreamedScores(
         kept=tmp_path / "kept",
         actors=ACTORS,
+        batch_size=8,
         scorers=(reference(tmp_path),),
         finished=(tmp_path / "reward",),
         scaling=Scaling(2.0),
@@ -48,11 +51,13 @@ def test_scored_and_finished_numbers_come_together(tmp_path: Path) -> None:
     assert streamed.columns == (*REF_LOGPS, "margin")
 
 
-def test_pairs_without_scores_are_named(tmp_path: Path) -> None:
-    streamed = StreamedScores(tmp_path / "kept", ACTORS, (reference(tmp_path),))
-    with pytest.raises(RuntimeError, match="none of 3 pairs has scores"):
+def test_pairs_without_scores_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    streamed = StreamedScores(tmp_path / "kept", ACTORS, 8, (reference(tmp_path),))
+    monkeypatch.setattr(streamed_module, "LISTING_S", 0)
+    with pytest.raises(RuntimeError, match="3 pairs have no scores, such as a"):
         streamed.complete(OWN)
-    ScoredChunks(tmp_path / "kept").write(REFERENCE.slice(0, 2))
+    scored = REFERENCE.append_column(REASON, NONE)
+    ScoredChunks(tmp_path / "kept", REF_LOGPS).write(scored.slice(0, 2))
     with pytest.raises(RuntimeError, match="1 pairs have no scores, such as c"):
         streamed.complete(OWN)
 
@@ -62,6 +67,7 @@ def test_margin_of_the_data(tmp_path: Path) -> None:
     streamed = StreamedScores(
         tmp_path / "kept",
         ACTORS,
+        8,
         (),
         finished=(tmp_path / "reference",),
         source_columns=("score",),
@@ -72,12 +78,12 @@ def test_margin_of_the_data(tmp_path: Path) -> None:
 
 def test_without_rewards_there_are_no_margins(tmp_path: Path) -> None:
     write_table(REFERENCE.append_column(REASON, NONE), tmp_path / "reference")
-    streamed = StreamedScores(tmp_path / "kept", ACTORS, (), finished=(tmp_path / "reference",))
+    streamed = StreamedScores(tmp_path / "kept", ACTORS, 8, (), finished=(tmp_path / "reference",))
     assert streamed.complete(OWN).column_names == [PAIR_ID, "score", *REF_LOGPS]
 
 
 def test_texts_come_if_a_scorer_reads_them(tmp_path: Path) -> None:
-    tokens = StreamedScores(tmp_path, ACTORS, (reference(tmp_path),))
-    texts = StreamedScores(tmp_path, ACTORS, (reference(tmp_path), FunctionReward("a:b")))
+    tokens = StreamedScores(tmp_path, ACTORS, 8, (reference(tmp_path),))
+    texts = StreamedScores(tmp_path, ACTORS, 8, (reference(tmp_path), FunctionReward("a:b")))
     assert tokens.text_columns == ()
     assert texts.text_columns == ("prompt", "chosen", "rejected")

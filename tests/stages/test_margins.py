@@ -11,7 +11,7 @@ import torch
 
 from madpo_ray import columns, pipeline
 from madpo_ray.artifacts.tables import column_names, read_columns, read_split
-from madpo_ray.config import Config, parse_config
+from madpo_ray.config import Config, SFTConfig, parse_config
 from madpo_ray.data.batching import collate
 from madpo_ray.data.splits import group_hash
 from madpo_ray.errors import UserError
@@ -140,8 +140,8 @@ def test_other_initial_policy_keeps_the_reward_pass(copied_run: dict[str, Any]) 
     old = parse_config(copied_run)
     before = manifests(old)
     logps = read_columns(margins.STAGE.rows(old), ["ref_chosen_logps", "margin"])
-    copied_run["sft"] = {**copied_run["reward"], "use_peft": False, "max_steps": 2}
-    del copied_run["sft"]["center_rewards_coefficient"]
+    shared = {k: v for k, v in copied_run["reward"].items() if k in SFTConfig.model_fields}
+    copied_run["sft"] = {**shared, "use_peft": False, "max_steps": 2}
     config = run_margins(copied_run, sft.STAGE)
     after = manifests(config)
     assert after["reward"] == before["reward"]
@@ -169,11 +169,12 @@ def test_description() -> None:
     }
     report = {"accuracy": 0.75, "accuracy_interval": (0.3, 0.9), "reason": "r"}
     results = {"splits": splits, "calibration": report, "rejects": {"nan": 2}}
-    lines = margins.describe(results | {"mean_weight": {"train": 0.75, "test": 1.0}})
+    results |= {"mean_weight": {"train": 0.75, "test": 1.0}, "weights_at": {"c_max": 4.0}}
+    lines = margins.describe(results)
     assert lines[0].endswith("0.750 (95 % 0.300 to 0.900); not calibrated: r")
     assert lines[1:] == [
         "train: 4 pairs, mean margin 0.500, 25.0% negative",
-        "mean weight 0.750 train, 1.000 test; 1 for calibrated margins below tau",
+        "mean weight 0.750 train, 1.000 test at c_max 4; 1 for calibrated margins below tau",
         "2 pairs could not be scored, listed in rejects.parquet:",
         "  2 x nan",
     ]

@@ -143,10 +143,10 @@ def test_pair_that_a_function_fails_for_is_rejected(copied_run: dict[str, Any]) 
     config = with_source(copied_run, "support.judges:fail_for_one")
     printed: list[str] = []
     pipeline.run_stage(config, margins.STAGE, say=lambda what: printed.append(str(what)))
-    assert "margins:   1 x ValueError" in printed
+    assert "margins:   1 x raised ValueError" in printed
     rejects = pq.read_table(margins.STAGE.folder(config) / "rejects.parquet").to_pylist()
     (reject,) = rejects
-    assert reject["reason"] == "ValueError: this judge does not like sevens"
+    assert reject["reason"] == "raised ValueError: this judge does not like sevens"
 
     rows = read_columns(margins.STAGE.rows(config), ["pair_id", "margin", "prompt"])
     assert reject["pair_id"] not in rows["pair_id"].to_pylist()

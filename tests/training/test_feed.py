@@ -1,5 +1,6 @@
 """A run's micro-batches, as Ray gives them to the ranks."""
 
+import dataclasses
 import threading
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from madpo_ray.config import ActorPool
 from madpo_ray.data.micro_batches import NUMBER
 from madpo_ray.data.order import Order
 from madpo_ray.passes import BatchNotes, ordered_execution
+from madpo_ray.scoring.judges import FunctionReward
 from madpo_ray.scoring.streamed import StreamedScores
 from madpo_ray.training.feed import (
     MAX_BLOCKS,
@@ -77,9 +79,11 @@ def test_only_the_first_epoch_is_scored_on_its_way(
     order = Order(policy_job("epochs", max_steps=max_steps).order_spec(2))
     assert order.steps_per_epoch == 10
     notes = BatchNotes(tmp_path)
-    streamed = StreamedScores(tmp_path, ActorPool(1, 1, 1.0, 0.0), ())
+    streamed = StreamedScores(tmp_path, ActorPool(1, 1, 1.0, 0.0), 8, (FunctionReward("a:b"),))
     assert list(datasets_of(order, start_step, notes, streamed)) == expected
     assert list(datasets_of(order, start_step, notes, None)) == ["train"]
+    nothing_to_score = dataclasses.replace(streamed, scorers=())
+    assert list(datasets_of(order, start_step, notes, nothing_to_score)) == ["train"]
 
 
 def test_chunks_end_with_an_epoch(policy_job: MakeJob) -> None:
@@ -89,6 +93,14 @@ def test_chunks_end_with_an_epoch(policy_job: MakeJob) -> None:
     assert first.start == order.first_micro_batch(3)
     assert first.stop == rest.start == order.first_micro_batch(10)
     assert rest.stop == order.num_micro_batches
+
+
+def test_chunks_that_are_scored_have_few_pairs(policy_job: MakeJob) -> None:
+    """Two pairs in a micro-batch; a rank waits for the scores of its first chunk."""
+    order = Order(policy_job("long", max_steps=30_000, num_train_epochs=9999).order_spec(2))
+    assert cut_into_chunks(order, 0).size > 100
+    assert cut_into_chunks(order, 0, max_pairs=16).size == 8
+    assert cut_into_chunks(order, 0, max_pairs=1).size == 1
 
 
 @pytest.mark.ray
