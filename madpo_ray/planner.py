@@ -140,8 +140,7 @@ def _idle(settings: TrainingConfig, num_workers: int) -> str:
 
 def _workers(config: Config) -> str:
     cluster = config.cluster
-    workers = f"{cluster.num_workers}, each {cluster.cpus_per_worker:g} CPUs"
-    return workers + (" and a GPU" if cluster.use_gpu else "")
+    return f"{cluster.num_workers}, each {cluster.worker_description}"
 
 
 def _trials(config: Config) -> str:

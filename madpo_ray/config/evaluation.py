@@ -28,7 +28,7 @@ class ScoringConfig(Section):
 
     per_device_batch_size: int = operational(8, ge=1, description="pairs per forward")
     batch_size: int = operational(
-        256, ge=1, description="pairs that an actor sorts by length and scores per call"
+        256, ge=1, description="pairs that an actor sorts by length and scores per call, at most"
     )
     min_actors: int | None = operational(
         None, ge=1, description="actors to start with; null: cluster.num_workers"

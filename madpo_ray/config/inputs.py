@@ -51,7 +51,11 @@ class ClusterConfig(Section):
     address: str | None = Field(
         None, description="Ray address; null: RAY_ADDRESS if set, else a local Ray is started"
     )
-    num_workers: int = Field(1, ge=1, description="training workers, and scoring actors")
+    num_workers: int = Field(
+        1,
+        ge=1,
+        description="training workers; also scoring actors, unless scoring.min_actors is set",
+    )
     use_gpu: bool = Field(False, description="give each worker a GPU")
     gpus_per_worker: float = operational(
         1.0,
@@ -97,7 +101,8 @@ class ClusterConfig(Section):
     @property
     def worker_description(self) -> str:
         """Such as `2 CPUs and a GPU`."""
-        return f"{self.cpus_per_worker:g} CPUs" + (" and a GPU" if self.use_gpu else "")
+        gpu = "a GPU" if self.gpus_per_worker == 1 else f"{self.gpus_per_worker:g} of a GPU"
+        return f"{self.cpus_per_worker:g} CPUs" + (f" and {gpu}" if self.use_gpu else "")
 
     @property
     def num_threads(self) -> int:

@@ -108,7 +108,9 @@ def check_counts(results: Mapping[str, Any], data: DataConfig) -> None:
     counts = results["pairs"]
     rejects = Counter(results["rejects"])
     num_pairs = sum(counts.values())
-    reasons = "; ".join(f"{count} x {reason}" for reason, count in rejects.most_common(5))
+    left_out = Counter(results.get("left_out", {}))
+    all_reasons = (rejects + left_out).most_common(5)
+    reasons = "; ".join(f"{count} x {reason}" for reason, count in all_reasons)
     if not num_pairs:
         raise UserError(
             f"no usable pair in {', '.join(data.files)}: {reasons or 'the files are empty'}"

@@ -62,6 +62,8 @@ class PairReader:
             return list(pairs_in(row, self._data, self._seed))
         except BadRowError as error:
             return [str(error)]
+        except Exception as error:  # whatever a row's values make a conversion raise
+            return [f"the row cannot be read ({type(error).__name__}): {error}"]
 
     def read(self, row: Row | str, *, has_types: bool = True) -> Row:
         """The row's pair, tokens, group and split, or the reason why it has none.

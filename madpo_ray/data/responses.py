@@ -36,7 +36,10 @@ def pairs_in(row: Row, data: DataConfig, seed: int = 0) -> Iterator[Row | str]:
         yield row
         return
 
-    scored = _read_scored(row, data.responses_column, data.scores_column)
+    try:
+        scored = _read_scored(row, data.responses_column, data.scores_column)
+    except RecursionError:
+        raise BadRowError("values are nested too deeply") from None
     rest = {
         name: value
         for name, value in row.items()

@@ -38,7 +38,7 @@ def split_of(group: str, data: DataConfig, seed: int) -> str:
 
 
 def swapped_hash(pair: Pair) -> str:
-    """The content hash of the pair that says the opposite."""
+    """The content hash of the pair with both responses swapped."""
     return content_hash(dataclasses.replace(pair, chosen=pair.rejected, rejected=pair.chosen))
 
 
@@ -55,7 +55,7 @@ class Found(NamedTuple):
 
     place: Place
     content: str  # its content hash
-    swapped: str  # that of the pair that says the opposite
+    swapped: str  # that of the pair with both responses swapped
     split: str
 
 

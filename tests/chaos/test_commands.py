@@ -235,7 +235,7 @@ def scoring_actors(ray_head: int) -> list[psutil.Process]:
 def test_scoring_actor_of_a_training_is_killed(
     finished: Config, ray_head: int, tmp_path: Path, record: Record
 ) -> None:
-    """Ray starts another; the training goes on."""
+    """Ray starts another, and the training continues."""
     undisturbed = unscored_copy(finished, tmp_path / "undisturbed")
     assert run(undisturbed.model_dump(mode="json"), train.STAGE) == 0
     count = 0
