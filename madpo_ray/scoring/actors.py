@@ -20,7 +20,7 @@ from madpo_ray.errors import UserError
 from madpo_ray.passes import BatchNotes, pool_options, received
 from madpo_ray.scoring.chunks import ScoredChunks, rows_of
 from madpo_ray.scoring.progress import ScoringProgress
-from madpo_ray.scoring.scorers import RAISED, score_or_explain
+from madpo_ray.scoring.scorers import score_or_explain
 
 if TYPE_CHECKING:
     from madpo_ray.scoring.scorers import Scorer
@@ -42,8 +42,8 @@ class ScoringActor:
     A pair for which a scorer fails has NaN in its columns, and the reason why; null otherwise.
 
     Args:
-        kept: folder where what was scored is kept, and looked for; None: it is not. Pairs that
-            failed with an exception are not kept: another start tries them again.
+        kept: folder where what was scored is kept, and looked for; None: it is not. Pairs for
+            which a scorer raised an exception are tried again.
     """
 
     def __init__(
@@ -90,9 +90,7 @@ class ScoringActor:
                 return self(rows)
         self._require_success(scored)
         if self._kept is not None:
-            final = scored.filter(pc.invert(is_from_exception(scored[REASON])))
-            if final.num_rows:
-                self._kept.write(final)
+            self._kept.write(scored)
         return scored if known is None else rows_of(pa.concat_tables([known, scored]), ids)
 
     def _require_success(self, scored: pa.Table) -> None:
@@ -251,8 +249,3 @@ def _reported(tables: Iterator[pa.Table], new_tokens: np.ndarray) -> Iterator[pa
         if tokens.any():
             progress.add(int(np.count_nonzero(tokens)), int(tokens.sum()))
         yield table
-
-
-def is_from_exception(reasons: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Which reasons are those of an exception, and not of a number; False for none."""
-    return pc.fill_null(pc.match_substring(reasons, RAISED), False)

@@ -16,6 +16,8 @@ from madpo_ray.columns import PAIR_ID, REASON
 
 logger = logging.getLogger(__name__)
 
+RAISED = "raised "  # how the reason of an exception begins
+
 
 class ScoredChunks:
     """A folder with one file per chunk of pairs, named by them.
@@ -33,17 +35,31 @@ class ScoredChunks:
         self._known: pa.Table | None = None
         folder.mkdir(parents=True, exist_ok=True)
 
-    def find(self, ids: pa.ChunkedArray) -> pa.Table | None:
-        """The scores of those pairs that have some, in any order; None if none has."""
+    def find(self, ids: pa.ChunkedArray, *, with_failed: bool = False) -> pa.Table | None:
+        """The scores of those pairs that have some, in any order; None if none has.
+
+        Args:
+            with_failed: also pairs for which a scorer raised an exception, which may succeed if it
+                is tried again.
+        """
         own = self._read(self._path(ids))
         if own is not None and own[PAIR_ID].to_pylist() == ids.to_pylist():
-            return own
-        if self._known is None:
-            self._known = self._read_all()
-        if self._known.num_rows == 0:
+            found = own
+        else:
+            if self._known is None:
+                self._known = self._read_all()
+            found = self._known.filter(pc.is_in(self._known[PAIR_ID], value_set=ids))
+        if found.num_rows == 0:
             return None
-        found = self._known.filter(pc.is_in(self._known[PAIR_ID], value_set=ids))
-        return found if found.num_rows else None
+
+        # A pair that failed may have succeeded since.
+        has_failed = pc.fill_null(pc.match_substring(found[REASON], RAISED), False)
+        good = found.filter(pc.invert(has_failed))
+        if with_failed:
+            failed = found.filter(has_failed)
+            is_new = pc.invert(pc.is_in(failed[PAIR_ID], value_set=good[PAIR_ID]))
+            good = pa.concat_tables([good, failed.filter(is_new)])
+        return good if good.num_rows else None
 
     def write(self, scored: pa.Table) -> None:
         """Keeps the scores of a chunk."""
@@ -63,7 +79,8 @@ class ScoredChunks:
 
     def _read_all(self) -> pa.Table:
         tables = [table for path in self._files() if (table := self._read(path)) is not None]
-        return pa.concat_tables(tables) if tables else pa.table({PAIR_ID: pa.array([], "string")})
+        empty = pa.table({PAIR_ID: pa.array([], "string"), REASON: pa.array([], "string")})
+        return pa.concat_tables(tables) if tables else empty
 
     def _read(self, path: Path) -> pa.Table | None:
         """A file's scores; None if it is missing, damaged, or of other columns."""

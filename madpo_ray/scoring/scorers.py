@@ -21,8 +21,7 @@ from madpo_ray.errors import UserError
 from madpo_ray.models.loading import load_policy, load_reward_model
 from madpo_ray.models.logprobs import ResponseLogps, ResponseRewards
 from madpo_ray.models.reading import find_reading
-
-RAISED = "raised "  # how the reason of an exception begins
+from madpo_ray.scoring.chunks import RAISED
 
 
 class Scorer(Protocol):

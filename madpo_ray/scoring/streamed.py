@@ -109,9 +109,9 @@ class StreamedScores:
         return rows_of(known, own[PAIR_ID])
 
     def find(self, ids: pa.ChunkedArray) -> pa.Table:
-        """What the scorers gave, and has been kept, of some pairs, in any order."""
+        """What the scorers gave, also if they failed, and has been kept; in any order."""
         names = [name for scorer in self.scorers for name in scorer.columns]
-        known = ScoredChunks(self.kept, names).find(ids)
+        known = ScoredChunks(self.kept, names).find(ids, with_failed=True)
         return pa.table({PAIR_ID: pa.array([], pa.string())}) if known is None else known
 
     def _with_known(self, own: pa.Table, scored: pa.Table) -> pa.Table:

@@ -126,8 +126,10 @@ def _describe_optimism(results: Mapping[str, Any]) -> list[str]:
     """What a reward model that has seen the training pairs makes of them."""
     if not results.get("is_in_sample"):
         return []
-    right = {split: 1 - results["splits"][split]["negative_fraction"] for split in SEEN_AND_NOT}
-    seen, unseen = right.values()
+    fractions = [results["splits"][split]["negative_fraction"] for split in SEEN_AND_NOT]
+    if None in fractions:
+        return []
+    seen, unseen = (1 - fraction for fraction in fractions)
     return [
         f"the reward model has seen the training pairs: {seen:.1%} of their margins are positive, "
         f"{unseen:.1%} of the validation pairs'; with reward.folds above 1 it has not"

@@ -198,7 +198,7 @@ def test_one_success_is_enough(tmp_path: Path) -> None:
         assert actor(pa.table({"pair_id": ["b"]}))["reason"][0].as_py()
 
 
-def test_exceptions_are_not_kept(tmp_path: Path) -> None:
+def test_exceptions_are_tried_again(tmp_path: Path) -> None:
     """A service that did not answer is asked again; a number that is not finite stays so."""
     kept = tmp_path / "kept"
     rows = pa.table({"pair_id": ["a", "b"]})
@@ -208,8 +208,14 @@ def test_exceptions_are_not_kept(tmp_path: Path) -> None:
     found = ScoredChunks(kept, ["number"]).find(rows["pair_id"])
     assert found is not None
     assert found["pair_id"].to_pylist() == ["a"]
+    found = ScoredChunks(kept, ["number"]).find(rows["pair_id"], with_failed=True)
+    assert found is not None
+    assert found["pair_id"].to_pylist() == ["a", "b"]
     again = ScoringActor([Failing("none")], torch.get_num_threads(), notes, kept)(rows)
     assert again["reason"].to_pylist() == [None, None]
+    found = ScoredChunks(kept, ["number"]).find(pa.chunked_array([["b"]]), with_failed=True)
+    assert found is not None
+    assert found["reason"].to_pylist() == [None]
 
     scorers = [Constant([2.0, math.nan])]
     ScoringActor(scorers, torch.get_num_threads(), notes, tmp_path / "nan")(rows)
