@@ -26,6 +26,7 @@ STAGE_SCRIPTS = {
     "train_policy": "train",
     "evaluate_policy": "evaluate",
     "tune_policy": "tune",
+    "export_margins": "export",
 }
 
 
