@@ -226,6 +226,11 @@ class PolicyConfig(TrainingConfig):
             )
         return self
 
+    @property
+    def weighting(self) -> dict[str, float]:
+        """The arguments of MADPO's weight."""
+        return {name: getattr(self, name) for name in ("c_min", "c_max", "lmbda", "tau")}
+
     @field_validator("c_min")
     @classmethod
     def _check_c_min(cls, value: float) -> float:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.special import expit, ndtr, ndtri
 from scipy.stats import bootstrap
 
@@ -42,11 +43,16 @@ def expected_calibration_error(margins: Margins, bins: int = 10) -> float:
     On chosen-oriented rows the confidence must be that of the margin's sign: comparing
     sigmoid(margin) with an outcome that is always 1 would give 0.30 for a perfect model.
     """
-    confidence = expit(np.abs(margins))
+    confidence, index = _confidence_bins(margins, bins)
     is_right = margins > 0
-    index = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
     gaps = [abs(confidence[index == i].sum() - is_right[index == i].sum()) for i in range(bins)]
     return float(np.sum(gaps) / len(margins))
+
+
+def _confidence_bins(margins: Margins, bins: int) -> tuple[Margins, NDArray[np.int64]]:
+    """sigmoid(|margin|), and its place among equal-width bins in [0.5, 1], each (N,)."""
+    confidence: Margins = expit(np.abs(margins))
+    return confidence, np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
 
 
 def brier_score(margins: Margins) -> float:
@@ -59,8 +65,7 @@ def reliability(margins: Margins, bins: int = 10) -> list[dict[str, Any]]:
 
     Of each: pairs, their mean confidence, the share whose sign is right, and its 95 % interval.
     """
-    confidence = expit(np.abs(margins))
-    index = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
+    confidence, index = _confidence_bins(margins, bins)
     found = []
     for i in np.unique(index):
         own = margins[index == i]

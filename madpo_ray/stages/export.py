@@ -16,14 +16,14 @@ from madpo_ray.config import Config
 from madpo_ray.data.messages import from_text
 from madpo_ray.errors import UserError
 from madpo_ray.stages import margins
-from madpo_ray.stages.margins_report import weight_settings, weights_of
+from madpo_ray.stages.margins_report import weights_of
 from madpo_ray.stages.stage import Build, Description, Stage
 
 WEIGHT = "weight"
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    return dict(weight_settings(config.train))
+    return config.train.weighting
 
 
 def make(build: Build) -> dict[str, Any]:

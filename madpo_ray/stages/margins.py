@@ -19,7 +19,7 @@ from madpo_ray.atomic import write_json
 from madpo_ray.config import Config
 from madpo_ray.data.order import folds_of
 from madpo_ray.stages import pairs, reward, reward_source, scores
-from madpo_ray.stages.margins_report import weight_settings, write_report
+from madpo_ray.stages.margins_report import write_report
 from madpo_ray.stages.sft import initial_policy_content, stages_before_policy
 from madpo_ray.stages.stage import Build, Description, Stage
 
@@ -102,7 +102,7 @@ def make(build: Build) -> dict[str, Any]:
     }
     if calibration is not None:
         results["mean_weight"] = write_report(build, calibration, rejects)
-        results["weights_at"] = weight_settings(config.train)
+        results["weights_at"] = config.train.weighting
         results["is_in_sample"] = reward.is_trained(config) and config.reward.folds == 1
     return results
 
@@ -131,8 +131,8 @@ def _describe_optimism(results: Mapping[str, Any]) -> list[str]:
         return []
     seen, unseen = (1 - fraction for fraction in fractions)
     return [
-        f"the reward model has seen the training pairs: {seen:.1%} of their margins are positive, "
-        f"{unseen:.1%} of the validation pairs'; with reward.folds above 1 it has not"
+        f"positive margins: {seen:.1%} of the training pairs, which the reward model has seen, and "
+        f"{unseen:.1%} of the validation pairs (reward.folds above 1 scores only unseen pairs)"
     ]
 
 

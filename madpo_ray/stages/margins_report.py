@@ -32,18 +32,8 @@ def weights_of(margins: np.ndarray, settings: PolicyConfig) -> np.ndarray:
     from madpo_ray.losses import madpo_weight
 
     values = torch.from_numpy(margins.copy())
-    weights: np.ndarray = madpo_weight(values, **weight_settings(settings)).numpy()
+    weights: np.ndarray = madpo_weight(values, **settings.weighting).numpy()
     return weights
-
-
-def weight_settings(settings: PolicyConfig) -> dict[str, float]:
-    """The arguments of MADPO's weight."""
-    return {
-        "c_min": settings.c_min,
-        "c_max": settings.c_max,
-        "lmbda": settings.lmbda,
-        "tau": settings.tau,
-    }
 
 
 def write_report(
@@ -72,7 +62,7 @@ def write_report(
             "made_with": _made_with(config),
             "counts": _counts(config, rejects, splits),
             "splits": splits,
-            "weights_at": weight_settings(config.train),
+            "weights_at": config.train.weighting,
             "calibration": dict(calibration),
             "accuracy_by_margin": {"split": held_out, "bins": by_margin},
         },

@@ -71,26 +71,17 @@ def _beta_dpo_metrics(pairs: PairBatch, settings: PolicyConfig) -> dict[str, Met
 def _madpo(pairs: PairBatch, settings: PolicyConfig) -> Tensor:
     assert pairs.margin is not None
     margin = pairs.margin.to(pairs.chosen.dtype)
-    return madpo_loss(pairs.logratio, margin, beta=settings.beta, **_weighting(settings))
+    return madpo_loss(pairs.logratio, margin, beta=settings.beta, **settings.weighting)
 
 
 def _madpo_metrics(pairs: PairBatch, settings: PolicyConfig) -> dict[str, Metric]:
     assert pairs.margin is not None
-    weight = madpo_weight(pairs.margin, **_weighting(settings))
+    weight = madpo_weight(pairs.margin, **settings.weighting)
     return {
         "weight/mean": Metric(weight),
         "weight/min": Metric(weight, "min"),
         "weight/max": Metric(weight, "max"),
         "weight/effective_sample_size": Metric(weight, "effective_share"),
-    }
-
-
-def _weighting(settings: PolicyConfig) -> dict[str, float]:
-    return {
-        "c_min": settings.c_min,
-        "c_max": settings.c_max,
-        "lmbda": settings.lmbda,
-        "tau": settings.tau,
     }
 
 

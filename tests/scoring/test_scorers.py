@@ -182,7 +182,7 @@ def test_pair_that_makes_a_scorer_fail_has_a_reason() -> None:
 
 @pytest.mark.parametrize("scorer", [Failing("b"), Constant([math.nan])], ids=["raises", "nan"])
 def test_scorer_that_fails_for_every_pair_ends_the_pass(scorer: Any, tmp_path: Path) -> None:
-    """After some pairs: it is the scorer, not the pairs. One success is enough to go on."""
+    """After some pairs: it is the scorer, not the pairs. One success is enough to continue."""
     actor = ScoringActor([scorer], torch.get_num_threads(), BatchNotes(tmp_path))
     bad = pa.table({"pair_id": ["b"]})
     for _ in range(MAX_FAILURES - 1):

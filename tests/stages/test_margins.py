@@ -161,6 +161,23 @@ def test_without_rewards_there_are_no_margins(copied_run: dict[str, Any]) -> Non
     assert margins.STAGE.require(config)["calibration"] is None
 
 
+def test_optimism_is_reported() -> None:
+    """Of a reward model that has seen the training pairs, only."""
+    numbers = {"pairs": 4, "margin": 0.5}
+    splits = {
+        "train": {**numbers, "negative_fraction": 0.05},
+        "validation": {**numbers, "negative_fraction": 0.25},
+    }
+    report = {"accuracy": 0.75, "accuracy_interval": (0.3, 0.9), "reason": "r"}
+    results = {"splits": splits, "calibration": report, "rejects": {}}
+    shown = (
+        "positive margins: 95.0% of the training pairs, which the reward model has seen, and 75.0%"
+    )
+    for is_in_sample in (True, False):
+        lines = margins.describe({**results, "is_in_sample": is_in_sample})
+        assert any(str(line).startswith(shown) for line in lines) == is_in_sample
+
+
 def test_description() -> None:
     """One line for the calibration, and one per split that has pairs."""
     splits = {
