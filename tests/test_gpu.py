@@ -62,6 +62,7 @@ def test_float32_pipeline_gives_the_numbers_of_the_cpu(
 ) -> None:
     """Losses and gradient norms of every step, and validation losses, to 1e-3."""
     raw_config["cluster"] = {"num_workers": 1, "use_gpu": False}
+    raw_config["model"]["dtype"] = "float32"
     raw_config["run"]["name"] = "cpu"
     cpu = run_pipeline(raw_config, tmp_path, CUDA_VISIBLE_DEVICES="")
     raw_config["cluster"]["use_gpu"] = True
@@ -91,7 +92,6 @@ def test_bfloat16_pipeline(
     changes: dict[str, Any], raw_config: dict[str, Any], tmp_path: Path
 ) -> None:
     raw_config["cluster"] = {"num_workers": 1, "use_gpu": True}
-    raw_config["model"]["dtype"] = "bfloat16"
     raw_config["train"] |= changes
     run = run_pipeline(raw_config, tmp_path)
     losses = [line["loss"] for line in metrics(run, "train") if "loss" in line]

@@ -116,7 +116,9 @@ class ModelConfig(Section):
     )
     model_revision: str = Field("main", description="branch, tag or commit of a hub name")
     dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="of the weights, in training and scoring"
+        "float32",
+        description="of the weights, in training and scoring; with cluster.use_gpu the default is "
+        "bfloat16",
     )
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = Field(
         "sdpa", description="transformers' name; flash_attention_2 reads two rows per pair"

@@ -1,5 +1,7 @@
 """The config: all sections, and the checks across them."""
 
+from typing import Any
+
 from pydantic import Field, model_validator
 
 from madpo_ray.config.base import Section
@@ -60,6 +62,18 @@ class Config(Section):
         names = (self.evaluate.chosen_score_column, self.evaluate.rejected_score_column)
         return tuple(name for name in names if name is not None)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _choose_dtype(cls, raw: Any) -> Any:
+        """GPUs are made for bfloat16: it is their default."""
+        if not isinstance(raw, dict):
+            return raw
+        cluster, model = raw.get("cluster"), raw.get("model")
+        if not isinstance(cluster, dict) or not isinstance(model, dict):
+            return raw
+        is_left_open = cluster.get("use_gpu") is True and "dtype" not in model
+        return {**raw, "model": {**model, "dtype": "bfloat16"}} if is_left_open else raw
+
     @model_validator(mode="after")
     def _check_four_bits(self) -> "Config":
         if not self.model.load_in_4bit:
@@ -82,6 +96,11 @@ class Config(Section):
             raise ValueError(
                 f"model.attn_implementation: {kernel} trains on GPUs only: set cluster.use_gpu, "
                 "or use sdpa"
+            )
+        if kernel == "flash_attention_2" and self.model.dtype == "float32":
+            raise ValueError(
+                "model.attn_implementation: flash_attention_2 computes in bfloat16 only: set "
+                "model.dtype: bfloat16, or use sdpa"
             )
         return self
 

@@ -10,7 +10,7 @@ flattened hidden states, so later code does not depend on which layout was used.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -43,15 +43,20 @@ class MicroBatch:
     pair_ids: tuple[str, ...]
 
     def to(self, device: torch.device) -> "MicroBatch":
-        moved: dict[str, Any] = {
-            field.name: getattr(self, field.name).to(device, non_blocking=True)
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> "MicroBatch":
+        """In memory from which a GPU copies without the host; as it is if there is no GPU."""
+        return self._map(Tensor.pin_memory) if torch.cuda.is_available() else self
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "MicroBatch":
+        changed: dict[str, Any] = {
+            field.name: change(getattr(self, field.name))
             for field in dataclasses.fields(self)
             if isinstance(getattr(self, field.name), Tensor)
         }
-        moved["columns"] = {
-            name: value.to(device, non_blocking=True) for name, value in self.columns.items()
-        }
-        return dataclasses.replace(self, **moved)
+        changed["columns"] = {name: change(value) for name, value in self.columns.items()}
+        return dataclasses.replace(self, **changed)
 
     @property
     def is_shared(self) -> bool:

@@ -9,6 +9,7 @@ import torch
 
 from madpo_ray.columns import PROMPT_IDS
 from madpo_ray.config import ActorPool, ModelConfig
+from madpo_ray.models.devices import use_device
 from madpo_ray.models.loading import load_policy, load_tokenizer
 from madpo_ray.passes import BatchNotes, pool_options, received
 
@@ -39,7 +40,7 @@ class Sampler:
         from transformers import GenerationConfig
 
         torch.set_num_threads(num_threads)
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = use_device()
         self._seed = seed
         self._tokenizer = load_tokenizer(next(iter(policies.values())), model)
 

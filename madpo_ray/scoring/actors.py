@@ -17,6 +17,7 @@ from madpo_ray.artifacts.tables import read_columns, rows_files
 from madpo_ray.columns import LENGTHS, PAIR_ID, REASON, SPLIT, SPLITS
 from madpo_ray.config import ActorPool
 from madpo_ray.errors import UserError
+from madpo_ray.models.devices import use_device
 from madpo_ray.passes import BatchNotes, pool_options, received
 from madpo_ray.scoring.chunks import ScoredChunks, rows_of
 from madpo_ray.scoring.progress import ScoringProgress
@@ -59,7 +60,7 @@ class ScoringActor:
         self._num_failed = 0
         self._has_succeeded = False
         torch.set_num_threads(num_threads)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = use_device()
         self._scorers = scorers
         self._refusal = ""
         try:

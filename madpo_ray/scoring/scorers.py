@@ -15,12 +15,13 @@ from torch import nn
 
 from madpo_ray.columns import GROUP_HASH, PROMPT_IDS, RESPONSE_IDS, REWARDS
 from madpo_ray.config import ModelConfig
-from madpo_ray.data.batching import collate
+from madpo_ray.data.batching import MicroBatch, collate
 from madpo_ray.data.order import folds_of
 from madpo_ray.errors import UserError
 from madpo_ray.models.loading import load_policy, load_reward_model
 from madpo_ray.models.logprobs import ResponseLogps, ResponseRewards
 from madpo_ray.models.reading import find_reading
+from madpo_ray.prefetch import prefetched
 from madpo_ray.scoring.chunks import RAISED
 
 
@@ -112,16 +113,23 @@ class ModelScorer(abc.ABC):
         lengths = [sum(map(len, pair.values())) for pair in pairs]
         order = sorted(range(len(pairs)), key=lambda i: -lengths[i])
 
+        # The next batch is made while one is computed; the device is waited for at the end only.
+        starts = range(0, len(order), self._batch_size)
+        batches = (
+            self._collate([pairs[i] for i in order[start : start + self._batch_size]])
+            for start in starts
+        )
+        values = [
+            self._values(self._module(batch.to(self._device))).view(len(self._responses), -1)
+            for batch in prefetched(batches)
+        ]
         scores = np.full((len(self._responses), len(pairs)), np.nan)
-        for start in range(0, len(order), self._batch_size):
-            members = order[start : start + self._batch_size]
-            scores[:, members] = self._score([pairs[i] for i in members])
+        scores[:, order] = torch.cat(values, dim=1).double().cpu().numpy()
         return scores
 
-    def _score(self, pairs: Sequence[dict[str, Any]]) -> np.ndarray:
-        batch = collate(pairs, shared_prefix=self._reading.shared_prefix, responses=self._responses)
-        values = self._values(self._module(batch.to(self._device)))
-        return values.double().cpu().view(len(self._responses), -1).numpy()
+    def _collate(self, pairs: Sequence[dict[str, Any]]) -> MicroBatch:
+        shared_prefix = self._reading.shared_prefix
+        return collate(pairs, shared_prefix=shared_prefix, responses=self._responses).pinned()
 
     @abc.abstractmethod
     def _load_module(self) -> nn.Module:

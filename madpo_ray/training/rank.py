@@ -17,10 +17,12 @@ from madpo_ray.data.batching import MicroBatch, collate
 from madpo_ray.data.micro_batches import NUMBER, MicroBatchReader, decode_micro_batch
 from madpo_ray.data.order import Order
 from madpo_ray.errors import UserError
+from madpo_ray.models.devices import use_device
 from madpo_ray.models.flops import ModelFlops, peak_flops
 from madpo_ray.models.loading import DTYPES
 from madpo_ray.models.reading import Reading, find_reading
 from madpo_ray.models.saving import merge_adapter, save_model, saved_tensors
+from madpo_ray.prefetch import prefetched
 from madpo_ray.training.checkpoints import (
     agreed_checkpoint,
     check_space,
@@ -63,6 +65,7 @@ def evaluation_of(metrics: list[dict[str, Any]], step: int) -> dict[str, Any] | 
 def run_rank(job: TrainingJob, site: Site) -> Outcome:
     """Trains from the newest checkpoint, or from the start, to the end, and exports the model."""
     torch.set_num_threads(job.num_threads)
+    use_device()
     rank = _Rank(job, site)
     checkpoint = agreed_checkpoint(job.checkpoints)
     engine = rank.start_engine(checkpoint)
@@ -95,9 +98,7 @@ class _Rank:
         self._validation_reader: MicroBatchReader | None = None
         self._num_unscored = 0
         self._collate = functools.partial(
-            collate,
-            column_names=job.task.columns,
-            responses=job.task.responses,
+            collate, column_names=job.task.columns, responses=job.task.responses
         )
 
     def _check_agreement(self) -> None:
@@ -117,9 +118,8 @@ class _Rank:
                 are read, or only in a way that exceeds max_tokens_per_device.
         """
         job = self._job
-        max_response_tokens = max(
-            self._order.max_response_tokens, self._validation_order.max_response_tokens
-        )
+        orders = (self._order, self._validation_order)
+        max_response_tokens = max(order.max_response_tokens for order in orders)
         torch.manual_seed(job.seed)
         with sharded_construction(job.settings, dtype=job.model.dtype):
             module = job.task.load(job, max_response_tokens)
@@ -227,10 +227,9 @@ class _Rank:
         # A finished run gets the last ones again.
         first = min(order.first_micro_batch(start_step), order.num_micro_batches - world_size)
         numbers = itertools.count(first + self._site.rank, world_size)
-        for row, number in zip(self._site.micro_batches(start_step), numbers, strict=False):
-            if row[NUMBER][0].as_py() != number:
-                raise RuntimeError(f"micro-batch {row[NUMBER][0]} came instead of {number}")
-            micro_batch, num_unscored = self._decoded(row)
+        rows = self._site.micro_batches(start_step)
+        decoded = itertools.starmap(self._decoded, zip(rows, numbers, strict=False))
+        for micro_batch, num_unscored in prefetched(decoded):
             if micro_batch.place.step >= start_step:
                 self._num_unscored += num_unscored
                 yield micro_batch
@@ -240,19 +239,25 @@ class _Rank:
         order = self._validation_order
         if self._validation_reader is None:
             self._validation_reader = MicroBatchReader(order, self._job.complete)
-        for number in range(self._site.rank, order.num_micro_batches, self._site.world_size):
-            micro_batch, _ = self._decoded(self._validation_reader.read([number]))
-            yield micro_batch
+        numbers = range(self._site.rank, order.num_micro_batches, self._site.world_size)
+        rows = (self._validation_reader.read([number]) for number in numbers)
+        return (batch for batch, _ in prefetched(map(self._decoded, rows, numbers)))
 
-    def _decoded(self, row: pa.Table) -> tuple[MicroBatch, int]:
-        """A micro-batch without the pairs that could not be scored on their way, and how many."""
+    def _decoded(self, row: pa.Table, number: int) -> tuple[MicroBatch, int]:
+        """A micro-batch without the pairs that could not be scored on their way, and how many.
+
+        Raises:
+            RuntimeError: the row is not of the micro-batch of this number.
+        """
+        if row[NUMBER][0].as_py() != number:
+            raise RuntimeError(f"micro-batch {row[NUMBER][0]} came instead of {number}")
         pairs, place = decode_micro_batch(row, self._order.spec.token_columns)
         scored = pairs
         if self._job.streamed is not None:
             names = self._job.task.columns
             scored = [pair for pair in pairs if all(math.isfinite(pair[name]) for name in names)]
         micro_batch = self._collate(scored, shared_prefix=self.reading.shared_prefix, place=place)
-        return micro_batch, len(pairs) - len(scored)
+        return micro_batch.pinned(), len(pairs) - len(scored)
 
     def describe(self, engine: DeepSpeedEngine) -> str:
         """What a user may want to know of how it ran. A collective."""
@@ -282,9 +287,7 @@ def _export(job: TrainingJob, engine: DeepSpeedEngine) -> None:
     dist.barrier()
 
 
-def _export_adapter(
-    job: TrainingJob, model: Any, adapter: dict[str, torch.Tensor], folder: Path
-) -> None:
+def _export_adapter(job: TrainingJob, model: Any, adapter: dict[str, Any], folder: Path) -> None:
     if not adapter:
         raise RuntimeError("LoRA trained nothing: no adapter weights to export")
     base = job.task.merge_base(job)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
+import torch
 import torch.distributed as dist
 
 from madpo_ray.data.micro_batches import MicroBatchReader
@@ -13,7 +14,7 @@ from madpo_ray.training.job import TrainingJob
 
 
 def join_ranks(rank: int, world_size: int, store: Path) -> None:
-    """Makes this process a rank of a gloo group on this machine.
+    """Makes this process a rank of a group on this machine; GPUs, if there are, speak NCCL.
 
     Args:
         store: a file that all ranks name, and no earlier group has used.
@@ -25,7 +26,13 @@ def join_ranks(rank: int, world_size: int, store: Path) -> None:
         "LOCAL_WORLD_SIZE": world_size,
     }
     os.environ.update({name: str(place) for name, place in places.items()})
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(rank)
+        backend = "nccl"
+    dist.init_process_group(
+        backend, init_method=f"file://{store}", rank=rank, world_size=world_size
+    )
 
 
 class LocalSite:

@@ -248,6 +248,19 @@ def test_kernels_of_gpus(kernel: str, raw_config: dict[str, Any]) -> None:
         parse_config(raw_config)
     raw_config["cluster"]["use_gpu"] = True
     assert parse_config(raw_config).model.attn_implementation == kernel
+    if kernel == "flash_attention_2":
+        raw_config["model"]["dtype"] = "float32"
+        with pytest.raises(UserError, match="flash_attention_2 computes in bfloat16 only"):
+            parse_config(raw_config)
+
+
+def test_dtype_follows_the_device(raw_config: dict[str, Any]) -> None:
+    """bfloat16 on GPUs, unless the config says otherwise."""
+    assert parse_config(raw_config).model.dtype == "float32"
+    raw_config["cluster"]["use_gpu"] = True
+    assert parse_config(raw_config).model.dtype == "bfloat16"
+    raw_config["model"]["dtype"] = "float32"
+    assert parse_config(raw_config).model.dtype == "float32"
 
 
 def test_actors_follow_the_workers(raw_config: dict[str, Any]) -> None:

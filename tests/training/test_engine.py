@@ -6,12 +6,14 @@ from typing import Any
 import pytest
 import torch
 
+from madpo_ray.config import PolicyConfig
 from madpo_ray.data.batching import collate
 from madpo_ray.data.micro_batches import MicroBatchReader, decode_micro_batch
 from madpo_ray.data.order import Order
 from madpo_ray.losses import madpo_loss
 from madpo_ray.models.loading import load_policy
 from madpo_ray.models.logprobs import ResponseLogps
+from madpo_ray.training.engine import deepspeed_config
 from madpo_ray.training.job import TrainingJob
 from support.ranks import MakeJob, TrainOn, logged, weights_of
 
@@ -122,3 +124,15 @@ def test_steps_are_those_of_plain_torch(
     for name, weight in weights.items():
         if name in trained:  # a tied head is saved once
             torch.testing.assert_close(trained[name], weight.detach(), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "zero_stage", "sums_in_float32"),
+    [("float32", 2, False), ("bfloat16", 1, False), ("bfloat16", 2, True), ("bfloat16", 3, True)],
+)
+def test_settings_of_deepspeed(dtype: str, zero_stage: int, sums_in_float32: bool) -> None:
+    config = deepspeed_config(PolicyConfig(zero_stage=zero_stage), dtype=dtype)
+    assert config["bf16"]["enabled"] == (dtype == "bfloat16")
+    assert config.get("data_types") == ({"grad_accum_dtype": "fp32"} if sums_in_float32 else None)
+    # Its clock waits for the device at every forward and step.
+    assert config["timers"] == {"throughput": {"enabled": False}}

@@ -4,23 +4,27 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
-from madpo_ray.config import PolicyConfig
+from madpo_ray.config import LossType, PolicyConfig
 from madpo_ray.data.batching import MicroBatch, collate
 from madpo_ray.data.order import StepPlace
 from madpo_ray.models.logprobs import ResponseLogps
 from madpo_ray.training import loop
 from madpo_ray.training.loop import TrainingRun, fit, measure_validation, train_step
-from madpo_ray.training.objectives import SFTObjective
+from madpo_ray.training.objectives import PolicyObjective, SFTObjective
 from madpo_ray.training.protocols import NonFiniteError, Notice, Objective, Terms
 from madpo_ray.training.schedule import Progress, Schedule
 from support.forwards import PAIRS
 from support.models import make_model
+
+# beta_dpo chooses its beta from the gaps of a batch, which the host computes.
+WITHOUT_READS: tuple[LossType, ...] = ("madpo", "sigmoid", "ipo", "ipo_sum")
 
 
 class TorchEngine:
@@ -240,6 +244,53 @@ def test_modes_of_training_and_evaluation() -> None:
     training, evaluation = [(True, True)] * 3, [(False, False)] * 3
     assert modes.seen == [*training, *evaluation, *training, *evaluation]
     assert engine.module.model.training
+
+
+class NoHostReads(TorchFunctionMode):
+    """Fails where the host would wait for the device, to read a tensor."""
+
+    READS: ClassVar = {
+        Tensor.item,
+        Tensor.cpu,
+        Tensor.tolist,
+        Tensor.numpy,
+        Tensor.__bool__,
+        Tensor.__float__,
+        Tensor.__int__,
+        Tensor.__index__,
+        Tensor.nonzero,
+        torch.nonzero,
+    }
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self.READS:
+            raise AssertionError(f"{func.__name__} waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+class ReadingInStepsOnly(TorchEngine):
+    """Leaves the mode for the optimizer's step, which needs the gradient's norm."""
+
+    def step(self) -> float:
+        with torch._C.DisableTorchFunction():
+            return super().step()
+
+
+@pytest.mark.parametrize("loss_type", WITHOUT_READS)
+def test_the_host_waits_once_a_step(loss_type: LossType) -> None:
+    """Not for a loss, a metric or a shape: the device computes while the next batch is sent."""
+    columns = ["margin", "ref_chosen_logps", "ref_rejected_logps"]
+    pairs = [{**pair, **dict.fromkeys(columns, 0.5)} for pair in PAIRS]
+    place = StepPlace(0, len(PAIRS), 100, True)
+    batch = collate(pairs, shared_prefix=True, column_names=columns, place=place)
+    run = make_run(1, objective=PolicyObjective(PolicyConfig(loss_type=loss_type), 0))
+    run.engine = ReadingInStepsOnly()
+    run.engine.train()
+    with pytest.raises(AssertionError, match="item waits"), NoHostReads():
+        torch.ones(()).item()
+    with NoHostReads():
+        step = train_step(run, [batch])
+    assert step.grad_norm is not None
 
 
 def test_an_evaluation_has_no_dropout_and_no_gradient() -> None:
