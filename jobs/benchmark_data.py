@@ -1,15 +1,21 @@
-"""The feed at size: how soon and how fast micro-batches reach the ranks of a training.
+"""Data at size: how fast stage pairs is, and how micro-batches reach the ranks of a training.
 
-Random tokens, a Ray of its own with an object store of 500 MB, and a TorchTrainer whose workers
-order the pairs, read and decode as those of a training do, without a model. Memory is the largest
-PSS (a shared page is counted in parts) of the driver, a rank and the actor that reads. The last
-line is one JSON object.
+Stage pairs reads, checks, tokenises and writes one JSON Lines file of conversations, and TRL
+prepares the same file for its DPOTrainer; both with their start of processes, on two workers.
+
+The feed has random tokens, a Ray of its own with an object store of 500 MB, and a TorchTrainer
+whose workers order the pairs, read and decode as those of a training do, without a model. Memory is
+the largest PSS (a shared page is counted in parts) of the driver, a rank and the actor that reads.
+The last line is one JSON object.
 """
 
 import argparse
 import json
 import os
+import random
 import shutil
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -55,6 +61,106 @@ def write_rows(folder: Path, count: int) -> None:
             table[name] = pa.ListArray.from_arrays(offsets, tokens)
             table[LENGTHS[name]] = pa.array(lengths.astype(np.int32))
         pq.write_table(pa.table(table), folder / f"part-{start // ROWS_PER_FILE:06}.parquet")
+
+
+def make_conversations(folder: Path, count: int) -> None:
+    """A tiny model with a tokenizer of its own, and a file of pairs of 90 to 200 tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    rng = random.Random(0)
+    words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(2, 9))) for _ in range(5000)]
+
+    def text(low: int, high: int) -> str:
+        return " ".join(rng.choices(words, k=rng.randint(low, high)))
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=8000, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([text(1000, 1000) for _ in range(30)], trainer)
+    template = Path(__file__).parent / "configs" / "chatml.jinja"
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=special[0],
+        eos_token=special[1],
+        pad_token=special[1],
+        chat_template=template.read_text(),
+    ).save_pretrained(folder / "model")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    architecture = LlamaConfig(vocab_size=8000, num_hidden_layers=1, **sizes)
+    LlamaForCausalLM(architecture).save_pretrained(folder / "model")
+
+    with (folder / "pairs.jsonl").open("w") as stream:
+        for _ in range(count):
+            pair = {
+                name: [{"role": role, "content": text(*size)}]
+                for name, role, size in (
+                    ("prompt", "user", (25, 50)),
+                    ("chosen", "assistant", (25, 70)),
+                    ("rejected", "assistant", (25, 70)),
+                )
+            }
+            stream.write(json.dumps(pair) + "\n")
+
+
+def measure_pairs(folder: Path, count: int, workers: int) -> dict[str, float]:
+    from madpo_ray import pipeline
+    from madpo_ray.config import parse_config
+    from madpo_ray.stages import pairs
+
+    folder.mkdir()
+    make_conversations(folder, count)
+    config = parse_config(
+        {
+            "model": {"model_name_or_path": str(folder / "model")},
+            "data": {"files": [str(folder / "pairs.jsonl")], "max_length": 512},
+            "run": {"name": "run", "storage_path": str(folder)},
+            "cluster": {"num_workers": workers},
+        }
+    )
+    began = time.monotonic()
+    pipeline.run_stage(config, pairs.STAGE, say=print)
+    ours = time.monotonic() - began
+
+    command = [sys.executable, __file__, "--prepare-with-trl", str(folder)]
+    done = subprocess.run(
+        [*command, "--workers", str(workers)], capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        raise SystemExit(f"TRL failed:\n{done.stderr[-4000:]}")
+    theirs = float(done.stdout.strip().splitlines()[-1])
+    return {
+        "pairs_per_s": count / ours,
+        "pairs_per_s_of_trl": count / theirs,
+        "pairs_ratio": theirs / ours,
+    }
+
+
+def prepare_with_trl(folder: Path, workers: int) -> None:
+    """Prints the seconds that TRL needs to read and prepare the pairs."""
+    from datasets import load_dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import DPOConfig, DPOTrainer
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    arguments = DPOConfig(
+        output_dir=str(folder / "trl"),
+        max_length=512,
+        dataset_num_proc=workers,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    began = time.monotonic()
+    file = str(folder / "pairs.jsonl")
+    pairs = load_dataset("json", data_files=file, split="train", cache_dir=str(folder / "cache"))
+    DPOTrainer(model=model, args=arguments, train_dataset=pairs, processing_class=tokenizer)
+    print(time.monotonic() - began)
 
 
 def pss_bytes(pid: int | str) -> int:
@@ -115,6 +221,20 @@ def read_as_a_rank(settings: dict[str, Any]) -> None:
 
 
 def measure_feed(folder: Path, pairs: int, workers: int, seconds: float) -> dict[str, float]:
+    ray.init(
+        address="local",
+        num_cpus=(os.cpu_count() or 1) + 2,
+        object_store_memory=OBJECT_STORE_BYTES,
+        include_dashboard=False,
+        log_to_driver=False,
+    )
+    try:
+        return _measure_feed(folder, pairs, workers, seconds)
+    finally:
+        ray.shutdown()
+
+
+def _measure_feed(folder: Path, pairs: int, workers: int, seconds: float) -> dict[str, float]:
     rows = folder / "data"
     write_rows(rows, pairs)
     spec = OrderSpec(
@@ -177,20 +297,23 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=20, help="how long each rank reads")
     parser.add_argument("--folder", type=Path, help="for the rows; default: a temporary one")
+    parser.add_argument("--texts", type=int, default=40_000, help="pairs of the file for pairs")
+    parser.add_argument("--prepare-with-trl", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.prepare_with_trl is not None:
+        prepare_with_trl(arguments.prepare_with_trl, arguments.workers)
+        return
 
-    ray.init(
-        address="local",
-        num_cpus=(os.cpu_count() or 1) + 2,
-        object_store_memory=OBJECT_STORE_BYTES,
-        include_dashboard=False,
-        log_to_driver=False,
-    )
     folder = Path(tempfile.mkdtemp(dir=arguments.folder))
+    found = {}
     try:
-        found = measure_feed(folder, arguments.pairs, arguments.workers, arguments.seconds)
+        if arguments.texts:
+            found = measure_pairs(folder / "pairs", arguments.texts, arguments.workers)
+        if arguments.pairs:
+            (folder / "feed").mkdir()
+            count, seconds = arguments.pairs, arguments.seconds
+            found |= measure_feed(folder / "feed", count, arguments.workers, seconds)
     finally:
-        ray.shutdown()
         shutil.rmtree(folder)
     print(json.dumps({name: round(value, 3) for name, value in found.items()}))
 

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pyarrow as pa
 import pytest
 
@@ -33,6 +34,10 @@ from support.models import make_model, make_tokenizer
 from support.pairs import make_rows, tiny_run, write_jsonl
 from support.ranks import THIRTY_STEPS, MakeJob, Ranks, TrainOn, logged
 from support.reference import with_reference
+
+# How long an example takes is a matter of the machine.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

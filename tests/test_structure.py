@@ -22,7 +22,6 @@ TESTED_ELSEWHERE = {
     "config/inputs": "config/test_sections.py",
     "config/training": "config/test_sections.py",
     "config/reward": "config/test_sections.py",
-    "data/rows": "data/test_sources.py",
     "config/evaluation": "config/test_sections.py",
     "config/root": "config/test_sections.py",
     "data/messages": "data/test_formats.py",

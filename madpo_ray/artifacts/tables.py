@@ -1,7 +1,10 @@
 """The rows of an artifact: Parquet files in a folder, whose names keep their order."""
 
-from collections.abc import Iterator, Sequence
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -12,6 +15,7 @@ from madpo_ray import columns
 from madpo_ray.artifacts.manifest import read_manifest
 
 ROWS_PER_READ = 16_384
+METADATA_KEY = "madpo_ray"
 
 
 def rows_folder(artifact: Path) -> Path:
@@ -84,19 +88,44 @@ def column_names(rows: Path) -> list[str]:
 
 
 def write_with_columns(
-    rows: Path, added: pa.Table, output: Path, keep: pa.ChunkedArray | None = None
+    rows: Path,
+    added: pa.Table,
+    output: Path,
+    *,
+    keep: pa.ChunkedArray | None = None,
+    rows_per_file: int | None = None,
+    metadata: Mapping[str, Any] | None = None,
 ) -> None:
-    """Copies the files of `rows` to `output`, with the columns of `added`, row by row.
+    """Copies `rows` to `output`, with the columns of `added`, row by row.
 
     One file is in memory at a time.
 
     Args:
         keep: which of all rows to copy, bool; None: each.
+        rows_per_file: of the copy; None: as many as the files of `rows` have.
+        metadata: goes as JSON into the schema of each file, below METADATA_KEY.
 
     Raises:
         RuntimeError: `added` has other pair_ids, or another number of rows.
     """
     output.mkdir(parents=True)
+    tables = _with_columns(rows, added, keep)
+    if rows_per_file is not None:
+        tables = _resized(tables, rows_per_file)
+    for number, table in enumerate(tables):
+        if metadata is not None:
+            table = table.replace_schema_metadata({METADATA_KEY: json.dumps(metadata)})
+        pq.write_table(table, output / f"part-{number:06}.parquet")
+
+
+def read_metadata(rows: Path) -> Any:
+    """What `write_with_columns` put into the schema; None if there is nothing."""
+    found = (pq.read_schema(rows_files(rows)[0]).metadata or {}).get(METADATA_KEY.encode())
+    return None if found is None else json.loads(found)
+
+
+def _with_columns(rows: Path, added: pa.Table, keep: pa.ChunkedArray | None) -> Iterator[pa.Table]:
+    """One table per file of `rows`."""
     start = 0
     for file in rows_files(rows):
         table = pq.ParquetFile(file).read()
@@ -108,10 +137,21 @@ def write_with_columns(
         num_rows = table.num_rows
         if keep is not None:
             table = table.filter(keep.slice(start, num_rows))
-        pq.write_table(table, output / file.name)
+        yield table
         start += num_rows
     if start != added.num_rows:
         raise RuntimeError(f"{added.num_rows} pairs were scored, and {rows} has {start}")
+
+
+def _resized(tables: Iterator[pa.Table], num_rows: int) -> Iterator[pa.Table]:
+    """The same rows in tables of so many; the last has fewer."""
+    rest = next(tables)
+    for table in itertools.chain(tables, [rest.slice(0, 0)]):
+        rest = pa.concat_tables([rest, table])
+        while rest.num_rows > num_rows:
+            yield rest.slice(0, num_rows)
+            rest = rest.slice(num_rows)
+    yield rest
 
 
 def write_table(table: pa.Table, rows: Path) -> None:

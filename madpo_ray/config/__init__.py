@@ -9,8 +9,14 @@ from madpo_ray.config.evaluation import (
     TuneConfig,
 )
 from madpo_ray.config.files import load_config, parse_config, save_config, with_changes
-from madpo_ray.config.inputs import ClusterConfig, DataConfig, ModelConfig, RunConfig
-from madpo_ray.config.reward import RewardConfig
+from madpo_ray.config.inputs import (
+    ClusterConfig,
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+    is_remote,
+)
+from madpo_ray.config.reward import RewardConfig, kind_of
 from madpo_ray.config.root import Config
 from madpo_ray.config.training import (
     SEARCH_SPACES,
@@ -40,6 +46,8 @@ __all__ = [
     "Section",
     "TrainingConfig",
     "TuneConfig",
+    "is_remote",
+    "kind_of",
     "load_config",
     "parse_config",
     "save_config",

@@ -66,6 +66,9 @@ class MarginsConfig(Section):
         description="fitted on validation pairs. temperature: rewards are divided by it; isotonic: "
         "an increasing function of the margin; none: margins as they are",
     )
+    rows_per_file: int | None = operational(
+        None, ge=1, description="of the artifact's Parquet files; null: as stage pairs wrote them"
+    )
 
 
 class EvaluateConfig(Section):

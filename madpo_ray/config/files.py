@@ -11,6 +11,8 @@ from pydantic import ValidationError
 
 from madpo_ray.atomic import write_text
 from madpo_ray.config.base import Section
+from madpo_ray.config.inputs import is_remote
+from madpo_ray.config.reward import kind_of
 from madpo_ray.config.root import Config
 from madpo_ray.errors import UserError, did_you_mean
 
@@ -213,16 +215,17 @@ def _with_absolute_paths(config: Config) -> Config:
     """Ray changes the working directory of its workers, so every path is made absolute once."""
     _check_name("model.model_name_or_path", config.model.model_name_or_path)
     storage_path = _absolute("run.storage_path", config.run.storage_path)
-    files = tuple(_absolute("data.files", file) for file in config.data.files)
+    files = tuple(
+        file if is_remote(file) else _absolute("data.files", file) for file in config.data.files
+    )
 
     # A model's name may be a path or the name of a repository on the hub.
     model = config.model
     name = model.model_name_or_path
     if Path(name).exists() or _is_path(name):
         name = _absolute("model.model_name_or_path", name)
-    source = config.reward.source
-    if config.reward.source_kind == "classifier" and (Path(source).exists() or _is_path(source)):
-        source = _absolute("reward.source", source)
+    source = _absolute_source("reward.source", config.reward.source)
+    ensemble = tuple(_absolute_source("reward.ensemble", one) for one in config.reward.ensemble)
     template = model.chat_template_path
     if template is not None:
         template = _absolute("model.chat_template_path", template)
@@ -233,10 +236,17 @@ def _with_absolute_paths(config: Config) -> Config:
                 update={"model_name_or_path": name, "chat_template_path": template}
             ),
             "data": config.data.model_copy(update={"files": files}),
-            "reward": config.reward.model_copy(update={"source": source}),
+            "reward": config.reward.model_copy(update={"source": source, "ensemble": ensemble}),
             "run": config.run.model_copy(update={"storage_path": storage_path}),
         }
     )
+
+
+def _absolute_source(key: str, source: str) -> str:
+    """A source of rewards; a classifier's name may be a path or the name of a repository."""
+    if kind_of(source) == "classifier" and (Path(source).exists() or _is_path(source)):
+        return _absolute(key, source)
+    return source
 
 
 def _absolute(key: str, path: str) -> str:

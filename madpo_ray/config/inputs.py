@@ -150,9 +150,20 @@ class ModelConfig(Section):
         )
 
 
+# Where files of pairs may be besides the disks of the nodes. pyarrow reads them.
+STORES = ("s3", "gs", "hf")
+
+
+def is_remote(name: str) -> bool:
+    """Whether a name of data.files is a URI, not a path."""
+    return "://" in name
+
+
 class DataConfig(Section):
     files: Strings = Field(
-        min_length=1, description="files of preference pairs as TRL's, folders of them, or patterns"
+        min_length=1,
+        description="files of preference pairs as TRL's, folders of them, or patterns; also in "
+        "stores: s3://, gs://, and hf://datasets/ for the hub",
     )
     prompt_column: str = Field("prompt", description="column with the prompt")
     chosen_column: str = Field("chosen", description="column with the preferred response")
@@ -212,6 +223,22 @@ class DataConfig(Section):
     max_reject_fraction: float = operational(
         0.5, ge=0, le=1, description="share of rejected rows above which the run stops"
     )
+
+    @field_validator("files")
+    @classmethod
+    def _check_uris(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in filter(is_remote, value):
+            if not name.startswith(tuple(f"{store}://" for store in STORES)):
+                known = ", ".join(f"{store}://" for store in STORES)
+                raise ValueError(f"{name} is a URI of an unknown kind; known are {known}")
+            # Of the hub a name holds an @ before a branch; of other stores, a user.
+            server = name.partition("://")[2].partition("/")[0]
+            if "@" in server:
+                raise ValueError(
+                    "a URI holds credentials, and names are recorded: set them in the environment "
+                    "instead (for s3:// AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
+                )
+        return value
 
     @field_validator("keep_columns")
     @classmethod

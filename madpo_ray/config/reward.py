@@ -8,6 +8,17 @@ from pydantic import Field, model_validator
 from madpo_ray.config.base import Strings
 from madpo_ray.config.training import TrainingConfig
 
+SourceKind = Literal["trained", "columns", "function", "classifier"]
+
+
+def kind_of(source: str) -> SourceKind:
+    """What a source of rewards is."""
+    if source == "trained":
+        return "trained"
+    if source == "columns":
+        return "columns"
+    return "function" if re.fullmatch(r"[\w.]+:\w+", source) else "classifier"
+
 
 class RewardConfig(TrainingConfig):
     metrics: ClassVar[frozenset[str]] = frozenset(
@@ -20,6 +31,11 @@ class RewardConfig(TrainingConfig):
         "module:function: Python; else the folder or hub name of a classifier with one label",
     )
     source_revision: str = Field("main", description="of a source on the hub")
+    ensemble: Strings = Field(
+        (),
+        description="further classifiers and functions on the scale of source: rewards are the "
+        "mean of all, and column margin_std is the standard deviation of their margins",
+    )
     source_columns: Strings = Field(
         (),
         max_length=2,
@@ -38,13 +54,20 @@ class RewardConfig(TrainingConfig):
     )
 
     @property
-    def source_kind(self) -> Literal["trained", "columns", "function", "classifier"]:
+    def source_kind(self) -> SourceKind:
         """What `source` is."""
-        if self.source == "trained":
-            return "trained"
-        if self.source == "columns":
-            return "columns"
-        return "function" if re.fullmatch(r"[\w.]+:\w+", self.source) else "classifier"
+        return kind_of(self.source)
+
+    @model_validator(mode="after")
+    def _check_ensemble(self) -> "RewardConfig":
+        for member in self.ensemble:
+            if kind_of(member) not in ("classifier", "function"):
+                raise ValueError(f"ensemble: {member} is neither a classifier nor a function")
+        if self.ensemble and self.source == "columns":
+            raise ValueError("ensemble: its members score pairs, which source: columns does not")
+        if len({self.source, *self.ensemble}) <= len(self.ensemble):
+            raise ValueError("ensemble: a member is listed twice")
+        return self
 
     @model_validator(mode="after")
     def _check_folds(self) -> "RewardConfig":

@@ -7,10 +7,10 @@ from typing import Any
 
 from madpo_ray import columns
 from madpo_ray.config import DataConfig
+from madpo_ray.data.files import DAMAGED, Row
 from madpo_ray.data.formats import UNREAD, Pair, parse_pair
 from madpo_ray.data.messages import BadRowError, UnreadColumnError
 from madpo_ray.data.responses import SCORE_COLUMNS, pairs_in
-from madpo_ray.data.rows import DAMAGED, Row
 from madpo_ray.data.sources import list_files, open_source
 from madpo_ray.errors import UserError, did_you_mean
 

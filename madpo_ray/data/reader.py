@@ -2,31 +2,33 @@
 
 import math
 import re
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import pyarrow as pa
 
 from madpo_ray import columns
 from madpo_ray.config import DataConfig
-from madpo_ray.data.formats import parse_pair
+from madpo_ray.data.files import ROWS_PER_BATCH, WHOLE, Piece, Row
+from madpo_ray.data.formats import Pair, parse_pair
 from madpo_ray.data.messages import BadRowError, as_text
 from madpo_ray.data.responses import pairs_in
-from madpo_ray.data.rows import ROWS_PER_BATCH, Row
 from madpo_ray.data.sources import open_source
 from madpo_ray.data.splits import content_hash, default_group, group_hash, split_of, swapped_hash
-from madpo_ray.data.tokens import tokenize_pair
+from madpo_ray.data.tokens import Ids, JointTexts, joint_texts, split_tokens, tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+
+T = TypeVar("T")
 
 # A number in a file whose values are all text.
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
 class PairReader:
-    """Reads, checks and tokenises one file after another."""
+    """Reads, checks and tokenises one piece of a file after another."""
 
     def __init__(
         self, data: DataConfig, tokenizer: "PreTrainedTokenizerBase", *, seed: int
@@ -36,23 +38,31 @@ class PairReader:
         self._seed = seed
         self._schema = pairs_schema(data)
 
-    def tables(self, file: str, file_number: int) -> Iterator[pa.Table]:
-        """All rows of a file, in order; a reject has a `reason` and little else."""
-        rows: list[Row] = []
+    def tables(self, file: str, file_number: int, piece: Piece = WHOLE) -> Iterator[pa.Table]:
+        """All rows of a piece, in order; a reject has a `reason` and little else."""
+        pairs: list[Row | str] = []
+        places: list[Row] = []
         source = open_source(file)
-        for row_number, row in enumerate(source.rows()):
+        for row_number, row in enumerate(source.rows(piece), piece.first_row):
             place = {
                 columns.FILE: file,
                 columns.FILE_NUMBER: file_number,
                 columns.ROW: row_number,
             }
             for number, pair in enumerate(self._pairs_in(row)):
-                read = self.read(pair, has_types=source.has_types)
-                rows.append(place | {columns.PAIR: number} | read)
-            if len(rows) >= ROWS_PER_BATCH:
-                yield pa.Table.from_pylist(rows, schema=self._schema)
-                rows = []
-        yield pa.Table.from_pylist(rows, schema=self._schema)
+                pairs.append(pair)
+                places.append(place | {columns.PAIR: number})
+            if len(pairs) >= ROWS_PER_BATCH:
+                yield self._table(pairs, places, has_types=source.has_types)
+                pairs, places = [], []
+        yield self._table(pairs, places, has_types=source.has_types)
+
+    def _table(
+        self, pairs: Sequence[Row | str], places: Sequence[Row], *, has_types: bool
+    ) -> pa.Table:
+        read = self.read(pairs, has_types=has_types)
+        rows = [place | one for place, one in zip(places, read, strict=True)]
+        return pa.Table.from_pylist(rows, schema=self._schema)
 
     def _pairs_in(self, row: Row | str) -> list[Row | str]:
         """The row's pairs, or a reason why it has none."""
@@ -65,31 +75,39 @@ class PairReader:
         except Exception as error:  # whatever a row's values make a conversion raise
             return [f"the row cannot be read ({type(error).__name__}): {error}"]
 
-    def read(self, row: Row | str, *, has_types: bool = True) -> Row:
-        """The row's pair, tokens, group and split, or the reason why it has none.
+    def read(self, rows: Sequence[Row | str], *, has_types: bool = True) -> list[Row]:
+        """Each row's pair, tokens, group and split, or the reason why it has none.
 
         Args:
-            row: a row of a source, or the source's reason why it cannot be read.
+            rows: of a source, or the source's reasons why they cannot be read.
             has_types: whether numbers are numbers; else they are text.
         """
-        try:
-            if isinstance(row, str):
-                kind, _, detail = row.partition(": ")
-                raise BadRowError(kind, detail)
-            return self._checked(row, has_types)
-        except BadRowError as error:
-            return _reject(error.kind, str(error))
-        # Whatever a row's values make the tokenizer, a template or a conversion raise is about the
-        # row, and it is recorded.
-        except Exception as error:
-            kind = f"the row cannot be read ({type(error).__name__})"
-            return _reject(kind, f"{kind}: {error}")
+        parsed = [_or_reason(self._parsed, row) for row in rows]
+        texts = [one.texts for one in parsed if isinstance(one, _Parsed)]
+        tokenized = iter(tokenize(texts, self._tokenizer))
+        return [
+            _or_reason(self._checked, one, next(tokenized), has_types)
+            if isinstance(one, _Parsed)
+            else one
+            for one in parsed
+        ]
 
-    def _checked(self, row: Row, has_types: bool) -> Row:
+    def _parsed(self, row: Row | str) -> "_Parsed":
+        if isinstance(row, str):
+            kind, _, detail = row.partition(": ")
+            raise BadRowError(kind, detail)
+        pair = parse_pair(row, self._data)
+        return _Parsed(row, pair, joint_texts(pair, self._tokenizer))
+
+    def _checked(
+        self, parsed: "_Parsed", ids: tuple[Ids, Ids, Ids] | Exception, has_types: bool
+    ) -> Row:
+        if isinstance(ids, Exception):
+            raise ids
         data = self._data
-        pair = parse_pair(row, data)
+        row, pair, _ = parsed
         may_truncate = data.over_length == "truncate"
-        tokens = tokenize_pair(pair, self._tokenizer, data.max_length, may_truncate=may_truncate)
+        tokens = split_tokens(*ids, data.max_length, may_truncate=may_truncate)
 
         # Group and split come from the data, or from the prompt.
         group = default_group(pair)
@@ -116,6 +134,27 @@ class PairReader:
             columns.NUM_CUT: tokens.num_cut,
             columns.PROMPT_REPEATS: pair.prompt_repeats,
         }
+
+
+class _Parsed(NamedTuple):
+    """A row before its texts are tokenised."""
+
+    row: Row
+    pair: Pair
+    texts: JointTexts
+
+
+def _or_reason(make: Callable[..., T], *arguments: Any) -> T | Row:
+    """What `make` gives, or the reason why it gives nothing."""
+    try:
+        return make(*arguments)
+    except BadRowError as error:
+        return _reject(error.kind, str(error))
+    # Whatever a row's values make the tokenizer, a template or a conversion raise is about the
+    # row, and it is recorded.
+    except Exception as error:
+        kind = f"the row cannot be read ({type(error).__name__})"
+        return _reject(kind, f"{kind}: {error}")
 
 
 def _reject(kind: str, reason: str) -> Row:

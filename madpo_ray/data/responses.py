@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from madpo_ray.config import DataConfig
+from madpo_ray.data.files import Row
 from madpo_ray.data.messages import BadRowError, Content, as_text, read_content
-from madpo_ray.data.rows import Row
 from madpo_ray.data.strict_json import parse_json
 
 # Scores of a pair's responses, as columns that data.keep_columns may name.

@@ -6,7 +6,11 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from madpo_ray.data.rows import Source
+import pyarrow.fs
+from fsspec.implementations.arrow import ArrowFSWrapper
+
+from madpo_ray.config import is_remote
+from madpo_ray.data.files import DataFile, Source, explaining, file_system
 from madpo_ray.data.table_sources import ArrowSource, ParquetSource
 from madpo_ray.data.text_sources import CSVSource, JSONLinesSource, JSONSource
 from madpo_ray.errors import UserError
@@ -27,7 +31,7 @@ def list_files(names: Sequence[str]) -> list[str]:
     files = []
     for name in names:
         for file in _files_of(name):
-            real = os.path.realpath(file)
+            real = file if is_remote(file) else os.path.realpath(file)
             if real in first:
                 raise UserError(f"data.files: {file} and {first[real]} are one file: list it once")
             first[real] = file
@@ -37,7 +41,9 @@ def list_files(names: Sequence[str]) -> list[str]:
 
 def _files_of(name: str) -> Iterator[str]:
     path = Path(name)
-    if path.is_file():
+    if is_remote(name):
+        yield from _remote_files(name)
+    elif path.is_file():
         yield name
     elif path.is_dir():
         yield from map(str, _files_in(path))
@@ -59,14 +65,39 @@ def _files_in(folder: Path) -> list[Path]:
             return [folder / str(file["filename"]) for file in state["_data_files"]]
         except (ValueError, KeyError, TypeError):
             raise UserError(f"data.files: {folder / 'state.json'} cannot be read") from None
-    found = [
-        path
-        for path in sorted(folder.iterdir())
-        if path.is_file() and path.name.lower().endswith(SUFFIXES) and path.name[0] not in "._"
-    ]
+    found = [path for path in sorted(folder.iterdir()) if path.is_file() and _is_data(path.name)]
     if not found:
         raise UserError(f"data.files: {folder} holds no file that ends in {_known()}")
     return found
+
+
+def _remote_files(name: str) -> list[str]:
+    """The same in a store. What follows a path in a URI, such as an endpoint, is kept."""
+    store, _, rest = name.partition("://")
+    options = "?".join(["", *rest.split("?")[1:]]) if store != "hf" else ""
+    plain = name.removesuffix(options)
+    with explaining(name):
+        system, path = file_system(name)
+        if glob.has_magic(plain):
+            # The patterns of fsspec, as the standard library knows only those of local files.
+            found = sorted(ArrowFSWrapper(system).glob(path))
+            if not found:
+                raise UserError(f"data.files: no file matches {name}")
+        else:
+            info = system.get_file_info(path)
+            if info.is_file:
+                return [name]
+            if info.type is pyarrow.fs.FileType.NotFound:
+                raise UserError(f"data.files: {name} does not exist")
+            below = system.get_file_info(pyarrow.fs.FileSelector(path))
+            found = sorted(one.path for one in below if one.is_file and _is_data(one.base_name))
+            if not found:
+                raise UserError(f"data.files: {name} holds no file that ends in {_known()}")
+    return [f"{store}://{one}{options}" for one in found]
+
+
+def _is_data(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES) and name[0] not in "._"
 
 
 def open_source(name: str) -> Source:
@@ -75,13 +106,13 @@ def open_source(name: str) -> Source:
     Raises:
         UserError: it is missing or of an unknown kind.
     """
-    path = Path(name)
-    if not path.is_file():
-        raise UserError(f"data.files: {path} does not exist")
+    file = DataFile(name)
+    if not file.exists():
+        raise UserError(f"data.files: {name} does not exist")
     for kind in KINDS:
-        if path.name.lower().endswith(kind.suffixes):
-            return kind(path)
-    raise UserError(f"data.files: {path.name} must end in {_known()}")
+        if file.ends_with(kind.suffixes):
+            return kind(file)
+    raise UserError(f"data.files: {os.path.basename(file.path)} must end in {_known()}")
 
 
 def _known() -> str:

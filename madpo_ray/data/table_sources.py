@@ -1,17 +1,23 @@
 """Parquet and Arrow files of preference pairs."""
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import ClassVar
 
 import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet as pq
 
-from madpo_ray.data.rows import DAMAGED, ROWS_PER_BATCH, Row
+from madpo_ray.data.files import (
+    DAMAGED,
+    READ_ERRORS,
+    ROWS_PER_BATCH,
+    WHOLE,
+    DataFile,
+    Piece,
+    Row,
+)
 from madpo_ray.errors import UserError
 
-READ_ERRORS = (pa.ArrowException, OSError)
 IPC_FILE_MAGIC = b"ARROW1"
 
 
@@ -19,23 +25,31 @@ class ParquetSource:
     suffixes: ClassVar[tuple[str, ...]] = (".parquet",)
     has_types: ClassVar[bool] = True
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, file: DataFile) -> None:
+        self._file = file
 
     def columns(self) -> list[str] | None:
         try:
-            names = pq.read_schema(self._path).names
+            with self._open() as parquet:
+                names = parquet.schema_arrow.names
         except READ_ERRORS as error:
             raise UserError(
-                f"data.files: {self._path} is not a readable Parquet file ({error})"
+                f"data.files: {self._file} is not a readable Parquet file ({error})"
             ) from None
-        return _unique(names, self._path)
+        return _unique(names, self._file)
 
-    def rows(self) -> Iterator[Row | str]:
-        return _rows(pq.ParquetFile(self._path).iter_batches(batch_size=ROWS_PER_BATCH))
+    def pieces(self) -> list[Piece]:
+        return [WHOLE]
+
+    def rows(self, piece: Piece = WHOLE) -> Iterator[Row | str]:
+        return _rows(self._open().iter_batches(batch_size=ROWS_PER_BATCH))
 
     def count(self) -> int:
-        return int(pq.read_metadata(self._path).num_rows)
+        with self._open() as parquet:
+            return int(parquet.metadata.num_rows)
+
+    def _open(self) -> pq.ParquetFile:
+        return pq.ParquetFile(self._file.open())
 
 
 class ArrowSource:
@@ -44,44 +58,47 @@ class ArrowSource:
     suffixes: ClassVar[tuple[str, ...]] = (".arrow", ".feather")
     has_types: ClassVar[bool] = True
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, file: DataFile) -> None:
+        self._file = file
 
     def columns(self) -> list[str] | None:
         try:
-            with pa.memory_map(str(self._path)) as source, self._open(source) as reader:
+            with self._file.open() as source, self._open(source) as reader:
                 names = reader.schema.names
         except READ_ERRORS as error:
             raise UserError(
-                f"data.files: {self._path} is not a readable Arrow file ({error})"
+                f"data.files: {self._file} is not a readable Arrow file ({error})"
             ) from None
-        return _unique(names, self._path)
+        return _unique(names, self._file)
 
-    def rows(self) -> Iterator[Row | str]:
+    def pieces(self) -> list[Piece]:
+        return [WHOLE]
+
+    def rows(self, piece: Piece = WHOLE) -> Iterator[Row | str]:
         return _rows(self._batches())
 
     def count(self) -> int:
         return sum(batch.num_rows for batch in self._batches())
 
     def _batches(self) -> Iterator[pa.RecordBatch]:
-        with pa.memory_map(str(self._path)) as source, self._open(source) as reader:
+        with self._file.open() as source, self._open(source) as reader:
             if isinstance(reader, pa.ipc.RecordBatchStreamReader):
                 yield from reader
             else:
                 yield from map(reader.get_batch, range(reader.num_record_batches))
 
     def _open(
-        self, source: pa.MemoryMappedFile
+        self, source: pa.NativeFile
     ) -> pa.ipc.RecordBatchFileReader | pa.ipc.RecordBatchStreamReader:
         is_file = source.read(len(IPC_FILE_MAGIC)) == IPC_FILE_MAGIC
         source.seek(0)
         return pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
 
 
-def _unique(names: Sequence[str], path: Path) -> list[str]:
+def _unique(names: Sequence[str], file: DataFile) -> list[str]:
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"data.files: {path} has two columns {name!r}: rename one")
+            raise UserError(f"data.files: {file} has two columns {name!r}: rename one")
     return list(names)
 
 

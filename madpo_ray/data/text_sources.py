@@ -6,21 +6,18 @@ import io
 import itertools
 import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import BinaryIO, ClassVar
 
-import pyarrow as pa
-
-from madpo_ray.data import rows
-from madpo_ray.data.rows import Row
+from madpo_ray.config import is_remote
+from madpo_ray.data import files
+from madpo_ray.data.files import COMPRESSIONS, READ_BYTES, WHOLE, DataFile, Piece, Row
 from madpo_ray.data.strict_json import parse_json, parse_json_at
 from madpo_ray.errors import UserError
 
 # Rows whose keys are the columns of a JSON file.
 ROWS_WITH_KEYS = 100
-READ_BYTES = 2**20
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+# Of a file that several workers read.
+PIECE_BYTES = 8 * 2**20
 # How files begin that are not the text that their name says.
 _OTHER_KINDS = {
     b"\x1f\x8b": "is compressed with gzip: let its name end in .gz",
@@ -33,7 +30,7 @@ _OTHER_KINDS = {
     b"\xfe\xff": "is UTF-16 text: save it as UTF-8",
 }
 # What a compressed file that is damaged raises.
-READ_ERRORS = (OSError, pa.ArrowException, EOFError)
+READ_ERRORS = (*files.READ_ERRORS, EOFError)
 
 
 def with_compressions(*suffixes: str) -> tuple[str, ...]:
@@ -41,28 +38,16 @@ def with_compressions(*suffixes: str) -> tuple[str, ...]:
     return tuple(suffix + end for suffix in suffixes for end in ("", *COMPRESSIONS))
 
 
-def _open(path: Path) -> BinaryIO:
-    """The bytes of a file, unpacked, without a byte order mark."""
-    stream: BinaryIO
-    if compression := COMPRESSIONS.get(path.suffix.lower()):
-        stream = io.BufferedReader(pa.input_stream(str(path), compression=compression))
-    else:
-        stream = path.open("rb")
-    if stream.peek(len(BYTE_ORDER_MARK)).startswith(BYTE_ORDER_MARK):
-        stream.read(len(BYTE_ORDER_MARK))
-    return stream
-
-
-def _read_head(path: Path) -> bytes:
+def _read_head(file: DataFile) -> bytes:
     """The beginning of a text file. Raises UserError for a file of another kind."""
     try:
-        with _open(path) as stream:
+        with file.open_text() as stream:
             head = stream.read(1024)
     except READ_ERRORS as error:
-        raise UserError(f"data.files: {path} cannot be read: {error}") from None
+        raise UserError(f"data.files: {file} cannot be read: {error}") from None
     for start, what in _OTHER_KINDS.items():
         if head.startswith(start):
-            raise UserError(f"data.files: {path} {what}")
+            raise UserError(f"data.files: {file} {what}")
     return head
 
 
@@ -73,15 +58,28 @@ def _first_keys(found: Iterator[Row | str]) -> list[str] | None:
     return list(dict.fromkeys(key for row in first for key in row)) if first else None
 
 
-def _count(path: Path, mark: bytes) -> int:
+def _count(file: DataFile, mark: bytes) -> int:
     """How often a byte is in a file, and one more if it does not end with it."""
     count = 0
     block = mark
-    with _open(path) as stream:
+    with file.open_text() as stream:
         while more := stream.read(READ_BYTES):
             block = more
             count += block.count(mark)
     return count + (not block.endswith(mark))
+
+
+def _cut_at_lines(file: DataFile) -> Iterator[Piece]:
+    """Pieces of about PIECE_BYTES that begin with a line."""
+    start = row = 0
+    with io.BufferedReader(file.open(), READ_BYTES) as stream:
+        while block := stream.read(PIECE_BYTES):
+            num_rows = block.count(b"\n")
+            if not block.endswith(b"\n"):
+                num_rows += _skip_line(stream)
+            yield Piece(start, stream.tell(), row)
+            start = stream.tell()
+            row += num_rows
 
 
 class JSONLinesSource:
@@ -90,30 +88,40 @@ class JSONLinesSource:
     suffixes: ClassVar[tuple[str, ...]] = with_compressions(".jsonl", ".ndjson")
     has_types: ClassVar[bool] = True
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, file: DataFile) -> None:
+        self._file = file
 
     def columns(self) -> list[str] | None:
-        if _read_head(self._path).lstrip().startswith(b"["):
+        if _read_head(self._file).lstrip().startswith(b"["):
             raise UserError(
-                f"data.files: {self._path} is a JSON array, not JSON Lines: name it .json"
+                f"data.files: {self._file} is a JSON array, not JSON Lines: name it .json"
             )
         return _first_keys(self.rows())
 
-    def rows(self) -> Iterator[Row | str]:
-        return _until_damage(self._rows)
+    def pieces(self) -> list[Piece]:
+        """Of a compressed file, and of one that would have to be fetched for it, the whole."""
+        if self._file.suffix in COMPRESSIONS or is_remote(self._file.name):
+            return [WHOLE]
+        return list(_cut_at_lines(self._file)) or [WHOLE]
 
-    def _rows(self) -> Iterator[Row | str]:
-        with _open(self._path) as stream:
-            while line := stream.readline(rows.MAX_LINE_BYTES):
-                if len(line) == rows.MAX_LINE_BYTES and not line.endswith(b"\n"):
+    def rows(self, piece: Piece = WHOLE) -> Iterator[Row | str]:
+        return _until_damage(lambda: self._rows(piece))
+
+    def _rows(self, piece: Piece) -> Iterator[Row | str]:
+        with self._file.open_text() as stream:
+            if piece.start:
+                stream.seek(piece.start)
+            while piece.stop is None or stream.tell() < piece.stop:
+                if not (line := stream.readline(files.MAX_LINE_BYTES)):
+                    return
+                if len(line) == files.MAX_LINE_BYTES and not line.endswith(b"\n"):
                     _skip_line(stream)
-                    yield f"line is longer than {rows.MAX_LINE_BYTES // 2**20} MiB"
+                    yield f"line is longer than {files.MAX_LINE_BYTES // 2**20} MiB"
                 else:
                     yield _json_row(line)
 
     def count(self) -> int:
-        return _count(self._path, b"\n")
+        return _count(self._file, b"\n")
 
 
 class JSONSource:
@@ -122,23 +130,26 @@ class JSONSource:
     suffixes: ClassVar[tuple[str, ...]] = with_compressions(".json")
     has_types: ClassVar[bool] = True
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, file: DataFile) -> None:
+        self._file = file
 
     def columns(self) -> list[str] | None:
         return _first_keys(self.rows())
 
-    def rows(self) -> Iterator[Row | str]:
-        if _read_head(self._path).lstrip().startswith(b"["):
+    def pieces(self) -> list[Piece]:
+        return [WHOLE]
+
+    def rows(self, piece: Piece = WHOLE) -> Iterator[Row | str]:
+        if _read_head(self._file).lstrip().startswith(b"["):
             return _until_damage(self._rows)
-        return JSONLinesSource(self._path).rows()
+        return JSONLinesSource(self._file).rows()
 
     def _rows(self) -> Iterator[Row | str]:
-        with _open(self._path) as stream:
+        with self._file.open_text() as stream:
             yield from _ArrayParser(stream).elements()
 
     def count(self) -> int:
-        return _count(self._path, b"{")  # each row has one, or more
+        return _count(self._file, b"{")  # each row has one, or more
 
 
 class CSVSource:
@@ -147,28 +158,31 @@ class CSVSource:
     suffixes: ClassVar[tuple[str, ...]] = with_compressions(".csv", ".tsv")
     has_types: ClassVar[bool] = False
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        is_tsv = ".tsv" in path.suffixes[-2:]
+    def __init__(self, file: DataFile) -> None:
+        self._file = file
+        is_tsv = file.ends_with(with_compressions(".tsv"))
         self._delimiter = "\t" if is_tsv else ","
 
     def columns(self) -> list[str] | None:
-        _read_head(self._path)
+        _read_head(self._file)
         try:
-            with _open(self._path) as stream:
+            with self._file.open_text() as stream:
                 names = next(self._records(stream), None)
         except (*READ_ERRORS, csv.Error) as error:
-            raise UserError(f"data.files: {self._path} cannot be read: {error}") from None
+            raise UserError(f"data.files: {self._file} cannot be read: {error}") from None
         for name in names or ():
             if names is not None and names.count(name) > 1:
-                raise UserError(f"data.files: {self._path} has two columns {name!r}: rename one")
+                raise UserError(f"data.files: {self._file} has two columns {name!r}: rename one")
         return names
 
-    def rows(self) -> Iterator[Row | str]:
+    def pieces(self) -> list[Piece]:
+        return [WHOLE]  # a quoted value may hold line breaks
+
+    def rows(self, piece: Piece = WHOLE) -> Iterator[Row | str]:
         return _until_damage(self._rows)
 
     def _rows(self) -> Iterator[Row | str]:
-        with _open(self._path) as stream:
+        with self._file.open_text() as stream:
             records = self._records(stream)
             names = next(records, [])
             for record in records:
@@ -178,13 +192,13 @@ class CSVSource:
                     yield f"row has not as many fields as the header: {len(record)}"
 
     def _records(self, stream: BinaryIO) -> Iterator[list[str]]:
-        csv.field_size_limit(rows.MAX_LINE_BYTES)
+        csv.field_size_limit(files.MAX_LINE_BYTES)
         # What is no UTF-8 spoils its own row only.
         text = io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="")
         return csv.reader(text, delimiter=self._delimiter, strict=True)
 
     def count(self) -> int:
-        return _count(self._path, b"\n")
+        return _count(self._file, b"\n")
 
 
 def _until_damage(read: Callable[[], Iterator[Row | str]]) -> Iterator[Row | str]:
@@ -192,12 +206,15 @@ def _until_damage(read: Callable[[], Iterator[Row | str]]) -> Iterator[Row | str
     try:
         yield from read()
     except (*READ_ERRORS, csv.Error, UnicodeDecodeError) as error:
-        yield f"{rows.DAMAGED}: {error}"
+        yield f"{files.DAMAGED}: {error}"
 
 
-def _skip_line(stream: BinaryIO) -> None:
-    while (rest := stream.readline(rows.MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
-        pass
+def _skip_line(stream: BinaryIO) -> bool:
+    """Reads up to the end of a line; whether it has one."""
+    while rest := stream.readline(files.MAX_LINE_BYTES):
+        if rest.endswith(b"\n"):
+            return True
+    return False
 
 
 def _json_row(line: bytes) -> Row | str:
@@ -231,7 +248,7 @@ class _ArrayParser:
             try:
                 row, repeated = self._element()
             except (ValueError, RecursionError) as error:
-                yield f"{rows.DAMAGED}: {error}"
+                yield f"{files.DAMAGED}: {error}"
                 return
             if repeated is not None:
                 yield f"a key appears twice: {repeated!r}"
@@ -240,7 +257,7 @@ class _ArrayParser:
             if self._next() == "]":
                 return
             if not self._expect(","):
-                yield f"{rows.DAMAGED}: {self._next()!r} after an element"
+                yield f"{files.DAMAGED}: {self._next()!r} after an element"
                 return
 
     def _element(self) -> tuple[object, str | None]:
@@ -249,7 +266,7 @@ class _ArrayParser:
             try:
                 parsed, end = parse_json_at(self._text, self._start)
             except (ValueError, RecursionError):
-                is_too_long = len(self._text) - self._start > rows.MAX_LINE_BYTES
+                is_too_long = len(self._text) - self._start > files.MAX_LINE_BYTES
                 if self._is_at_end or is_too_long or not self._read():
                     raise
                 continue

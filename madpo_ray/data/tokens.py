@@ -1,7 +1,8 @@
 """A pair becomes token ids: the prompt once, and each response."""
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from madpo_ray import columns
@@ -34,6 +35,58 @@ class Tokens(NamedTuple):
 TOO_LONG = "prompt + response is longer than max_length"
 
 
+class JointTexts(NamedTuple):
+    """What of a pair is tokenised: the prompt by itself, and before each response."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+    is_rendered: bool  # by a chat template, which writes the special tokens itself
+
+
+def joint_texts(pair: Pair, tokenizer: "PreTrainedTokenizerBase") -> JointTexts:
+    """The texts of a pair. Raises BadRowError if the chat template does not fit it."""
+    if pair.is_conversational:
+        return _rendered(pair, tokenizer)
+    assert isinstance(pair.prompt, str)
+    assert isinstance(pair.chosen, str)
+    assert isinstance(pair.rejected, str)
+    chosen, rejected = pair.prompt + pair.chosen, pair.prompt + pair.rejected
+    return JointTexts(pair.prompt, chosen, rejected, is_rendered=False)
+
+
+def tokenize(
+    texts: Sequence[JointTexts], tokenizer: "PreTrainedTokenizerBase"
+) -> list[tuple[Ids, Ids, Ids] | Exception]:
+    """Ids of prompt and both joint texts of each pair, or what the tokenizer raised for it.
+
+    In one call for all, which the fast tokenizers spread over threads.
+    """
+    try:
+        return list(_tokenize_all(texts, tokenizer))
+    except Exception as error:  # about one of the pairs
+        if len(texts) == 1:
+            return [error]
+        return [tokenize([one], tokenizer)[0] for one in texts]
+
+
+def _tokenize_all(
+    texts: Sequence[JointTexts], tokenizer: "PreTrainedTokenizerBase"
+) -> Iterator[tuple[Ids, Ids, Ids]]:
+    found: dict[bool, Iterator[Ids]] = {}
+    for is_rendered in (False, True):
+        own = [text for one in texts if one.is_rendered is is_rendered for text in one[:3]]
+        ids = tokenizer(own, add_special_tokens=not is_rendered)["input_ids"] if own else []
+        found[is_rendered] = iter(ids)
+    for one in texts:
+        prompt, chosen, rejected = itertools.islice(found[one.is_rendered], 3)
+        yield (
+            (prompt, chosen, rejected)
+            if one.is_rendered
+            else _with_ends(prompt, chosen, rejected, tokenizer)
+        )
+
+
 def tokenize_pair(
     pair: Pair,
     tokenizer: "PreTrainedTokenizerBase",
@@ -41,21 +94,24 @@ def tokenize_pair(
     *,
     may_truncate: bool = True,
 ) -> Tokens:
-    """Token ids of prompt and responses, split on the tokens of the joint text.
+    """`split_tokens` of one pair. Raises BadRowError, and whatever the tokenizer raises."""
+    (ids,) = tokenize([joint_texts(pair, tokenizer)], tokenizer)
+    if isinstance(ids, Exception):
+        raise ids
+    return split_tokens(*ids, max_length, may_truncate=may_truncate)
 
-    Responses are cut so that prompt + response has at most `max_length` tokens. Text pairs get an
-    end-of-sequence token (TRL's rule); in messages the chat template decides.
+
+def split_tokens(
+    prompt: Ids, chosen: Ids, rejected: Ids, max_length: int, *, may_truncate: bool = True
+) -> Tokens:
+    """Token ids of prompt and responses, split on the tokens of the joint texts.
+
+    Responses are cut so that prompt + response has at most `max_length` tokens.
 
     Raises:
         BadRowError: the prompt by itself fills `max_length`, a response has no tokens of its own,
-            the template renders the prompt differently before a response, or a response would have
-            to be cut and may not be.
+            or a response would have to be cut and may not be.
     """
-    if pair.is_conversational:
-        prompt, chosen, rejected = _tokenize_messages(pair, tokenizer)
-    else:
-        prompt, chosen, rejected = _tokenize_texts(pair, tokenizer)
-
     longest = max(len(chosen), len(rejected))
     if longest > max_length and not may_truncate:
         raise BadRowError(TOO_LONG, f"{longest} of {max_length} tokens")
@@ -93,21 +149,17 @@ def split_joint(prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence
     return shared
 
 
-def _tokenize_texts(pair: Pair, tokenizer: "PreTrainedTokenizerBase") -> tuple[Ids, Ids, Ids]:
-    assert isinstance(pair.prompt, str)
-    assert isinstance(pair.chosen, str)
-    assert isinstance(pair.rejected, str)
+def _with_ends(
+    prompt: Ids, chosen: Ids, rejected: Ids, tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[Ids, Ids, Ids]:
+    """Texts with one beginning, if the tokenizer adds one, and one end of sequence (TRL's rule)."""
     bos = tokenizer.bos_token_id
     eos = tokenizer.eos_token_id
-
-    def tokenize(text: str) -> Ids:
-        ids: Ids = tokenizer(text)["input_ids"]
+    if bos is not None:
         # The text may hold the beginning already, as a template rendered it.
-        return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
-
-    prompt = tokenize(pair.prompt)
-    chosen = tokenize(pair.prompt + pair.chosen)
-    rejected = tokenize(pair.prompt + pair.rejected)
+        prompt, chosen, rejected = (
+            ids[1:] if ids[:2] == [bos, bos] else ids for ids in (prompt, chosen, rejected)
+        )
     if eos is None:
         return prompt, chosen, rejected
     # Some tokenizers append the end by themselves; a prompt must not end with it.
@@ -123,7 +175,7 @@ def _with_one_end(ids: Ids, eos: int) -> Ids:
     return [*ids, eos]
 
 
-def _tokenize_messages(pair: Pair, tokenizer: "PreTrainedTokenizerBase") -> tuple[Ids, Ids, Ids]:
+def _rendered(pair: Pair, tokenizer: "PreTrainedTokenizerBase") -> JointTexts:
     assert isinstance(pair.prompt, list)
     assert isinstance(pair.chosen, list)
     assert isinstance(pair.rejected, list)
@@ -139,13 +191,7 @@ def _tokenize_messages(pair: Pair, tokenizer: "PreTrainedTokenizerBase") -> tupl
         without_tools = dataclasses.replace(pair, tools=None)
         if _render(tokenizer, without_tools, pair.prompt, add_generation_prompt=True) == prompt:
             raise BadRowError("the chat template leaves out the tools")
-
-    # The template writes the special tokens itself.
-    def tokenize(text: str) -> Ids:
-        ids: Ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
-
-    return tokenize(prompt), tokenize(chosen), tokenize(rejected)
+    return JointTexts(prompt, chosen, rejected, is_rendered=True)
 
 
 def _check_rendering(name: str, messages: list[Message], rendered: str) -> None:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 from torch import nn
 
-from madpo_ray.columns import GROUP_HASH, PROMPT_IDS, RESPONSE_IDS, REWARDS
+from madpo_ray.columns import GROUP_HASH, MARGIN_STD, PROMPT_IDS, RESPONSE_IDS, REWARDS
 from madpo_ray.config import ModelConfig
 from madpo_ray.data.batching import MicroBatch, collate
 from madpo_ray.data.order import folds_of
@@ -195,3 +195,26 @@ class CrossFittedReward:
             if len(members):
                 scores[:, members] = model(rows.take(members))
         return scores
+
+
+class EnsembleReward:
+    """Mean rewards of several reward models, and the standard deviation of their margins.
+
+    The deviation is that of a sample (divided by the number of members less one), in the unit of
+    the rewards, which has to be the same for all members.
+    """
+
+    columns = (*REWARDS, MARGIN_STD)
+
+    def __init__(self, members: Sequence[Scorer]) -> None:
+        self._members = members
+        self.reads = tuple(dict.fromkeys(name for one in members for name in one.reads))
+
+    def load(self, device: torch.device) -> None:
+        for member in self._members:
+            member.load(device)
+
+    def __call__(self, rows: pa.Table) -> np.ndarray:
+        rewards = np.stack([member(rows) for member in self._members])  # (members, 2, P)
+        deviation = (rewards[:, 0] - rewards[:, 1]).std(axis=0, ddof=1)
+        return np.concatenate([rewards.mean(axis=0), deviation[None]])

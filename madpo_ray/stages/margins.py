@@ -33,7 +33,7 @@ def _settings(config: Config) -> dict[str, Any]:
     settings: dict[str, Any] = {"reference": config.model.numerics()}
     if reward.uses_rewards(config):
         settings["calibration"] = config.margins.calibration
-        if not reward.is_trained(config):
+        if not reward.is_trained(config) or config.reward.ensemble:
             settings["reward"] = reward_source.settings(config)
     return settings
 
@@ -67,21 +67,9 @@ def make(build: Build) -> dict[str, Any]:
         STAGE.require_upstream(config)  # again, after a pass of hours
         scores.write(missing, scored)
 
-    # The columns of all scorers, in the order of the pairs, and the pairs that have none.
     rows = pairs.STAGE.rows(config)
-    numbers = read_columns(rows, [columns.PAIR_ID])
-    reason = pa.chunked_array([pa.nulls(numbers.num_rows, pa.string())])
-    for one in scores.passes_of(config):
-        added = read_columns(one.rows, (*one.scorer.columns, columns.REASON))
-        for name in one.scorer.columns:
-            numbers = numbers.append_column(name, added[name])
-        reason = pc.coalesce(reason, added[columns.REASON])
+    numbers, reason = _scored(rows, config)
     rejects = _write_rejects(numbers, reason, build)
-
-    if reward.is_trained(config) and config.reward.folds > 1:
-        hashes = read_columns(rows, [columns.GROUP_HASH])[columns.GROUP_HASH].to_numpy()
-        folds = folds_of(hashes, config.reward.folds)
-        numbers = numbers.append_column(columns.FOLD, pa.array(folds, pa.int32()))
 
     # Rewards become margins.
     calibration = None
@@ -94,7 +82,14 @@ def make(build: Build) -> dict[str, Any]:
         write_json(build.folder / "calibration.json", calibration)
         numbers = with_margins(numbers, scores.scaling(calibration, config))
 
-    write_with_columns(rows, numbers, build.rows, keep=pc.is_null(reason))
+    write_with_columns(
+        rows,
+        numbers,
+        build.rows,
+        keep=pc.is_null(reason),
+        rows_per_file=config.margins.rows_per_file,
+        metadata=_origin(build, calibration),
+    )
     results: dict[str, Any] = {
         "splits": _summary(build.rows),
         "calibration": calibration,
@@ -104,7 +99,41 @@ def make(build: Build) -> dict[str, Any]:
         results["mean_weight"] = write_report(build, calibration, rejects)
         results["weights_at"] = config.train.weighting
         results["is_in_sample"] = reward.is_trained(config) and config.reward.folds == 1
+    if columns.MARGIN_STD in numbers.column_names:
+        spread = numbers[columns.MARGIN_STD].filter(pc.is_null(reason))
+        results["median_margin_std"] = pc.quantile(spread)[0].as_py()
     return results
+
+
+def _scored(rows: Path, config: Config) -> tuple[pa.Table, pa.ChunkedArray]:
+    """The columns of all scorers, in the order of the pairs, and why pairs have none, or null."""
+    numbers = read_columns(rows, [columns.PAIR_ID])
+    reason = pa.chunked_array([pa.nulls(numbers.num_rows, pa.string())])
+    for one in scores.passes_of(config):
+        added = read_columns(one.rows, (*one.scorer.columns, columns.REASON))
+        for name in one.scorer.columns:
+            numbers = numbers.append_column(name, added[name])
+        reason = pc.coalesce(reason, added[columns.REASON])
+
+    if reward.is_trained(config) and config.reward.folds > 1:
+        hashes = read_columns(rows, [columns.GROUP_HASH])[columns.GROUP_HASH].to_numpy()
+        folds = folds_of(hashes, config.reward.folds)
+        numbers = numbers.append_column(columns.FOLD, pa.array(folds, pa.int32()))
+    return numbers, reason
+
+
+def _origin(build: Build, calibration: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What the rows were made from, for whoever finds one of their files alone."""
+    config = build.config
+    inputs = STAGE.inputs(config)
+    return {
+        "fingerprint": build.fingerprint,
+        "made_from": {**inputs.upstream, **inputs.content},
+        "model": config.model.names(),
+        "max_length": config.data.max_length,
+        "over_length": config.data.over_length,
+        "calibration": calibration,
+    }
 
 
 def describe(results: Mapping[str, Any]) -> Description:
@@ -117,6 +146,7 @@ def describe(results: Mapping[str, Any]) -> Description:
     return [
         *_describe_splits(results),
         *_describe_optimism(results),
+        *_describe_ensemble(results),
         *_describe_weights(results),
         *failed,
     ]
@@ -133,6 +163,17 @@ def _describe_optimism(results: Mapping[str, Any]) -> list[str]:
     return [
         f"positive margins: {seen:.1%} of the training pairs, which the reward model has seen, and "
         f"{unseen:.1%} of the validation pairs (reward.folds above 1 scores only unseen pairs)"
+    ]
+
+
+def _describe_ensemble(results: Mapping[str, Any]) -> list[str]:
+    """How much several reward models differ."""
+    spread = results.get("median_margin_std")
+    if spread is None:
+        return []
+    return [
+        f"the reward models' margins of a pair differ by a standard deviation of {spread:.3f} "
+        f"(median, before calibration; column {columns.MARGIN_STD})"
     ]
 
 
@@ -170,7 +211,7 @@ STAGE = Stage(
     settings=_settings,
     upstream=_upstream,
     content=_content,
-    names=lambda config: {"reward": config.reward.source},
+    names=lambda config: {"reward": [config.reward.source, *config.reward.ensemble]},
     check=_check,
     make=make,
     describe=describe,

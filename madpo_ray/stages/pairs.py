@@ -13,13 +13,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from madpo_ray import columns
-from madpo_ray.artifacts.hashes import hash_file
 from madpo_ray.artifacts.tables import count_rows
 from madpo_ray.config import Config, DataConfig
 from madpo_ray.data.checks import check_counts, check_files, holds_messages
+from madpo_ray.data.files import DataFile, Piece
 from madpo_ray.data.reader import PairReader
 from madpo_ray.data.responses import TIE
-from madpo_ray.data.sources import list_files
+from madpo_ray.data.sources import list_files, open_source
 from madpo_ray.data.splits import Found, Repeats, find_repeats
 from madpo_ray.data.tokens import TOO_LONG
 from madpo_ray.errors import UserError
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 
 PLACE = (columns.FILE_NUMBER, columns.ROW, columns.PAIR)
+MAX_BLOCKS = 1024  # of files, or pieces of them, that Ray Data keeps track of
 REPEATED = "occurs more than once, or also with chosen and rejected swapped"
 REJECTS = pa.schema(
     [
@@ -69,7 +70,7 @@ def _settings(config: Config) -> dict[str, Any]:
 
 def _content(config: Config) -> dict[str, Any]:
     files = list_files(config.data.files)
-    hashes = {f"files[{i}]": hash_file(Path(file)) for i, file in enumerate(files)}
+    hashes = {f"files[{i}]": DataFile(file).version() for i, file in enumerate(files)}
     return {**hashes, "model": model_inputs(config.model).fingerprint}
 
 
@@ -137,11 +138,12 @@ class _ReaderActor:
         tokenizer = _load_tokenizer(config, folder)
         self._reader = PairReader(config.data, tokenizer, seed=config.run.seed)
 
-    def __call__(self, files: pa.Table) -> Iterator[pa.Table]:
-        numbers = files[columns.FILE_NUMBER].to_pylist()
-        for number, file in zip(numbers, files[columns.FILE].to_pylist(), strict=True):
-            with self._notes.working_on(f"the file {file}"):
-                yield from self._reader.tables(file, number)
+    def __call__(self, pieces: pa.Table) -> Iterator[pa.Table]:
+        for row in pieces.to_pylist():
+            file = row[columns.FILE]
+            piece = Piece(**{name: row[name] for name in Piece._fields})
+            with self._notes.working_on(f"the file {file} from row {piece.first_row} on"):
+                yield from self._reader.tables(file, row[columns.FILE_NUMBER], piece)
 
 
 def _read_all(build: Build, folder: Path) -> "ray.data.Dataset":
@@ -150,15 +152,22 @@ def _read_all(build: Build, folder: Path) -> "ray.data.Dataset":
 
     config = build.config
     files = list_files(config.data.files)
-    table = pa.table({columns.FILE_NUMBER: range(len(files)), columns.FILE: list(files)})
-    num_actors = min(len(files), config.cluster.num_workers)
+    pieces = pa.Table.from_pylist(
+        [
+            {columns.FILE_NUMBER: number, columns.FILE: file, **piece._asdict()}
+            for number, file in enumerate(files)
+            for piece in open_source(file).pieces()
+        ]
+    )
+    num_actors = min(pieces.num_rows, config.cluster.num_workers)
     checked = (
-        ray.data.from_arrow(table)
-        .repartition(num_actors)
+        ray.data.from_arrow(pieces)
+        .repartition(min(pieces.num_rows, MAX_BLOCKS))
         .map_batches(
             _ReaderActor,
             fn_constructor_kwargs={"config": config, "folder": folder, "notes": build.notes},
             batch_format="pyarrow",
+            batch_size=None,
             compute=ray.data.ActorPoolStrategy(size=num_actors),
         )
     )

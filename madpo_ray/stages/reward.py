@@ -14,11 +14,9 @@ from madpo_ray.stages.stage import Build, Description, Stage, check_training, tr
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    return {
-        "seed": config.run.seed,
-        "model": config.model.numerics(),
-        "reward": config.reward.fingerprinted(),
-    }
+    settings = config.reward.fingerprinted()
+    del settings["ensemble"]  # the other members are not trained here
+    return {"seed": config.run.seed, "model": config.model.numerics(), "reward": settings}
 
 
 def _content(config: Config) -> dict[str, Any]:

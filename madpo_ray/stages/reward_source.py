@@ -1,4 +1,7 @@
-"""Where stage margins gets rewards from: stage reward, a classifier, a function, or the data."""
+"""Where stage margins gets rewards from: stage reward, a classifier, a function, or the data.
+
+Several classifiers and functions, and the trained model, may be one source: an ensemble.
+"""
 
 import inspect
 from pathlib import Path
@@ -6,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from madpo_ray import columns
 from madpo_ray.artifacts.hashes import hash_file
-from madpo_ray.config import Config, ModelConfig
+from madpo_ray.config import Config, ModelConfig, kind_of
 from madpo_ray.models.source import fetch_model, model_inputs
 from madpo_ray.stages import reward
 from madpo_ray.stages.reward import uses_rewards
@@ -18,50 +21,71 @@ if TYPE_CHECKING:
 
 
 def settings(config: Config) -> dict[str, Any]:
-    """Where rewards come from, if not from a model that was trained here."""
-    kind = config.reward.source_kind
-    found: dict[str, Any] = {"kind": kind}
-    if kind == "columns":
+    """Where rewards come from, as far as no model that was trained here says so."""
+    found = _describe(config.reward.source)
+    if config.reward.source_kind == "columns":
         found["columns"] = list(config.reward.source_columns)
-    if kind == "function":
-        found["function"] = config.reward.source
+    if config.reward.ensemble:
+        found["ensemble"] = [_describe(source) for source in config.reward.ensemble]
     return found
 
 
+def _describe(source: str) -> dict[str, Any]:
+    """A classifier's content counts, not its name."""
+    kind = kind_of(source)
+    return {"kind": kind, "function": source} if kind == "function" else {"kind": kind}
+
+
 def content(config: Config) -> dict[str, Any]:
-    """Hashes of a classifier, or of the file that a function is in."""
+    """Hashes of classifiers, and of the files that functions are in."""
     if not uses_rewards(config):
         return {}
-    match config.reward.source_kind:
+    found = {"reward": _content_of(config.reward.source, config)}
+    for number, source in enumerate(config.reward.ensemble):
+        found[f"ensemble[{number}]"] = _content_of(source, config)
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _content_of(source: str, config: Config) -> str | None:
+    match kind_of(source):
         case "classifier":
-            return {"reward": model_inputs(_classifier(config), "SEQ_CLS").fingerprint}
+            return model_inputs(_classifier(source, config), "SEQ_CLS").fingerprint
         case "function":
             from madpo_ray.scoring.judges import find_function
 
-            file = inspect.getsourcefile(inspect.unwrap(find_function(config.reward.source)))
-            return {"reward": hash_file(Path(file))} if file else {}
-    return {}
+            file = inspect.getsourcefile(inspect.unwrap(find_function(source)))
+            return hash_file(Path(file)) if file else None
+    return None
 
 
-def _classifier(config: Config) -> ModelConfig:
+def _classifier(source: str, config: Config) -> ModelConfig:
     """The sequence classifier that gives the rewards."""
-    settings = config.reward
-    return ModelConfig(model_name_or_path=settings.source, model_revision=settings.source_revision)
+    is_first = source == config.reward.source
+    revision = config.reward.source_revision if is_first else "main"
+    return ModelConfig(model_name_or_path=source, model_revision=revision)
 
 
 def scorer(config: Config) -> "Scorer":
     """What gives the rewards, unless they are in the data."""
+    from madpo_ray.scoring.scorers import EnsembleReward
+
+    sources = (config.reward.source, *config.reward.ensemble)
+    members = [_member(source, config) for source in sources]
+    return members[0] if len(members) == 1 else EnsembleReward(members)
+
+
+def _member(source: str, config: Config) -> "Scorer":
     from madpo_ray.scoring.judges import ClassifierReward, FunctionReward
     from madpo_ray.scoring.scorers import CrossFittedReward, TrainedReward
 
     batch_size = config.scoring.per_device_batch_size
-    match config.reward.source_kind:
+    match kind_of(source):
         case "classifier":
-            classifier = _classifier(config)
+            classifier = _classifier(source, config)
             folder = fetch_model(classifier, "SEQ_CLS")
             return ClassifierReward(folder, classifier, batch_size=batch_size)
         case "function":
-            return FunctionReward(config.reward.source)
+            return FunctionReward(source)
     trained = [
         TrainedReward(folder, config.model, columns=columns.REWARDS, batch_size=batch_size)
         for folder in reward.models(config)

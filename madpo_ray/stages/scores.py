@@ -77,15 +77,13 @@ def passes_of(config: Config) -> list[Pass]:
     # The rewards, unless they are in the data.
     if reward.uses_rewards(config) and config.reward.source_kind != "columns":
         if reward.is_trained(config):
-            fingerprint = reward.STAGE.inputs(config).fingerprint
-            reward_inputs = Inputs(MARGINS, upstream={**upstream, "reward": fingerprint})
-        else:
-            reward_inputs = Inputs(
-                MARGINS,
-                settings=reward_source.settings(config),
-                upstream=upstream,
-                content=reward_source.content(config),
-            )
+            upstream = {**upstream, "reward": reward.STAGE.inputs(config).fingerprint}
+        reward_inputs = Inputs(
+            MARGINS,
+            settings=reward_source.settings(config),
+            upstream=upstream,
+            content=reward_source.content(config),
+        )
         passes.insert(0, Pass(reward_inputs, reward_source.scorer(config), folder / "reward"))
     return passes
 

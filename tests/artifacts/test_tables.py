@@ -1,5 +1,6 @@
 """Rows as Parquet files, in order."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from madpo_ray.artifacts.tables import (
     column_names,
     count_rows,
     read_columns,
+    read_metadata,
     read_split,
     read_split_contiguous,
     rows_folder,
@@ -70,6 +72,39 @@ def test_copies_only_rows_to_keep(rows: Path, tmp_path: Path) -> None:
     result = read_columns(tmp_path / "out", ["pair_id", "margin"])
     assert result["pair_id"].to_pylist() == [ids[i] for i in (0, 2, 5, 6)]
     assert result["margin"].to_pylist() == [0.0, 1.0, 2.5, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("rows_per_file", "sizes"), [(1, [1] * 7), (2, [2, 2, 2, 1]), (7, [7]), (100, [7])]
+)
+def test_files_have_the_wanted_number_of_rows(
+    rows_per_file: int, sizes: list[int], rows: Path, tmp_path: Path
+) -> None:
+    ids = [f"pair-{i}" for i in range(7)]
+    added = pa.table({"pair_id": ids, "margin": [0.5] * 7})
+    write_with_columns(rows, added, tmp_path / "out", rows_per_file=rows_per_file)
+    files = sorted((tmp_path / "out").iterdir())
+    assert [pq.read_metadata(file).num_rows for file in files] == sizes
+    assert read_columns(tmp_path / "out", ["pair_id"])["pair_id"].to_pylist() == ids
+
+
+def test_files_of_nothing(rows: Path, tmp_path: Path) -> None:
+    """There is one, which has the columns."""
+    added = pa.table({"pair_id": [f"pair-{i}" for i in range(7)], "margin": [0.5] * 7})
+    keep = pa.chunked_array([[False] * 7])
+    write_with_columns(rows, added, tmp_path / "out", keep=keep, rows_per_file=2)
+    assert count_rows(tmp_path / "out") == 0
+    assert column_names(tmp_path / "out") == ["pair_id", "split", "ids", "margin"]
+
+
+def test_metadata_is_in_every_file(rows: Path, tmp_path: Path) -> None:
+    added = pa.table({"pair_id": [f"pair-{i}" for i in range(7)]})
+    origin = {"model": "a", "max_length": 64}
+    write_with_columns(rows, added, tmp_path / "out", metadata=origin)
+    assert read_metadata(tmp_path / "out") == origin
+    for file in (tmp_path / "out").iterdir():
+        assert json.loads(pq.read_schema(file).metadata[b"madpo_ray"]) == origin
+    assert read_metadata(rows) is None
 
 
 @pytest.mark.parametrize("ids", [[6, 5, 4, 3, 2, 1, 0], list(range(8)), list(range(6))])

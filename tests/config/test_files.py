@@ -241,7 +241,8 @@ def test_overrides_lose_no_text(value: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("s3://bucket/a.jsonl", "is a URI"),
+        ("ftp://server/a.jsonl", "is a URI of an unknown kind"),
+        ("s3://key:secret@bucket/a.jsonl", "holds credentials"),
         ("", "the path is empty"),
         ("${A:-x}/a", "only ~, "),
         ("$(pwd)/a", "only ~, "),

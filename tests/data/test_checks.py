@@ -10,7 +10,7 @@ import pytest
 
 from madpo_ray.config import DataConfig
 from madpo_ray.data.checks import check_counts, check_files, holds_messages
-from madpo_ray.data.rows import DAMAGED
+from madpo_ray.data.files import DAMAGED
 from madpo_ray.errors import UserError
 from support.pairs import messages, write_jsonl
 

@@ -22,7 +22,7 @@ def reader(tokenizer: Any, **changes: Any) -> PairReader:
 
 
 def test_reads_a_pair(tokenizer: Any) -> None:
-    pair = reader(tokenizer, keep_columns=("score",)).read(ROW)
+    pair = reader(tokenizer, keep_columns=("score",)).read([ROW])[0]
     assert pair["prompt"] == "the film"
     assert pair["group"] == '"the film"'
     assert pair["split"] in ("train", "validation", "test")
@@ -33,7 +33,7 @@ def test_reads_a_pair(tokenizer: Any) -> None:
 
 def test_messages_are_stored_as_json(tokenizer: Any) -> None:
     row = messages(prompt="p", chosen="a", rejected="b")
-    pair = reader(tokenizer).read(row)
+    pair = reader(tokenizer).read([row])[0]
     assert {name: json.loads(pair[name]) for name in row} == row
 
 
@@ -57,7 +57,7 @@ def test_rejects_have_only_a_reason(row: Any, kind: str, reason: str, tokenizer:
     """And its kind, without the row's values, by which reasons are counted."""
     if isinstance(row, dict):
         row = {"part": "train", **row}
-    rejected = reader(tokenizer, split_column="part", keep_columns=("score",)).read(row)
+    rejected = reader(tokenizer, split_column="part", keep_columns=("score",)).read([row])[0]
     assert rejected.keys() == {"reason", "reason_kind"}
     assert rejected["reason_kind"] == kind
     assert reason in rejected["reason"]
@@ -69,12 +69,38 @@ def test_unexpected_errors_are_reasons(tokenizer: Any) -> None:
     class Failing:
         bos_token_id = eos_token_id = None
 
-        def __call__(self, text: str) -> None:
+        def __call__(self, texts: list[str], **options: Any) -> None:
             raise ZeroDivisionError("\ud83d")
 
-    rejected = reader(Failing()).read(ROW)
+    rejected = reader(Failing()).read([ROW])[0]
     assert rejected["reason_kind"] == "the row cannot be read (ZeroDivisionError)"
     assert rejected["reason"].endswith(": \\ud83d")
+
+
+def test_row_that_a_tokenizer_refuses_is_the_only_reject(tokenizer: Any) -> None:
+    """All rows are tokenised in one call."""
+
+    class Picky:
+        bos_token_id = None
+        eos_token_id = tokenizer.eos_token_id
+        num_calls = 0
+
+        def __call__(self, texts: list[str], **options: Any) -> Any:
+            self.num_calls += 1
+            if any("7" in text for text in texts):
+                raise ValueError("no sevens")
+            return tokenizer(texts, **options)
+
+    rows = [{**ROW, "prompt": f"film {i}"} for i in range(9)]
+    picky = Picky()
+    assert reader(picky).read(rows[:5]) == reader(tokenizer).read(rows[:5])
+    assert picky.num_calls == 1
+    found = reader(picky).read([*rows, "a reason: of the source"])
+    assert [one.get("reason") for one in found[7::2]] == [
+        "the row cannot be read (ValueError): no sevens",
+        "a reason: of the source",
+    ]
+    assert found[:7] + found[8:9] == reader(tokenizer).read(rows[:7] + rows[8:])
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
@@ -158,7 +184,7 @@ def test_any_row_is_a_pair_or_a_reject(tokenizer: Any) -> None:
     for _ in range(20_000):
         row = mixer.row()
         before = copy.deepcopy(row)
-        result = strict.read(row)
+        result = strict.read([row])[0]
         assert repr(row) == repr(before)
         table = pa.Table.from_pylist([result], schema=schema)
         if result.get("reason") is not None:
@@ -181,14 +207,14 @@ def test_tables_are_of_a_thousand_rows(tokenizer: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", ["", " ", None, float("nan"), float("inf")])
 def test_pairs_without_a_group_are_rejects(value: Any, tokenizer: Any) -> None:
     """They would all be one group."""
-    read = reader(tokenizer, group_column="source").read({**ROW, "source": value})
+    read = reader(tokenizer, group_column="source").read([{**ROW, "source": value}])[0]
     assert read["reason"] == "source is missing"
 
 
 def test_group_is_text_or_number(tokenizer: Any) -> None:
     group = reader(tokenizer, group_column="source")
-    assert group.read({**ROW, "source": 7})["group"] == "7"
-    assert group.read({**ROW, "source": 7.0})["group"] == "7"  # integers next to nulls
-    assert group.read({**ROW, "source": [7]})["reason"] == (
+    assert group.read([{**ROW, "source": 7}])[0]["group"] == "7"
+    assert group.read([{**ROW, "source": 7.0}])[0]["group"] == "7"  # integers next to nulls
+    assert group.read([{**ROW, "source": [7]}])[0]["reason"] == (
         "source is neither text nor a number: list"
     )

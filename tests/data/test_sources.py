@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, DatasetDict
 
-from madpo_ray.data import rows
+from madpo_ray.data import files
 from madpo_ray.data.sources import KINDS, list_files, open_source
 from madpo_ray.errors import UserError
 
@@ -30,7 +30,7 @@ def test_refuses_what_is_no_source(name: str, message: str, tmp_path: Path) -> N
 
 
 def test_limits_are_what_the_messages_say() -> None:
-    assert (rows.MAX_LINE_BYTES, rows.ROWS_PER_BATCH) == (64 * 2**20, 1024)
+    assert (files.MAX_LINE_BYTES, files.ROWS_PER_BATCH) == (64 * 2**20, 1024)
 
 
 def names_in(folder: Path, *names: str) -> list[str]:

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from madpo_ray.data import rows, text_sources
+from madpo_ray.data import files, text_sources
+from madpo_ray.data.files import WHOLE
 from madpo_ray.data.sources import open_source
 from madpo_ray.errors import UserError
 from support.pairs import write_jsonl
@@ -59,7 +60,7 @@ def test_byte_order_mark_is_skipped(tmp_path: Path) -> None:
 
 
 def test_endless_line_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "MAX_LINE_BYTES", 2**20)
+    monkeypatch.setattr(files, "MAX_LINE_BYTES", 2**20)
     (tmp_path / "a.jsonl").write_bytes(b"x" * (3 * 2**20) + b'\n{"a": 1}\n')
     found = list(open_source(str(tmp_path / "a.jsonl")).rows())
     assert found == ["line is longer than 1 MiB", {"a": 1}]
@@ -68,7 +69,7 @@ def test_endless_line_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_lines_of_exactly_the_limit_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rows, "MAX_LINE_BYTES", len(b'{"a": 1}\n'))
+    monkeypatch.setattr(files, "MAX_LINE_BYTES", len(b'{"a": 1}\n'))
     (tmp_path / "a.jsonl").write_bytes(b'{"a": 1}\n{"b": 2}\n')
     assert list(open_source(str(tmp_path / "a.jsonl")).rows()) == [{"a": 1}, {"b": 2}]
 
@@ -223,3 +224,46 @@ def test_csv_with_two_columns_of_one_name_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("a,a\n1,2\n")
     with pytest.raises(UserError, match="has two columns 'a'"):
         open_source(str(tmp_path / "a.csv")).columns()
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 7, 30, 1000])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"a": 1}\n{"a": 2}\n{"a": 3}\n',
+        b'\xef\xbb\xbf{"a": 1}\r\n{"a": 2}',
+        b'{"a": 1}\n\n\nno json\n{"a": "x' + b"y" * 50 + b'"}\n',
+        b"\n",
+        b"",
+    ],
+)
+def test_pieces_are_the_file(
+    piece_bytes: int, content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each row once, with its number."""
+    monkeypatch.setattr(text_sources, "PIECE_BYTES", piece_bytes)
+    (tmp_path / "a.jsonl").write_bytes(content)
+    source = open_source(str(tmp_path / "a.jsonl"))
+    whole = list(enumerate(source.rows()))
+    pieces = source.pieces()
+    assert [row for one in pieces for row in enumerate(source.rows(one), one.first_row)] == whole
+    assert len(pieces) > 1 or piece_bytes > 10 or len(whole) < 2
+
+
+def test_endless_line_is_in_one_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "MAX_LINE_BYTES", 16)
+    monkeypatch.setattr(text_sources, "PIECE_BYTES", 4)
+    (tmp_path / "a.jsonl").write_bytes(b'{"a": 1}\n' + b"x" * 100 + b'\n{"a": 2}\n')
+    source = open_source(str(tmp_path / "a.jsonl"))
+    found = [row for one in source.pieces() for row in enumerate(source.rows(one), one.first_row)]
+    assert found == list(enumerate(source.rows()))
+    assert found[2] == (2, {"a": 2})
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json", "a.csv"])
+def test_files_that_cannot_be_cut(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text_sources, "PIECE_BYTES", 4)
+    (tmp_path / name).write_bytes(gzip.compress(b"x\n" * 10) if name.endswith("gz") else b"x\n" * 9)
+    assert open_source(str(tmp_path / name)).pieces() == [WHOLE]

@@ -17,6 +17,7 @@ from madpo_ray.scoring.actors import MAX_FAILURES, REFUSAL, ScoringActor
 from madpo_ray.scoring.chunks import ScoredChunks
 from madpo_ray.scoring.scorers import (
     CrossFittedReward,
+    EnsembleReward,
     PolicyLogps,
     Scorer,
     TrainedReward,
@@ -152,6 +153,27 @@ def test_each_pair_is_scored_by_the_model_of_its_fold() -> None:
     hashes = [7, 3, 4, 6, 9, 10]
     scores = loaded(CrossFittedReward(models))(pa.table({"group_hash": hashes}))
     assert scores.tolist() == [[1, 0, 1, 0, 0, 1], hashes]
+
+
+def test_ensemble_is_the_mean_and_says_how_far_its_members_differ() -> None:
+    class Judge:
+        def __init__(self, reads: tuple[str, ...], chosen: float, rejected: float) -> None:
+            self.reads = reads
+            self._rewards = [[chosen] * 2, [rejected] * 2]
+
+        def load(self, device: torch.device) -> None:
+            self._is_loaded = True
+
+        def __call__(self, rows: pa.Table) -> np.ndarray:
+            assert self._is_loaded
+            return np.array(self._rewards)
+
+    members: Any = [Judge(("prompt", "chosen"), 3, 1), Judge(("chosen", "prompt_ids"), 2, 2)]
+    scorer = loaded(EnsembleReward(members))
+    assert scorer.reads == ("prompt", "chosen", "prompt_ids")
+    assert scorer.columns == ("chosen_reward", "rejected_reward", "margin_std")
+    scores = scorer(pa.table({"prompt": ["a", "b"]}))
+    np.testing.assert_allclose(scores, [[2.5] * 2, [1.5] * 2, [2**0.5] * 2])
 
 
 class Failing:

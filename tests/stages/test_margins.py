@@ -6,11 +6,18 @@ from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from madpo_ray import columns, pipeline
-from madpo_ray.artifacts.tables import column_names, read_columns, read_split
+from madpo_ray.artifacts.tables import (
+    column_names,
+    read_columns,
+    read_metadata,
+    read_split,
+    rows_files,
+)
 from madpo_ray.config import Config, SFTConfig, parse_config
 from madpo_ray.data.batching import collate
 from madpo_ray.data.splits import group_hash
@@ -119,9 +126,18 @@ def run_margins(raw: dict[str, Any], *stages: Any) -> Config:
 
 def test_other_calibration_scores_nothing_again(copied_run: dict[str, Any]) -> None:
     before = manifests(parse_config(copied_run))
-    copied_run["margins"] = {"calibration": "none"}
+    copied_run["margins"] = {"calibration": "none", "rows_per_file": 40}
     config = run_margins(copied_run)
     assert manifests(config) == before
+    assert [pq.read_metadata(file).num_rows for file in rows_files(margins.STAGE.rows(config))] == [
+        40,
+        40,
+        10,
+    ]
+    origin = read_metadata(margins.STAGE.rows(config))
+    assert origin["fingerprint"] == margins.STAGE.inputs(config).fingerprint
+    assert origin["made_from"].keys() == {"pairs", "reward", "initial_policy"}
+    assert origin["calibration"]["method"] == "none"
     scores = read_columns(config.run.folder / "scores" / "reward" / "data", ["chosen_reward"])
     stored = read_columns(margins.STAGE.rows(config), ["chosen_reward"])
     assert stored.equals(scores)

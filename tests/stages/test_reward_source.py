@@ -72,6 +72,32 @@ def test_language_model_is_no_source(raw_config: dict[str, Any], model_folder: P
 
 
 @pytest.mark.parametrize(
+    ("source", "ensemble", "message"),
+    [
+        ("trained", ["trained"], "trained is neither a classifier nor a function"),
+        ("a/b", ["a/b"], "a member is listed twice"),
+        ("trained", ["a/b", "a/b"], "a member is listed twice"),
+    ],
+)
+def test_members_of_an_ensemble_are_checked(
+    source: str, ensemble: list[str], message: str, raw_config: dict[str, Any]
+) -> None:
+    with pytest.raises(UserError, match=message):
+        with_source(raw_config, source, ensemble=ensemble)
+
+
+def test_ensemble_is_no_matter_of_the_training(raw_config: dict[str, Any], tmp_path: Path) -> None:
+    """Its members' content is one of the margins."""
+    alone = with_source(raw_config, "trained")
+    judge = str(classifier(tmp_path / "judge"))
+    joined = with_source(raw_config, "trained", ensemble=[judge, "support.judges:fail_for_one"])
+    assert reward.STAGE.inputs(alone) == reward.STAGE.inputs(joined)
+    content = margins.STAGE.inputs(joined).content
+    assert {"ensemble[0]", "ensemble[1]"} <= content.keys()
+    assert "ensemble[0]" not in margins.STAGE.inputs(alone).content
+
+
+@pytest.mark.parametrize(
     ("more", "message"),
     [
         ({}, "go together"),
@@ -121,13 +147,17 @@ def test_data_may_bring_rewards_or_a_margin(names: list[str], copied_run: dict[s
 
 @pytest.mark.ray
 @pytest.mark.deepspeed
-def test_classifier_scores_every_pair(copied_run: dict[str, Any], tmp_path: Path) -> None:
+def test_ensemble_scores_every_pair(copied_run: dict[str, Any], tmp_path: Path) -> None:
     """And another source redoes the margins, and names why."""
-    config = with_source(copied_run, str(classifier(tmp_path / "judge")))
+    judge = str(classifier(tmp_path / "judge"))
+    config = with_source(copied_run, judge, ensemble=["support.judges:count_kind_words"])
     found = differences(margins.STAGE.folder(config), margins.STAGE.inputs(config))
     assert {difference.part for difference in found} == {"settings", "upstream", "content"}
-    pipeline.run_stage(config, margins.STAGE, say=lambda what: None)
+    printed: list[str] = []
+    pipeline.run_stage(config, margins.STAGE, say=lambda what: printed.append(str(what)))
+    assert any("margins of a pair differ by a standard deviation of" in one for one in printed)
     rows = margins.STAGE.rows(config)
+    assert pc.min(read_columns(rows, ["margin_std"])["margin_std"]).as_py() >= 0
     ids = read_columns(rows, ["pair_id"])
     assert ids == read_columns(pairs.STAGE.rows(config), ["pair_id"])
     table = read_columns(rows, ["chosen_reward", "rejected_reward", "margin"])

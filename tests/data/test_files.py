@@ -1,0 +1,112 @@
+"""Files in a store: a local S3 server, and names that no store has."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs
+import pyarrow.parquet as pq
+import pytest
+from moto.server import ThreadedMotoServer
+
+from madpo_ray.config import parse_config
+from madpo_ray.data.files import DataFile, file_system
+from madpo_ray.data.sources import list_files, open_source
+from madpo_ray.errors import UserError
+
+ROWS = [{"prompt": "p", "chosen": f"good {i}", "rejected": "bad"} for i in range(3)]
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+
+
+@pytest.fixture(scope="module")
+def options() -> Iterator[str]:
+    """What follows a path in the URI of a file on the server."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", "someone")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        host, port = server.get_host_and_port()
+        yield f"?endpoint_override={host}:{port}&scheme=http&region=us-east-1"
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def store(options: str) -> pyarrow.fs.FileSystem:
+    """A bucket with a folder of files of three kinds."""
+    system, _ = pyarrow.fs.FileSystem.from_uri(f"s3://pairs/{options}&allow_bucket_creation=true")
+    system.create_dir("pairs")
+    with system.open_output_stream("pairs/new/b.jsonl") as stream:
+        stream.write(LINES)
+    with system.open_output_stream("pairs/new/c.jsonl.gz", compression="gzip") as stream:
+        stream.write(LINES)
+    pq.write_table(pa.Table.from_pylist(ROWS), "pairs/new/a.parquet", filesystem=system)
+    with system.open_output_stream("pairs/notes/README.md") as stream:
+        stream.write(b"not data")
+    return system
+
+
+@pytest.mark.usefixtures("store")
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("new/b.jsonl", ["b.jsonl"]),
+        ("new", ["a.parquet", "b.jsonl", "c.jsonl.gz"]),
+        ("*/*.jsonl*", ["b.jsonl", "c.jsonl.gz"]),
+        ("**/*.parquet", ["a.parquet"]),
+    ],
+)
+def test_files_of_a_bucket(name: str, expected: list[str], options: str) -> None:
+    found = list_files([f"s3://pairs/{name}{options}"])
+    assert found == [f"s3://pairs/new/{one}{options}" for one in expected]
+    for file in found:
+        source = open_source(file)
+        assert source.columns() == ["prompt", "chosen", "rejected"]
+        assert list(source.rows()) == ROWS
+        assert source.count() >= len(ROWS)
+
+
+def test_version_changes_with_the_file(store: pyarrow.fs.FileSystem, options: str) -> None:
+    file = DataFile(f"s3://pairs/changing.jsonl{options}")
+    versions = set()
+    for content in (LINES, LINES + LINES):
+        with store.open_output_stream("pairs/changing.jsonl") as stream:
+            stream.write(content)
+        versions |= {file.version(), file.version()}
+    assert len(versions) == 2
+
+
+@pytest.mark.usefixtures("store")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("pairs/none.jsonl", "does not exist"),
+        ("other/none.jsonl", "does not exist"),
+        ("pairs/*.csv", "no file matches"),
+        ("pairs/notes", "holds no file that ends in"),
+    ],
+)
+def test_what_is_not_there(name: str, message: str, options: str) -> None:
+    with pytest.raises(UserError, match=message):
+        list_files([f"s3://{name}{options}"])
+
+
+def test_store_that_does_not_answer(options: str) -> None:
+    nowhere = "?endpoint_override=127.0.0.1:9&scheme=http&region=us-east-1"
+    with pytest.raises(UserError, match=r"s3://pairs/a\.jsonl.* cannot be read: .*onnect"):
+        list_files([f"s3://pairs/a.jsonl{nowhere}"])
+
+
+def test_hub_that_is_not_there() -> None:
+    """The tests are offline."""
+    file_system.cache_clear()
+    with pytest.raises(UserError, match=r"data\.files: hf://datasets/a/b cannot be read"):
+        list_files(["hf://datasets/a/b"])
+
+
+def test_names_of_stores_stay_as_they_are(raw_config: dict[str, Any], options: str) -> None:
+    names = [f"s3://pairs/new/b.jsonl{options}", "hf://datasets/a/b@main/data/*.parquet"]
+    raw_config["data"]["files"] = names
+    assert list(parse_config(raw_config).data.files) == names
