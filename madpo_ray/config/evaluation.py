@@ -1,6 +1,6 @@
 """Sections scoring, margins, evaluate and tune: what is measured once a model is trained."""
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
@@ -27,6 +27,11 @@ class ScoringConfig(Section):
     """One pass over pairs with a reward model or a policy; stages margins and evaluate."""
 
     per_device_batch_size: int = operational(8, ge=1, description="pairs per forward")
+    max_tokens_per_device: int | None = operational(
+        None,
+        ge=1,
+        description="tokens per forward, padding included, instead of a number of pairs",
+    )
     batch_size: int = operational(
         256, ge=1, description="pairs that an actor sorts by length and scores per call, at most"
     )
@@ -42,6 +47,14 @@ class ScoringConfig(Section):
     gpus_per_actor: float | None = operational(
         None, gt=0, le=1, description="share of a GPU per actor; null: 1 if cluster.use_gpu is set"
     )
+
+    @property
+    def forward_limits(self) -> dict[str, Any]:
+        """What bounds a forward, as arguments of scorers with a model."""
+        return {
+            "batch_size": self.per_device_batch_size,
+            "max_tokens": self.max_tokens_per_device,
+        }
 
     @model_validator(mode="after")
     def _check_actors(self) -> "ScoringConfig":

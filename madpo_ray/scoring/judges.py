@@ -19,6 +19,7 @@ from madpo_ray.config import ModelConfig
 from madpo_ray.data.messages import Content, from_text
 from madpo_ray.errors import UserError
 from madpo_ray.models.loading import load_classifier, load_tokenizer
+from madpo_ray.scoring.scorers import cut
 
 logger = logging.getLogger(__name__)
 
@@ -97,14 +98,16 @@ def find_function(name: str) -> Callable[..., Any]:
 class ClassifierReward(TextScorer):
     """Rewards of a sequence classifier with one label: its logit.
 
-    It has its own tokenizer, chat template and dtype. Rows are sorted by length and read
-    `batch_size` at a time, or one by one if a batch does not give the same numbers.
+    It has its own tokenizer, chat template and dtype. Rows are sorted by length and read as `cut`
+    says, or one by one if a batch does not give the same numbers.
     """
 
-    def __init__(self, folder: Path, model: ModelConfig, *, batch_size: int) -> None:
+    def __init__(
+        self, folder: Path, model: ModelConfig, *, batch_size: int, max_tokens: int | None = None
+    ) -> None:
         self._folder = folder
         self._model_config = model
-        self._batch_size = batch_size
+        self._limits = (batch_size, max_tokens)
 
     def load(self, device: torch.device) -> None:
         self._device = device
@@ -138,13 +141,9 @@ class ClassifierReward(TextScorer):
             self._tokenize(prompt, completion)
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
-
-        # Longest first, so that a batch that does not fit in memory shows at once.
-        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-        batch_size = 1 if self._padding is None else self._batch_size
+        limits = (1, None) if self._padding is None else self._limits
         rewards = np.full(len(rows), np.nan)
-        for start in range(0, len(order), batch_size):
-            members = order[start : start + batch_size]
+        for members in cut([len(row) for row in rows], *limits):
             rewards[members] = self._forward([rows[i] for i in members], self._padding or 0)
         return rewards
 

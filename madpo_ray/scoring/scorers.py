@@ -4,7 +4,7 @@ Legend: R responses per row (2: chosen and rejected, or 1), P rows of a table.
 """
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -76,10 +76,28 @@ def score_or_explain(scorer: Scorer, rows: pa.Table) -> tuple[np.ndarray, list[s
     return scores, reasons
 
 
+def cut(lengths: Sequence[int], batch_size: int, max_tokens: int | None) -> Iterator[list[int]]:
+    """Which rows are read together, longest first: one that does not fit in memory shows at once.
+
+    Args:
+        lengths: tokens of each row; those that are read together are padded to the longest.
+        batch_size: rows that are read together, unless there is a bound on their tokens.
+        max_tokens: of rows that are read together, padding included; a longer row is read alone.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    start = 0
+    while start < len(order):
+        size = batch_size
+        if max_tokens is not None:
+            size = max(1, max_tokens // max(1, lengths[order[start]]))
+        yield order[start : start + size]
+        start += size
+
+
 class ModelScorer(abc.ABC):
     """A scorer that reads token ids with a transformers model.
 
-    Rows are sorted by length and read `batch_size` at a time.
+    Pairs are sorted by length and read as `cut` says.
     """
 
     def __init__(
@@ -89,13 +107,14 @@ class ModelScorer(abc.ABC):
         *,
         columns: tuple[str, ...],
         batch_size: int,
+        max_tokens: int | None = None,
         responses: tuple[str, ...] = RESPONSE_IDS,
     ) -> None:
         self.columns = columns
         self.reads = (PROMPT_IDS, *responses)
         self._folder = folder
         self._model_config = model
-        self._batch_size = batch_size
+        self._limits = (batch_size, max_tokens)
         self._responses = responses
 
     def load(self, device: torch.device) -> None:
@@ -109,23 +128,24 @@ class ModelScorer(abc.ABC):
     def __call__(self, rows: pa.Table) -> np.ndarray:
         pairs = rows.select(list(self.reads)).to_pylist()
 
-        # Longest first, so that a batch that does not fit in memory shows at once.
-        lengths = [sum(map(len, pair.values())) for pair in pairs]
-        order = sorted(range(len(pairs)), key=lambda i: -lengths[i])
-
         # The next batch is made while one is computed; the device is waited for at the end only.
-        starts = range(0, len(order), self._batch_size)
-        batches = (
-            self._collate([pairs[i] for i in order[start : start + self._batch_size]])
-            for start in starts
-        )
+        groups = list(cut([self._num_tokens(pair) for pair in pairs], *self._limits))
+        batches = (self._collate([pairs[i] for i in members]) for members in groups)
         values = [
             self._values(self._module(batch.to(self._device))).view(len(self._responses), -1)
             for batch in prefetched(batches)
         ]
         scores = np.full((len(self._responses), len(pairs)), np.nan)
+        order = [i for members in groups for i in members]
         scores[:, order] = torch.cat(values, dim=1).double().cpu().numpy()
         return scores
+
+    def _num_tokens(self, pair: dict[str, Any]) -> int:
+        """In the rows that a pair is read as."""
+        prompt, *responses = (len(pair[name]) for name in self.reads)
+        if self._reading.shared_prefix:
+            return prompt + sum(responses)
+        return len(responses) * (prompt + max(responses))
 
     def _collate(self, pairs: Sequence[dict[str, Any]]) -> MicroBatch:
         shared_prefix = self._reading.shared_prefix

@@ -93,7 +93,7 @@ def _preferences(test: pa.Table, policy: Path, reference: Path, build: Build) ->
         config.model,
         base=reference,
         columns=columns.POLICY_LOGPS,
-        batch_size=config.scoring.per_device_batch_size,
+        **config.scoring.forward_limits,
     )
     batch_size = config.scoring.batch_size
     scored = score_table(test, [scorer], config.actors, batch_size=batch_size, notes=build.notes)
@@ -133,7 +133,7 @@ def _samples(test: pa.Table, policy: Path, reference: Path, build: Build) -> dic
             config.model,
             base=reference,
             columns=(name,),
-            batch_size=config.scoring.per_device_batch_size,
+            **config.scoring.forward_limits,
             responses=("after_ids",),
         )
         for name, folder in (("policy_logps", policy), ("ref_logps", reference))

@@ -78,16 +78,16 @@ def _member(source: str, config: Config) -> "Scorer":
     from madpo_ray.scoring.judges import ClassifierReward, FunctionReward
     from madpo_ray.scoring.scorers import CrossFittedReward, TrainedReward
 
-    batch_size = config.scoring.per_device_batch_size
+    limits = config.scoring.forward_limits
     match kind_of(source):
         case "classifier":
             classifier = _classifier(source, config)
             folder = fetch_model(classifier, "SEQ_CLS")
-            return ClassifierReward(folder, classifier, batch_size=batch_size)
+            return ClassifierReward(folder, classifier, **limits)
         case "function":
             return FunctionReward(source)
     trained = [
-        TrainedReward(folder, config.model, columns=columns.REWARDS, batch_size=batch_size)
+        TrainedReward(folder, config.model, columns=columns.REWARDS, **limits)
         for folder in reward.models(config)
     ]
     return trained[0] if len(trained) == 1 else CrossFittedReward(trained)

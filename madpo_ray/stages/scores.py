@@ -59,12 +59,12 @@ def passes_of(config: Config) -> list[Pass]:
     from madpo_ray.scoring.scorers import PolicyLogps
 
     folder = config.run.folder / "scores"
-    batch_size = config.scoring.per_device_batch_size
+    limits = config.scoring.forward_limits
     upstream = {"pairs": pairs.STAGE.inputs(config).fingerprint}
 
     # The reference's log-probs.
     reference = PolicyLogps(
-        initial_policy(config), config.model, columns=columns.REF_LOGPS, batch_size=batch_size
+        initial_policy(config), config.model, columns=columns.REF_LOGPS, **limits
     )
     reference_inputs = Inputs(
         MARGINS,

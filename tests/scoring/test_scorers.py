@@ -21,6 +21,7 @@ from madpo_ray.scoring.scorers import (
     PolicyLogps,
     Scorer,
     TrainedReward,
+    cut,
     score_or_explain,
 )
 from support.forwards import PAIRS, separate_logp
@@ -52,14 +53,30 @@ def test_model_that_cannot_be_scored_with_is_refused(
     assert "own numbers are not finite" in table[REFUSAL][4].as_py()
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_rows_are_cut_by_number_or_by_tokens() -> None:
+    """Longest first; equal lengths keep their order."""
+    lengths = [3, 9, 5, 5, 1]
+    assert list(cut(lengths, 2, None)) == [[1, 2], [3, 0], [4]]
+    assert list(cut(lengths, 2, 10)) == [[1], [2, 3], [0, 4]]
+    assert list(cut(lengths, 2, 18)) == [[1, 2], [3, 0, 4]]
+    assert list(cut(lengths, 2, 4)) == [[1], [2], [3], [0], [4]]
+    assert list(cut([], 2, None)) == []
+
+
+@pytest.mark.parametrize(("batch_size", "max_tokens"), [(1, None), (2, None), (8, None), (8, 40)])
+@pytest.mark.parametrize("shared_prefix", ["auto", "off"])
 def test_scores_keep_the_order_of_rows(
-    batch_size: int, model: ModelConfig, model_folder: Path
+    batch_size: int,
+    max_tokens: int | None,
+    shared_prefix: str,
+    model: ModelConfig,
+    model_folder: Path,
 ) -> None:
     """Whatever the order by length, and the batches."""
-    scorer = loaded(
-        PolicyLogps(model_folder, model, columns=("chosen", "rejected"), batch_size=batch_size)
-    )
+    model = model.model_copy(update={"shared_prefix": shared_prefix})
+    names = ("chosen", "rejected")
+    limits = {"batch_size": batch_size, "max_tokens": max_tokens}
+    scorer = loaded(PolicyLogps(model_folder, model, columns=names, **limits))
     scores = scorer(pa.Table.from_pylist(PAIRS))
     plain = make_model()
     with torch.no_grad():
