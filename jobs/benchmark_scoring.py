@@ -8,12 +8,14 @@ last line is one JSON object.
 """
 
 import argparse
+import contextlib
 import json
 import logging
 import os
 import shutil
 import statistics
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -162,6 +164,32 @@ def compare_passes(work: Path, model: Path, count: int, seed: int) -> dict[str, 
     }
 
 
+class Moments:
+    """When a run's first optimizer step was logged, and when its last pair was scored."""
+
+    def __init__(self, run: Path) -> None:
+        self._folder = run / "ray"
+        self._is_done = threading.Event()
+        self.first_step = 0.0
+        self.last_scored = 0.0
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def stop(self) -> None:
+        self._is_done.set()
+        if not (self.first_step and self.last_scored):
+            raise RuntimeError(f"no step, or no score, was seen in {self._folder}")
+
+    def _watch(self) -> None:
+        while not self._is_done.wait(0.1):
+            with contextlib.suppress(FileNotFoundError):  # the stage ended, and deleted them
+                for file in self._folder.glob("train-*/metrics/metrics.jsonl"):
+                    if not self.first_step and file.stat().st_size:
+                        self.first_step = time.time()
+                chunks = self._folder.glob("margins-*/kept/[!.]*.parquet")
+                written = [file.stat().st_mtime for file in chunks]
+                self.last_scored = max([self.last_scored, *written])
+
+
 def compare_modes(work: Path, model: Path, count: int, seed: int) -> dict[str, float]:
     """Seconds of an epoch that is scored while it trains, over those of scoring, then training."""
     data = work / "pairs.jsonl"
@@ -195,16 +223,21 @@ def compare_modes(work: Path, model: Path, count: int, seed: int) -> dict[str, f
         own = config(mode)
         with connected(own.cluster, actors=own.actors, streams=mode == "stream"):
             pipeline.run_stage(own, pairs.STAGE, say=print)
+            if mode == "stream":
+                moments = Moments(own.run.folder)
             began = time.time()
             for stage in stages:
                 pipeline.run_stage(own, stage, say=print)
                 if stage is train.STAGE and mode == "stream":
                     trained = time.time()
             seconds[mode] = time.time() - began
+    moments.stop()
     return {
         "stored_s": seconds["stored"],
         "stream_s": seconds["stream"],
         "stream_overhead": seconds["stream"] / seconds["stored"],
+        "stream_first_step_s": moments.first_step - began,
+        "stream_last_scored_s": moments.last_scored - began,
         "stream_trained_s": trained - began,
     }
 

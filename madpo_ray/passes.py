@@ -25,11 +25,12 @@ def pool_options(actors: ActorPool) -> dict[str, Any]:
     """Arguments of `map_batches` for a pool of actors."""
     import ray.data
 
-    return {
-        "compute": ray.data.ActorPoolStrategy(min_size=actors.min_size, max_size=actors.max_size),
-        "num_cpus": actors.num_cpus,
-        "num_gpus": actors.num_gpus or None,
-    }
+    pool = ray.data.ActorPoolStrategy(min_size=actors.min_size, max_size=actors.max_size)
+    options = {"compute": pool, "num_gpus": actors.num_gpus or None}
+    # Next to GPUs Ray takes a CPU by itself, and warns of a given number of them.
+    if not (actors.num_gpus and actors.num_cpus == 1):
+        options["num_cpus"] = actors.num_cpus
+    return options
 
 
 def ordered_execution() -> "ray.data.ExecutionOptions":

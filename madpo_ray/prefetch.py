@@ -20,5 +20,5 @@ def prefetched(items: Iterator[T]) -> Iterator[T]:
             upcoming = executor.submit(next, items, end)
             yield item  # type: ignore[misc]  # anything but `end` is a T
     finally:
-        # Whoever stops early does not wait for an item that may never come.
+        # Whoever stops early does not wait for the item that is being made; the process's end does.
         executor.shutdown(wait=False, cancel_futures=True)

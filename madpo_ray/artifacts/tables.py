@@ -1,6 +1,5 @@
 """The rows of an artifact: Parquet files in a folder, whose names keep their order."""
 
-import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -98,7 +97,7 @@ def write_with_columns(
 ) -> None:
     """Copies `rows` to `output`, with the columns of `added`, row by row.
 
-    One file is in memory at a time.
+    One file is in memory at a time, and with `rows_per_file` the rows of the next one.
 
     Args:
         keep: which of all rows to copy, bool; None: each.
@@ -145,13 +144,14 @@ def _with_columns(rows: Path, added: pa.Table, keep: pa.ChunkedArray | None) -> 
 
 def _resized(tables: Iterator[pa.Table], num_rows: int) -> Iterator[pa.Table]:
     """The same rows in tables of so many; the last has fewer."""
-    rest = next(tables)
-    for table in itertools.chain(tables, [rest.slice(0, 0)]):
-        rest = pa.concat_tables([rest, table])
+    rest: pa.Table | None = None
+    for table in tables:
+        rest = table if rest is None else pa.concat_tables([rest, table])
         while rest.num_rows > num_rows:
             yield rest.slice(0, num_rows)
             rest = rest.slice(num_rows)
-    yield rest
+    if rest is not None:
+        yield rest
 
 
 def write_table(table: pa.Table, rows: Path) -> None:

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from madpo_ray.atomic import write_text
 from madpo_ray.config.base import Section
-from madpo_ray.config.inputs import is_remote
+from madpo_ray.config.inputs import STORES, is_remote
 from madpo_ray.config.reward import kind_of
 from madpo_ray.config.root import Config
 from madpo_ray.errors import UserError, did_you_mean
@@ -216,7 +216,8 @@ def _with_absolute_paths(config: Config) -> Config:
     _check_name("model.model_name_or_path", config.model.model_name_or_path)
     storage_path = _absolute("run.storage_path", config.run.storage_path)
     files = tuple(
-        file if is_remote(file) else _absolute("data.files", file) for file in config.data.files
+        _checked_uri(file) if is_remote(file) else _absolute("data.files", file)
+        for file in config.data.files
     )
 
     # A model's name may be a path or the name of a repository on the hub.
@@ -240,6 +241,23 @@ def _with_absolute_paths(config: Config) -> Config:
             "run": config.run.model_copy(update={"storage_path": storage_path}),
         }
     )
+
+
+def _checked_uri(name: str) -> str:
+    """A URI of a known store, without credentials: names are printed and recorded."""
+    store, _, path = name.partition("://")
+    if store not in STORES or (store == "hf" and not path.startswith("datasets/")):
+        raise UserError(
+            f"data.files: {store}:// names of this kind are unknown; known are s3://, gs:// and "
+            "hf://datasets/"
+        )
+    server = path.partition("/")[0]
+    if store != "hf" and re.search("[:@]", server.removeprefix("anonymous@")):
+        raise UserError(
+            f"data.files: a {store}:// name holds credentials, and names are recorded: set them in "
+            "the environment instead (for s3:// AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
+        )
+    return name
 
 
 def _absolute_source(key: str, source: str) -> str:

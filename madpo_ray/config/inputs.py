@@ -150,7 +150,7 @@ class ModelConfig(Section):
         )
 
 
-# Where files of pairs may be besides the disks of the nodes. pyarrow reads them.
+# Object stores that files of pairs may be in, by the beginning of their URIs. pyarrow reads them.
 STORES = ("s3", "gs", "hf")
 
 
@@ -223,22 +223,6 @@ class DataConfig(Section):
     max_reject_fraction: float = operational(
         0.5, ge=0, le=1, description="share of rejected rows above which the run stops"
     )
-
-    @field_validator("files")
-    @classmethod
-    def _check_uris(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for name in filter(is_remote, value):
-            if not name.startswith(tuple(f"{store}://" for store in STORES)):
-                known = ", ".join(f"{store}://" for store in STORES)
-                raise ValueError(f"{name} is a URI of an unknown kind; known are {known}")
-            # Of the hub a name holds an @ before a branch; of other stores, a user.
-            server = name.partition("://")[2].partition("/")[0]
-            if "@" in server:
-                raise ValueError(
-                    "a URI holds credentials, and names are recorded: set them in the environment "
-                    "instead (for s3:// AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
-                )
-        return value
 
     @field_validator("keep_columns")
     @classmethod

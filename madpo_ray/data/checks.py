@@ -119,8 +119,9 @@ def check_counts(results: Mapping[str, Any], data: DataConfig) -> None:
     # Nobody knows how many rows are lost.
     if num_damaged := rejects[DAMAGED]:
         raise UserError(
-            f"{num_damaged} of the files in {', '.join(data.files)} are damaged or end too early: "
-            "repair them, or leave them out of data.files"
+            f"{num_damaged} of the files in {', '.join(data.files)} are damaged, end too early or "
+            "could not be fetched: run the command again, repair them, or leave them out of "
+            "data.files"
         )
 
     # The config leaves out what belongs to the prompt: not a matter of single rows.

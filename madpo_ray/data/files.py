@@ -9,6 +9,7 @@ import contextlib
 import functools
 import io
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +33,10 @@ COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 # The kind of reason after which a file has no more rows.
 DAMAGED = "the rest of the file cannot be read"
 
-# What pyarrow and the hub's library raise for a store that cannot be reached or read.
-READ_ERRORS = (OSError, pa.ArrowException, ValueError)
+# What pyarrow raises for a file, or a store, that cannot be read.
+READ_ERRORS = (OSError, pa.ArrowException)
+# At the end of a URI: a question mark may also be part of a name.
+_OPTIONS = re.compile(r"\?\w+=[^/]*$")
 
 Row = dict[str, Any]
 
@@ -87,8 +90,8 @@ class DataFile:
 
     @property
     def path(self) -> str:
-        """The name without what follows a path in a URI."""
-        return self.name.partition("?")[0] if is_remote(self.name) else self.name
+        """Where it is on the disk, or in its store."""
+        return Place.of(self.name).path if is_remote(self.name) else self.name
 
     @property
     def suffix(self) -> str:
@@ -103,15 +106,15 @@ class DataFile:
         if not is_remote(self.name):
             return Path(self.name).is_file()
         with explaining(self.name):
-            system, path = file_system(self.name)
-            return bool(system.get_file_info(path).is_file)
+            place = Place.of(self.name)
+            return bool(place.system.get_file_info(place.path).is_file)
 
     def open(self) -> pa.NativeFile:
-        """Its bytes, in any order."""
+        """Its bytes, in any order. Raises OSError, also for a store's errors."""
         if not is_remote(self.name):
             return pa.OSFile(self.name)
-        system, path = file_system(self.name)
-        return system.open_input_file(path)
+        place = Place.of(self.name)
+        return place.system.open_input_file(place.path)
 
     def open_text(self) -> io.BufferedReader:
         """Its bytes from the beginning on, unpacked, without a byte order mark."""
@@ -126,24 +129,60 @@ class DataFile:
     def version(self) -> str:
         """What changes with the content: a hash, or for a store without one size and time.
 
+        A store is asked once per process, until `forget_versions`.
+
         Raises:
             UserError: the store cannot be reached.
         """
-        if not is_remote(self.name):
-            return hash_file(Path(self.name))
-        with explaining(self.name):
-            system, path = file_system(self.name)
-            if isinstance(system, pyarrow.fs.PyFileSystem):  # the hub's: a file's hash by git
-                return str(system.handler.fs.info(path)["blob_id"])
-            info = system.get_file_info(path)
-            return f"{info.size} bytes of {info.mtime_ns}"
+        return _remote_version(self.name) if is_remote(self.name) else hash_file(Path(self.name))
 
 
 @functools.cache
-def file_system(name: str) -> tuple[pyarrow.fs.FileSystem, str]:
-    """The store of a URI, and the file's path in it."""
-    system, path = pyarrow.fs.FileSystem.from_uri(name)
-    return system, path
+def _remote_version(name: str) -> str:
+    with explaining(name):
+        place = Place.of(name)
+        if place.store == "hf":
+            return str(place.system.handler.fs.info(place.path, refresh=True)["blob_id"])
+        info = place.system.get_file_info(place.path)
+        return f"{info.size} bytes of {info.mtime_ns}"
+
+
+def forget_versions() -> None:
+    """Lets stores be asked again: after reading, to see that nothing has changed meanwhile."""
+    _remote_version.cache_clear()
+
+
+class Place(NamedTuple):
+    """Where a URI points to."""
+
+    store: str
+    path: str  # for s3 and gs it begins with the bucket
+    options: str  # such as `?endpoint_override=localhost:9000`, or nothing
+
+    @classmethod
+    def of(cls, name: str) -> "Place":
+        """The parts of a URI."""
+        store, _, rest = name.partition("://")
+        options = _OPTIONS.search(rest)
+        if options is None:
+            return cls(store, rest, "")
+        return cls(store, rest[: options.start()], options.group())
+
+    @property
+    def system(self) -> pyarrow.fs.FileSystem:
+        """The store. Raises pa.ArrowInvalid if pyarrow does not know an option."""
+        bucket = "" if self.store == "hf" else self.path.partition("/")[0]
+        return _file_system(f"{self.store}://{bucket}{self.options}")
+
+    def uri(self, path: str) -> str:
+        """The URI of another path in the same store."""
+        return f"{self.store}://{path}{self.options}"
+
+
+@functools.cache
+def _file_system(bucket: str) -> pyarrow.fs.FileSystem:
+    system, _ = pyarrow.fs.FileSystem.from_uri(bucket)
+    return system
 
 
 @contextlib.contextmanager
@@ -151,5 +190,10 @@ def explaining(name: str) -> Iterator[None]:
     """Turns what a store raises inside the block into a UserError that names the file."""
     try:
         yield
-    except READ_ERRORS as error:
-        raise UserError(f"data.files: {name} cannot be read: {error}") from None
+    except UserError:
+        raise
+    except Exception as error:
+        # The hub's client passes on what its libraries for HTTP raise.
+        if isinstance(error, READ_ERRORS) or name.startswith("hf://"):
+            raise UserError(f"data.files: {name} cannot be read: {error}") from None
+        raise

@@ -10,7 +10,7 @@ import pyarrow.fs
 from fsspec.implementations.arrow import ArrowFSWrapper
 
 from madpo_ray.config import is_remote
-from madpo_ray.data.files import DataFile, Source, explaining, file_system
+from madpo_ray.data.files import DataFile, Place, Source, explaining
 from madpo_ray.data.table_sources import ArrowSource, ParquetSource
 from madpo_ray.data.text_sources import CSVSource, JSONLinesSource, JSONSource
 from madpo_ray.errors import UserError
@@ -72,28 +72,31 @@ def _files_in(folder: Path) -> list[Path]:
 
 
 def _remote_files(name: str) -> list[str]:
-    """The same in a store. What follows a path in a URI, such as an endpoint, is kept."""
-    store, _, rest = name.partition("://")
-    options = "?".join(["", *rest.split("?")[1:]]) if store != "hf" else ""
-    plain = name.removesuffix(options)
+    """The same in a store."""
+    place = Place.of(name)
     with explaining(name):
-        system, path = file_system(name)
-        if glob.has_magic(plain):
-            # The patterns of fsspec, as the standard library knows only those of local files.
-            found = sorted(ArrowFSWrapper(system).glob(path))
-            if not found:
+        # A pattern.
+        if glob.has_magic(place.path):
+            # fsspec's patterns: the standard library's are those of local files.
+            found = ArrowFSWrapper(place.system).glob(place.path, detail=True)
+            files = sorted(path for path, info in found.items() if info["type"] == "file")
+            if not files:
                 raise UserError(f"data.files: no file matches {name}")
-        else:
-            info = system.get_file_info(path)
-            if info.is_file:
-                return [name]
-            if info.type is pyarrow.fs.FileType.NotFound:
-                raise UserError(f"data.files: {name} does not exist")
-            below = system.get_file_info(pyarrow.fs.FileSelector(path))
-            found = sorted(one.path for one in below if one.is_file and _is_data(one.base_name))
-            if not found:
-                raise UserError(f"data.files: {name} holds no file that ends in {_known()}")
-    return [f"{store}://{one}{options}" for one in found]
+            return [place.uri(path) for path in files]
+
+        # A file, or nothing.
+        info = place.system.get_file_info(place.path)
+        if info.is_file:
+            return [name]
+        if info.type is pyarrow.fs.FileType.NotFound:
+            raise UserError(f"data.files: {name} does not exist")
+
+        # A folder.
+        below = place.system.get_file_info(pyarrow.fs.FileSelector(place.path))
+        files = sorted(one.path for one in below if one.is_file and _is_data(one.base_name))
+        if not files:
+            raise UserError(f"data.files: {name} holds no file that ends in {_known()}")
+        return [place.uri(path) for path in files]
 
 
 def _is_data(name: str) -> bool:

@@ -30,7 +30,7 @@ _OTHER_KINDS = {
     b"\xfe\xff": "is UTF-16 text: save it as UTF-8",
 }
 # What a compressed file that is damaged raises.
-READ_ERRORS = (*files.READ_ERRORS, EOFError)
+UNPACK_ERRORS = (*files.READ_ERRORS, EOFError)
 
 
 def with_compressions(*suffixes: str) -> tuple[str, ...]:
@@ -43,7 +43,7 @@ def _read_head(file: DataFile) -> bytes:
     try:
         with file.open_text() as stream:
             head = stream.read(1024)
-    except READ_ERRORS as error:
+    except UNPACK_ERRORS as error:
         raise UserError(f"data.files: {file} cannot be read: {error}") from None
     for start, what in _OTHER_KINDS.items():
         if head.startswith(start):
@@ -71,7 +71,8 @@ def _count(file: DataFile, mark: bytes) -> int:
 
 def _cut_at_lines(file: DataFile) -> Iterator[Piece]:
     """Pieces of about PIECE_BYTES that begin with a line."""
-    start = row = 0
+    start = 0
+    row = 0
     with io.BufferedReader(file.open(), READ_BYTES) as stream:
         while block := stream.read(PIECE_BYTES):
             num_rows = block.count(b"\n")
@@ -168,7 +169,7 @@ class CSVSource:
         try:
             with self._file.open_text() as stream:
                 names = next(self._records(stream), None)
-        except (*READ_ERRORS, csv.Error) as error:
+        except (*UNPACK_ERRORS, csv.Error) as error:
             raise UserError(f"data.files: {self._file} cannot be read: {error}") from None
         for name in names or ():
             if names is not None and names.count(name) > 1:
@@ -205,7 +206,7 @@ def _until_damage(read: Callable[[], Iterator[Row | str]]) -> Iterator[Row | str
     """Rows up to where a file is damaged, and that as the last reason."""
     try:
         yield from read()
-    except (*READ_ERRORS, csv.Error, UnicodeDecodeError) as error:
+    except (*UNPACK_ERRORS, csv.Error, UnicodeDecodeError) as error:
         yield f"{files.DAMAGED}: {error}"
 
 

@@ -26,7 +26,7 @@ from madpo_ray.scoring.chunks import RAISED
 
 
 class Scorer(Protocol):
-    """One number per response of a row, chosen first.
+    """Numbers of a row: one per response, chosen first, or of the pair.
 
     Made in the driver and pickled to each actor, where it is loaded once.
     """
@@ -37,13 +37,13 @@ class Scorer(Protocol):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The columns that it adds, one per response, (R,)."""
+        """The columns that it adds, (C,)."""
 
     def load(self, device: torch.device) -> None:
         """Loads what it needs; called once before the first rows."""
 
     def __call__(self, rows: pa.Table) -> np.ndarray:
-        """Scores (R, P) of a table of P rows, float64."""
+        """Scores (C, P) of a table of P rows, float64."""
 
 
 def score_or_explain(scorer: Scorer, rows: pa.Table) -> tuple[np.ndarray, list[str]]:

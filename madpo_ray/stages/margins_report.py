@@ -82,7 +82,7 @@ def _margins(rows: Path, split: str) -> np.ndarray:
 def _made_with(config: Config) -> dict[str, Any]:
     """What the margins depend on, in the config's words."""
     return {
-        "reward.source": config.reward.source,
+        "reward.source": [config.reward.source, *config.reward.ensemble],
         "margins.calibration": config.margins.calibration,
         "data.max_length": config.data.max_length,
         **{f"model.{name}": value for name, value in config.model.names().items()},

@@ -16,7 +16,7 @@ from madpo_ray import columns
 from madpo_ray.artifacts.tables import count_rows
 from madpo_ray.config import Config, DataConfig
 from madpo_ray.data.checks import check_counts, check_files, holds_messages
-from madpo_ray.data.files import DataFile, Piece
+from madpo_ray.data.files import DataFile, Piece, forget_versions
 from madpo_ray.data.reader import PairReader
 from madpo_ray.data.responses import TIE
 from madpo_ray.data.sources import list_files, open_source
@@ -104,6 +104,7 @@ def make(build: Build) -> dict[str, Any]:
     repeats = find_repeats(lambda: _found(checked), config.data)
     results = _counts(checked, list_files(config.data.files), repeats, config.data)
     check_counts(results, config.data)
+    forget_versions()
 
     good = checked.map_batches(_identify, fn_kwargs={"repeats": repeats}, batch_format="pyarrow")
     write_rows(good, build.rows)

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import torch
@@ -14,7 +15,7 @@ from madpo_ray.training.job import TrainingJob
 
 
 def join_ranks(rank: int, world_size: int, store: Path) -> None:
-    """Makes this process a rank of a group on this machine; GPUs, if there are, speak NCCL.
+    """Makes this process a rank of a group on this machine; over NCCL if each has a GPU.
 
     Args:
         store: a file that all ranks name, and no earlier group has used.
@@ -26,12 +27,12 @@ def join_ranks(rank: int, world_size: int, store: Path) -> None:
         "LOCAL_WORLD_SIZE": world_size,
     }
     os.environ.update({name: str(place) for name, place in places.items()})
-    backend = "gloo"
-    if torch.cuda.is_available():
+    options: dict[str, Any] = {"backend": "gloo"}
+    if torch.cuda.device_count() >= world_size:
         torch.cuda.set_device(rank)
-        backend = "nccl"
+        options = {"backend": "nccl", "device_id": torch.device("cuda", rank)}
     dist.init_process_group(
-        backend, init_method=f"file://{store}", rank=rank, world_size=world_size
+        init_method=f"file://{store}", rank=rank, world_size=world_size, **options
     )
 
 

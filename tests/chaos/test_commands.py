@@ -1,6 +1,7 @@
 """Commands whose driver is killed at its file operations, on a Ray that lives on."""
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import random
@@ -222,12 +223,13 @@ def test_streamed_training_is_killed(finished: Config, tmp_path: Path, record: R
     record("streamed training", "kill -9 of the driver", count, "same losses, each scored once")
 
 
-def scoring_actors(ray_head: int) -> list[psutil.Process]:
-    """Actors of a streamed training, below a Ray of ours."""
+def scoring_actors(ray_process: int) -> list[psutil.Process]:
+    """Actors that score pairs, below a process of a Ray of ours."""
     found = []
-    for process in psutil.Process(ray_head).children(recursive=True):
+    for process in psutil.Process(ray_process).children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            if "_ChunkScorer" in " ".join(process.cmdline()):
+            name = " ".join(process.cmdline())
+            if "_ChunkScorer" in name or "ScoringActor" in name:
                 found.append(process)
     return found
 
@@ -256,6 +258,59 @@ def test_scoring_actor_of_a_training_is_killed(
     record(
         "streamed training", "kill -9 of a scoring actor", count, "same losses, each scored once"
     )
+
+
+@pytest.fixture
+def nodes() -> Iterator[Any]:
+    """A Ray cluster of one CPU per node, with two to spare."""
+    from ray.cluster_utils import Cluster
+
+    head = {"num_cpus": 1, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    for _ in range(6):
+        cluster.add_node(num_cpus=1)
+    yield cluster
+    cluster.shutdown()
+
+
+@pytest.mark.parametrize("stage", [margins.STAGE, train.STAGE], ids=lambda stage: stage.name)
+def test_node_with_a_scoring_actor_is_removed(
+    stage: Stage, finished: Config, nodes: Any, tmp_path: Path, record: Record
+) -> None:
+    """Once some pairs are scored. The others take over, or the same command finishes."""
+    make = unscored_copy
+    if stage is margins.STAGE:
+        make = functools.partial(copy_before, stage)
+    undisturbed = make(finished, tmp_path / "undisturbed")
+    assert run(undisturbed.model_dump(mode="json"), stage) == 0
+
+    raw = make(finished, tmp_path / "disturbed").model_dump(mode="json")
+    raw["cluster"]["address"] = nodes.address
+    raw["scoring"] |= {"min_actors": 2, "batch_size": 1, "per_device_batch_size": 1}
+    config = parse_config(raw)
+    process = start(raw, stage)
+    while not kept_files(config):
+        assert process.is_alive()
+        time.sleep(0.005)
+    before = kept_files(config)
+    raylets = {node: node.all_processes["raylet"][0].process.pid for node in nodes.worker_nodes}
+    node = next(node for node, pid in raylets.items() if scoring_actors(pid))
+    nodes.remove_node(node, allow_graceful=False)
+    process.join()
+    if process.exitcode != 0:
+        assert run(raw, stage) == 0
+
+    if stage is train.STAGE:
+        assert before.items() <= kept_files(config).items()
+        assert_each_pair_was_scored_once(config)
+        assert losses(config) == pytest.approx(losses(undisturbed), abs=1e-5)
+    else:
+        names = ["pair_id", "margin", "ref_chosen_logps"]
+        ours, theirs = (read_columns(stage.rows(one), names) for one in (config, undisturbed))
+        assert ours["pair_id"] == theirs["pair_id"]
+        for name in names[1:]:
+            assert ours[name].to_pylist() == pytest.approx(theirs[name].to_pylist(), abs=1e-4)
+    record(f"scoring in {stage.name}", "its node is removed", 1, "same result")
 
 
 def test_second_command_at_random_moments(finished: Config, tmp_path: Path, record: Record) -> None:

@@ -241,8 +241,8 @@ def test_overrides_lose_no_text(value: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("ftp://server/a.jsonl", "is a URI of an unknown kind"),
-        ("s3://key:secret@bucket/a.jsonl", "holds credentials"),
+        ("ftp://server/a.jsonl", "known are s3://"),
+        ("hf://buckets/a.jsonl", "hf://datasets/"),
         ("", "the path is empty"),
         ("${A:-x}/a", "only ~, "),
         ("$(pwd)/a", "only ~, "),
@@ -253,6 +253,18 @@ def test_refuses_what_is_not_expanded(path: str, message: str, raw_config: dict[
     raw_config["data"]["files"] = [path]
     with pytest.raises(UserError, match=rf"data\.files: .*{message}"):
         parse_config(raw_config)
+
+
+@pytest.mark.parametrize(
+    "name", ["s3://key:secret@bucket/a.jsonl", "s3://key:sec/ret@bucket/a", "gs://secret@bucket/a"]
+)
+def test_credentials_are_not_shown(name: str, raw_config: dict[str, Any]) -> None:
+    raw_config["data"]["files"] = [name]
+    with pytest.raises(UserError, match="holds credentials") as error:
+        parse_config(raw_config)
+    assert "sec" not in str(error.value)
+    raw_config["data"]["files"] = ["gs://anonymous@bucket/a.jsonl"]
+    assert parse_config(raw_config).data.files == ("gs://anonymous@bucket/a.jsonl",)
 
 
 def test_config_that_is_no_utf_8_is_named(tmp_path: Path) -> None:

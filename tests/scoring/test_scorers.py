@@ -85,6 +85,25 @@ def test_scores_keep_the_order_of_rows(
             np.testing.assert_allclose(scores[row], expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("shared_prefix", ["auto", "off"])
+def test_forwards_keep_to_the_tokens(
+    shared_prefix: str, model: ModelConfig, model_folder: Path
+) -> None:
+    """And are as large as that allows; a pair that is longer is read alone."""
+    model = model.model_copy(update={"shared_prefix": shared_prefix})
+    names = ("chosen", "rejected")
+    scorer = PolicyLogps(model_folder, model, columns=names, batch_size=1, max_tokens=80)
+    loaded(scorer)
+    sizes = []
+    scorer._module.register_forward_pre_hook(
+        lambda _, inputs: sizes.append((len(inputs[0].valid), inputs[0].padded_tokens))
+    )
+    scorer(pa.Table.from_pylist(PAIRS))
+    assert sum(pairs for pairs, _ in sizes) == len(PAIRS)
+    assert all(tokens <= 80 for pairs, tokens in sizes if pairs > 1)
+    assert any(pairs > 1 for pairs, _ in sizes)
+
+
 def test_scores_single_responses(model: ModelConfig, model_folder: Path) -> None:
     """What KL and judges need: no sample has to pose as a pair."""
     scorer = loaded(

@@ -14,6 +14,7 @@ from pyarrow import feather
 
 from madpo_ray.artifacts.tables import column_names, read_columns, read_split
 from madpo_ray.config import parse_config
+from madpo_ray.data import text_sources
 from madpo_ray.errors import UserError
 from madpo_ray.stages import pairs
 from support.pairs import make_rows, write_jsonl
@@ -40,8 +41,12 @@ def run(raw: dict[str, Any], rows: list[Any], tmp_path: Path, **data: Any) -> Re
     return Result(raw)
 
 
-def test_good_rows_and_rejects(raw_config: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("piece_bytes", [8 * 2**20, 1000], ids=["whole", "cut"])
+def test_good_rows_and_rejects(
+    piece_bytes: int, raw_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In the order of the file; repeats are numbered; every reject has its row and reason."""
+    monkeypatch.setattr(text_sources, "PIECE_BYTES", piece_bytes)
     good = make_rows(60)
     bad = [
         "{not json",

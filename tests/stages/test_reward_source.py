@@ -13,7 +13,7 @@ from madpo_ray.artifacts.manifest import differences
 from madpo_ray.artifacts.tables import column_names, read_columns
 from madpo_ray.config import Config, parse_config
 from madpo_ray.errors import UserError
-from madpo_ray.stages import margins, pairs, reward
+from madpo_ray.stages import margins, pairs, reward, scores
 from support.models import make_reward_model, make_tokenizer
 
 Run = tuple[Config, list[str]]
@@ -95,6 +95,21 @@ def test_ensemble_is_no_matter_of_the_training(raw_config: dict[str, Any], tmp_p
     content = margins.STAGE.inputs(joined).content
     assert {"ensemble[0]", "ensemble[1]"} <= content.keys()
     assert "ensemble[0]" not in margins.STAGE.inputs(alone).content
+
+
+def test_scores_are_of_all_members(raw_config: dict[str, Any]) -> None:
+    """Other functions of the same file are other scores."""
+    del raw_config["sft"]
+    found = set()
+    for source, ensemble in (
+        ("support.judges:fail_for_one", []),
+        ("support.judges:count_kind_words", []),
+        ("support.judges:fail_for_one", ["support.judges:count_kind_words"]),
+        ("support.judges:count_kind_words", ["support.judges:fail_for_one"]),
+    ):
+        config = with_source(raw_config, source, ensemble=ensemble)
+        found.add(scores.passes_of(config)[0].inputs.fingerprint)
+    assert len(found) == 4
 
 
 @pytest.mark.parametrize(

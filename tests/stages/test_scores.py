@@ -70,15 +70,23 @@ def test_streamed_run_equals_a_stored_one(unscored: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 def test_streamed_texts_reach_a_function(unscored: dict[str, Any]) -> None:
-    """It scores each pair from its texts; a pair that it fails for is not trained on."""
-    unscored["reward"] = {"source": "support.judges:fail_for_one"}
+    """It scores each pair from its texts; a pair that it fails for is not trained on.
+
+    The other member of the ensemble gives the same rewards.
+    """
+    unscored["reward"] = {
+        "source": "support.judges:fail_for_one",
+        "ensemble": ["support.judges:count_kind_words"],
+    }
     unscored["margins"]["calibration"] = "none"
     unscored["train"] |= {"max_steps": -1, "num_train_epochs": 1}
     config = parse_config(unscored)
     pipeline.run_all(config, say=ignore)
-    rows = read_columns(margins.STAGE.rows(config), ["prompt", "chosen", "rejected", "margin"])
+    names = ["prompt", "chosen", "rejected", "margin", "margin_std"]
+    rows = read_columns(margins.STAGE.rows(config), names)
     assert rows.num_rows == 89
     for row in rows.to_pylist():
+        assert row["margin_std"] == 0
         rewards = [
             count_kind_words([row["prompt"]], [row[name]])[0] for name in ("chosen", "rejected")
         ]
