@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from madpo_ray import columns
@@ -108,3 +108,22 @@ def find_repeats(read: Callable[[], Iterable[Found]], data: DataConfig) -> Repea
 
     num_duplicates = counts.total() - len(counts)
     return Repeats(occurrences, left_out, num_duplicates, num_contradictions, num_left_out)
+
+
+def require_order(found: Iterable[Found], pair_ids: Sequence[str], repeats: Repeats) -> None:
+    """Raises RuntimeError if pairs were not read, or not written, in the order of the files.
+
+    Args:
+        found: the pairs as they were read.
+        pair_ids: of those that were written: a content hash, a hyphen and a number.
+    """
+    last: tuple[int, ...] = ()
+    kept = []
+    for one in found:
+        if one.place <= last:
+            raise RuntimeError(f"the row {one.place} (file, row, pair) came after {last}")
+        last = one.place
+        if one.place not in repeats.left_out:
+            kept.append(one.content)
+    if [pair_id.rpartition("-")[0] for pair_id in pair_ids] != kept:
+        raise RuntimeError("the pairs were written in another order than they were read in")

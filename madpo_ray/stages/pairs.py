@@ -13,14 +13,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from madpo_ray import columns
-from madpo_ray.artifacts.tables import count_rows
+from madpo_ray.artifacts.tables import count_rows, read_columns
 from madpo_ray.config import Config, DataConfig
 from madpo_ray.data.checks import check_counts, check_files, holds_messages
 from madpo_ray.data.files import DataFile, Piece, forget_versions
 from madpo_ray.data.reader import PairReader
 from madpo_ray.data.responses import TIE
 from madpo_ray.data.sources import list_files, open_source
-from madpo_ray.data.splits import Found, Repeats, find_repeats
+from madpo_ray.data.splits import Found, Repeats, find_repeats, require_order
 from madpo_ray.data.tokens import TOO_LONG
 from madpo_ray.errors import UserError
 from madpo_ray.models.limits import check_lengths, check_vocabulary
@@ -111,6 +111,8 @@ def make(build: Build) -> dict[str, Any]:
     written = count_rows(build.rows)
     if written != sum(results["pairs"].values()):  # as through old listings of a folder
         raise RuntimeError(f"{written} pairs were written, not {results['pairs']}")
+    pair_ids = read_columns(build.rows, [columns.PAIR_ID])[columns.PAIR_ID].to_pylist()
+    require_order(_found(checked), pair_ids, repeats)
     rejects = checked.map_batches(
         _rejects, fn_kwargs={"left_out": _left_out_kinds(config.data)}, batch_format="pyarrow"
     )

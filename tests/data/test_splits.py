@@ -1,8 +1,10 @@
 """Identity and split of pairs."""
 
+import contextlib
 import dataclasses
 import datetime
 import hashlib
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -11,9 +13,11 @@ from madpo_ray.config import DataConfig
 from madpo_ray.data.formats import Pair
 from madpo_ray.data.splits import (
     Found,
+    Repeats,
     content_hash,
     default_group,
     find_repeats,
+    require_order,
     split_of,
     swapped_hash,
 )
@@ -126,3 +130,29 @@ def test_values_that_json_lacks_have_an_identity() -> None:
     pair = Pair([{"role": "user", "content": "p", "day": datetime.date(2020, 1, 1)}], "a", "b")
     assert len(content_hash(pair)) == 16
     assert "2020-01-01" in default_group(pair)
+
+
+@pytest.mark.parametrize(
+    ("places", "pair_ids", "message"),
+    [
+        ([(0, 0, 0), (0, 2, 0), (1, 0, 0)], ["a-0", "c-0"], ""),
+        (
+            [(0, 0, 0), (1, 2, 0), (0, 1, 0)],
+            ["a-0", "c-0"],
+            r"\(0, 1, 0\) .* came after \(1, 2, 0\)",
+        ),
+        ([(0, 0, 0), (0, 2, 0), (1, 0, 0)], ["c-0", "a-0"], "written in another order"),
+        ([(0, 0, 0), (0, 2, 0), (1, 0, 0)], ["a-0"], "written in another order"),
+    ],
+)
+def test_order_is_that_of_the_files(
+    places: list[tuple[int, int, int]], pair_ids: list[str], message: str
+) -> None:
+    """The second pair is left out."""
+    found = [
+        Found(place, content, "", "train") for place, content in zip(places, "abc", strict=True)
+    ]
+    repeats = Repeats({}, {places[1]}, 0, 0, Counter())
+    expected = pytest.raises(RuntimeError, match=message) if message else contextlib.nullcontext()
+    with expected:
+        require_order(found, pair_ids, repeats)

@@ -43,8 +43,9 @@ class Command:
         self._file.write_text(yaml.safe_dump(raw))
         self.config = parse_config(raw)
         stage = margins.STAGE
-        with building(stage.folder(self.config), stage.inputs(self.config)) as (partial, _):
+        with building(stage.folder(self.config), stage.inputs(self.config)) as (partial, results):
             shutil.copytree(scored_pairs, rows_folder(partial))
+            results["rejects"] = {}
         self.folder = train.STAGE.folder(self.config)
         fingerprint = train.STAGE.inputs(self.config).fingerprint
         self.job = train.policy_job(Build(self.config, self.folder, fingerprint))
