@@ -139,5 +139,5 @@ def test_damaged_file_is_refused_whatever_fraction_is_rejected(tmp_path: Path) -
     """It is one reason, and nobody knows how many rows."""
     tolerant = DataConfig(files=("a.parquet",), max_reject_fraction=1.0)
     results = {"pairs": {"train": 90, "validation": 9, "test": 9}, "rejects": {DAMAGED: 1}}
-    with pytest.raises(UserError, match=r"1 of the files in a\.parquet are damaged or end too"):
+    with pytest.raises(UserError, match=r"1 of the files in a\.parquet are damaged, end too"):
         check_counts(results, tolerant)

@@ -10,7 +10,7 @@ from madpo_ray.config import PolicyConfig
 from madpo_ray.data.batching import MicroBatch, collate
 from madpo_ray.losses import dpo_loss
 from madpo_ray.models.loading import prepare_for_training
-from madpo_ray.models.logprobs import ResponseLogps, ResponseRewards, target_logps
+from madpo_ray.models.logprobs import TOKENS_PER_CHUNK, ResponseLogps, ResponseRewards, target_logps
 from support.forwards import PAIRS, separate_logps
 from support.models import make_model, make_reward_model
 
@@ -31,7 +31,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = collate(PAIRS, shared_prefix=True)
     complete = ResponseLogps(model)(batch)
     grads = torch.autograd.grad(complete["logps"].sum(), list(model.parameters()))
-    monkeypatch.setattr("madpo_ray.models.logprobs.TOKENS_PER_CHUNK", 7)
+    monkeypatch.setitem(TOKENS_PER_CHUNK, "cpu", 7)
     chunked = ResponseLogps(model, max_response_tokens=200)(batch)
     torch.testing.assert_close(chunked["logps"], complete["logps"])
     torch.testing.assert_close(chunked["entropy"], complete["entropy"])
@@ -41,7 +41,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_head_is_called_equally_often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Under ZeRO-3 another number on another rank would hang: the bound decides, not the batch."""
-    monkeypatch.setattr("madpo_ray.models.logprobs.TOKENS_PER_CHUNK", 7)
+    monkeypatch.setitem(TOKENS_PER_CHUNK, "cpu", 7)
     model = make_model()
     calls: list[int] = []
     model.get_output_embeddings().register_forward_hook(lambda *_: calls.append(1))

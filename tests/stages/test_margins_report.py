@@ -39,7 +39,7 @@ def test_numbers_are_those_of_the_rows(finished_run: Run, report: dict[str, Any]
     in_bins = sum(one["pairs"] for one in report["accuracy_by_margin"]["bins"])
     assert in_bins == report["splits"]["test"]["pairs"]
     assert report["calibration"]["ece_after_interval"][0] >= 0
-    assert report["made_with"]["reward.source"] == "trained"
+    assert report["made_with"]["reward.source"] == ["trained"]
 
 
 def test_pictures_and_mean_weights(finished_run: Run) -> None:
