@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from madpo_ray.artifacts.manifest import model_folder
 from madpo_ray.data.batching import MicroBatch, collate
@@ -287,7 +288,7 @@ def _export(job: TrainingJob, engine: DeepSpeedEngine) -> None:
     dist.barrier()
 
 
-def _export_adapter(job: TrainingJob, model: Any, adapter: dict[str, Any], folder: Path) -> None:
+def _export_adapter(job: TrainingJob, model: Any, adapter: dict[str, Tensor], folder: Path) -> None:
     if not adapter:
         raise RuntimeError("LoRA trained nothing: no adapter weights to export")
     base = job.task.merge_base(job)

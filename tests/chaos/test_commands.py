@@ -28,6 +28,7 @@ from madpo_ray.stages import evaluate, margins, pairs, reward, train
 from madpo_ray.stages.stage import Stage
 from madpo_ray.training.metrics import read_metrics
 from support.faults import Record, arm
+from support.nodes import nodes_of_one_cpu
 from support.pairs import tiny_run
 
 pytestmark = [pytest.mark.ray, pytest.mark.deepspeed]
@@ -261,15 +262,9 @@ def test_scoring_actor_of_a_training_is_killed(
 
 @pytest.fixture
 def nodes() -> Iterator[Any]:
-    """A Ray cluster of one CPU per node, with two to spare."""
-    from ray.cluster_utils import Cluster
-
-    head = {"num_cpus": 1, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    for _ in range(6):
-        cluster.add_node(num_cpus=1)
-    yield cluster
-    cluster.shutdown()
+    """More than the actors need."""
+    with nodes_of_one_cpu(6) as cluster:
+        yield cluster
 
 
 def test_node_with_a_scoring_actor_is_removed(

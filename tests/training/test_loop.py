@@ -23,7 +23,8 @@ from madpo_ray.training.schedule import Progress, Schedule
 from support.forwards import PAIRS
 from support.models import make_model
 
-# beta_dpo chooses its beta from the gaps of a batch, which the host computes.
+# beta_dpo chooses its beta from the gaps of a batch, which the host computes. SFT reads separate
+# rows, whose mask transformers reads.
 WITHOUT_READS: tuple[LossType, ...] = ("madpo", "sigmoid", "ipo", "ipo_sum")
 
 

@@ -27,6 +27,7 @@ from madpo_ray.stages.stage import Build
 from madpo_ray.training.checkpoints import newest_checkpoint
 from madpo_ray.training.job import TrainingJob
 from madpo_ray.training.metrics import read_metrics
+from support.nodes import nodes_of_one_cpu
 from support.ranks import TrainOn, logged, metrics_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.deepspeed]
@@ -229,16 +230,10 @@ def test_killed_driver_resumes(command: MakeCommand, assert_ends_undisturbed: Ch
 
 @pytest.fixture
 def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A Ray cluster of one CPU per node: two for ranks, two for what feeds them, one to spare."""
-    from ray.cluster_utils import Cluster
-
+    """Two for ranks, two for what feeds them, one to spare."""
     monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "0.5")
-    head = {"num_cpus": 1, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    for _ in range(4):
-        cluster.add_node(num_cpus=1)
-    yield cluster
-    cluster.shutdown()
+    with nodes_of_one_cpu(4) as cluster:
+        yield cluster
 
 
 @pytest.mark.slow
