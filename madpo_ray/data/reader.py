@@ -85,12 +85,12 @@ class PairReader:
         parsed = [_or_reason(self._parsed, row) for row in rows]
         texts = [one.texts for one in parsed if isinstance(one, _Parsed)]
         tokenized = iter(tokenize(texts, self._tokenizer))
-        return [
-            _or_reason(self._checked, one, next(tokenized), has_types)
-            if isinstance(one, _Parsed)
-            else one
-            for one in parsed
-        ]
+        read = []
+        for one in parsed:
+            if isinstance(one, _Parsed):
+                one = _or_reason(self._checked, one, next(tokenized), has_types)
+            read.append(one)
+        return read
 
     def _parsed(self, row: Row | str) -> "_Parsed":
         if isinstance(row, str):

@@ -51,8 +51,9 @@ def joint_texts(pair: Pair, tokenizer: "PreTrainedTokenizerBase") -> JointTexts:
     assert isinstance(pair.prompt, str)
     assert isinstance(pair.chosen, str)
     assert isinstance(pair.rejected, str)
-    chosen, rejected = pair.prompt + pair.chosen, pair.prompt + pair.rejected
-    return JointTexts(pair.prompt, chosen, rejected, is_rendered=False)
+    return JointTexts(
+        pair.prompt, pair.prompt + pair.chosen, pair.prompt + pair.rejected, is_rendered=False
+    )
 
 
 def tokenize(
@@ -73,18 +74,23 @@ def tokenize(
 def _tokenize_all(
     texts: Sequence[JointTexts], tokenizer: "PreTrainedTokenizerBase"
 ) -> Iterator[tuple[Ids, Ids, Ids]]:
-    found: dict[bool, Iterator[Ids]] = {}
+    # One call for rendered texts, and one for plain ones.
+    ids: dict[bool, Iterator[Ids]] = {}
     for is_rendered in (False, True):
-        own = [text for one in texts if one.is_rendered is is_rendered for text in one[:3]]
-        ids = tokenizer(own, add_special_tokens=not is_rendered)["input_ids"] if own else []
-        found[is_rendered] = iter(ids)
+        own = [one for one in texts if one.is_rendered is is_rendered]
+        if own:
+            parts = [part for one in own for part in (one.prompt, one.chosen, one.rejected)]
+            ids[is_rendered] = iter(
+                tokenizer(parts, add_special_tokens=not is_rendered)["input_ids"]
+            )
+
+    # Back in the order of the pairs.
     for one in texts:
-        prompt, chosen, rejected = itertools.islice(found[one.is_rendered], 3)
-        yield (
-            (prompt, chosen, rejected)
-            if one.is_rendered
-            else _with_ends(prompt, chosen, rejected, tokenizer)
-        )
+        prompt, chosen, rejected = itertools.islice(ids[one.is_rendered], 3)
+        if one.is_rendered:
+            yield prompt, chosen, rejected
+        else:
+            yield _with_ends(prompt, chosen, rejected, tokenizer)
 
 
 def tokenize_pair(
