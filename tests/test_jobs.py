@@ -119,6 +119,7 @@ def submit(head: str, script: str, *arguments: str) -> subprocess.CompletedProce
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_submits_a_stage(head: str, config_file: str, tmp_path: Path) -> None:
     done = submit(head, "prepare_pairs", "--config", config_file)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -143,6 +143,7 @@ def test_other_calibration_scores_nothing_again(copied_run: dict[str, Any]) -> N
     assert stored.equals(scores)
 
 
+@pytest.mark.slow
 def test_other_reward_model_keeps_the_reference_pass(copied_run: dict[str, Any]) -> None:
     before = manifests(parse_config(copied_run))
     copied_run["reward"] |= {"max_steps": 18}

@@ -17,6 +17,7 @@ from madpo_ray.stages import train, tune
 
 @pytest.mark.ray
 @pytest.mark.deepspeed
+@pytest.mark.slow
 def test_search_over_finished_margins(finished_run: tuple[Config, Any], tmp_path: Path) -> None:
     """In a process of its own.
 
