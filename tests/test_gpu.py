@@ -27,15 +27,15 @@ TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 1.0}
 
 @pytest.mark.parametrize("dtype", list(TOLERANCES), ids=str)
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "mistral", "gemma3_text", "gpt2"])
-def test_rows_are_shared_and_give_the_models_log_probs(model_type: str, dtype: torch.dtype) -> None:
+def test_rows_are_packed_and_give_the_models_log_probs(model_type: str, dtype: torch.dtype) -> None:
     model = make_model(model_type)
     with torch.no_grad():
         expected = separate_logps(model)
         module = ResponseLogps(model.to(CUDA, dtype))
         settings = ModelConfig(model_name_or_path="x")
-        reading = find_reading(module, CUDA, settings, num_responses=2)
-        assert reading.shared_prefix
-        logps = module(collate(PAIRS, shared_prefix=True).to(CUDA))["logps"]
+        reading = find_reading(module, CUDA, settings)
+        assert reading.packed
+        logps = module(collate(PAIRS, packed=True).to(CUDA))["logps"]
     torch.testing.assert_close(logps.cpu(), expected, rtol=0, atol=TOLERANCES[dtype])
 
 

@@ -120,8 +120,8 @@ class ModelConfig(Section):
         description="of the weights, in training and scoring; with cluster.use_gpu the default is "
         "bfloat16",
     )
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = Field(
-        "sdpa", description="transformers' name; flash_attention_2 reads two rows per pair"
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field(
+        "sdpa", description="transformers' name; for sampling, and where rows are not packed"
     )
     trust_remote_code: bool = Field(False, description="run Python code that the model brings")
     chat_template_path: str | None = Field(
@@ -131,10 +131,10 @@ class ModelConfig(Section):
         False,
         description="policy in NF4 (QLoRA), for GPUs; needs train.use_peft and bitsandbytes",
     )
-    shared_prefix: Literal["auto", "off"] = Field(
+    packed_rows: Literal["auto", "off"] = Field(
         "auto",
-        description="auto: one row [prompt | chosen | rejected] per pair if that gives the "
-        "model's own log-probs (compared at load); off: two rows per pair",
+        description="auto: all pairs of a micro-batch in one row, each prompt once, if that gives "
+        "the model's own log-probs (compared at load); off: a row per response, padded",
     )
 
     def numerics(self) -> dict[str, Any]:

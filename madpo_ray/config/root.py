@@ -92,7 +92,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _check_attention_kernel(self) -> "Config":
         kernel = self.model.attn_implementation
-        if kernel in ("flash_attention_2", "flex_attention") and not self.cluster.use_gpu:
+        if kernel == "flash_attention_2" and not self.cluster.use_gpu:
             raise ValueError(
                 f"model.attn_implementation: {kernel} trains on GPUs only: set cluster.use_gpu, "
                 "or use sdpa"

@@ -3,10 +3,10 @@
 Legend: B pairs of a micro-batch, R responses per pair (2: chosen and rejected, or 1), L length of a
 row, N response tokens of a micro-batch.
 
-A pair becomes one row [prompt | chosen | rejected]: the rejected part does not see the chosen one,
-and its positions continue the prompt's. If the model's attention does not allow that, or there is
-only one response, each response is a row [prompt | response]. Both give the same indices into the
-flattened hidden states, so later code does not depend on which layout was used.
+All pairs become one packed row [p1 c1 r1 p2 c2 r2 ...], in which attention keeps the texts apart:
+a rejected response does not see the chosen one, and its positions continue the prompt's. If the
+model cannot read that, each response is a row [prompt | response], padded. Both give the same
+indices into the flattened hidden states, so later code does not depend on which layout was used.
 """
 
 import dataclasses
@@ -14,13 +14,66 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from madpo_ray.columns import PAIR_ID, PROMPT_IDS, RESPONSE_IDS, TOKEN_COLUMNS
+from madpo_ray.columns import PAIR_ID, PROMPT_IDS, RESPONSE_IDS
 from madpo_ray.data.order import StepPlace
 
 Pair = Mapping[str, Any]
+
+
+class Segment(NamedTuple):
+    """Tokens of a packed row that see their prompt and, causally, one another.
+
+    A prompt is in one segment with the first response; other responses have it before them.
+    """
+
+    prompt_start: int
+    prompt_end: int
+    start: int
+    end: int
+
+    @property
+    def prompt(self) -> slice:
+        return slice(self.prompt_start, self.prompt_end)
+
+    @property
+    def own(self) -> slice:
+        return slice(self.start, self.end)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Of the prompt that is not in the segment itself."""
+        return self.prompt_end - self.prompt_start
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """Which tokens of a packed row see each other.
+
+    S segments, T tokens, K keys: the tokens that each segment sees, one segment after another.
+    P tokens are seen by two segments.
+    """
+
+    segments: tuple[Segment, ...]
+    key_index: Tensor  # (K,) the token of each key
+    first_keys: Tensor  # (T,) the first key of each token
+    prompt_tokens: Tensor  # (P,) the tokens that have a second key: prompts, with two responses
+    second_keys: Tensor  # (P,) which that is
+    query_ends: Tensor  # (S + 1,) int32: 0, and where each segment ends among the tokens
+    key_ends: Tensor  # (S + 1,) int32: the same among the keys
+
+    @property
+    def max_queries(self) -> int:
+        """Tokens of the longest segment."""
+        return max(segment.end - segment.start for segment in self.segments)
+
+    @property
+    def max_keys(self) -> int:
+        """The same with the prompts before the segments."""
+        return max(one.num_prompt_tokens + one.end - one.start for one in self.segments)
 
 
 @dataclass(frozen=True)
@@ -29,7 +82,8 @@ class MicroBatch:
 
     input_ids: Tensor  # (rows, L)
     position_ids: Tensor  # (rows, L)
-    attention_mask: Tensor  # (B, 1, L, L) bool for shared rows, else (R * B, L)
+    packed_row: PackedRow | None  # None for separate rows
+    attention_mask: Tensor | None  # (R * B, L) for separate rows
     predictor_index: Tensor  # (N,) into rows * L: the position whose state predicts the token
     target_ids: Tensor  # (N,)
     response_of_target: Tensor  # (N,) in 0..R*B-1
@@ -50,29 +104,27 @@ class MicroBatch:
         return self._map(Tensor.pin_memory) if torch.cuda.is_available() else self
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "MicroBatch":
-        changed: dict[str, Any] = {
-            field.name: change(getattr(self, field.name))
-            for field in dataclasses.fields(self)
-            if isinstance(getattr(self, field.name), Tensor)
-        }
-        changed["columns"] = {name: change(value) for name, value in self.columns.items()}
-        return dataclasses.replace(self, **changed)
+        changed: MicroBatch = _map_tensors(self, change)
+        return changed
 
-    @property
-    def is_shared(self) -> bool:
-        """Whether both responses of a pair are in one row."""
-        return self.attention_mask.dim() == 4
 
-    @property
-    def padded_tokens(self) -> int:
-        """Tokens that the model reads, padding included."""
-        return self.input_ids.numel()
+def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The value with all tensors in it changed."""
+    match value:
+        case Tensor():
+            return change(value)
+        case dict():
+            return {name: _map_tensors(part, change) for name, part in value.items()}
+        case MicroBatch() | PackedRow():
+            parts = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+            return dataclasses.replace(value, **_map_tensors(parts, change))
+    return value
 
 
 def collate(
     pairs: Sequence[Pair],
     *,
-    shared_prefix: bool,
+    packed: bool,
     column_names: Sequence[str] = (),
     responses: Sequence[str] = RESPONSE_IDS,
     place: StepPlace | None = None,
@@ -91,11 +143,8 @@ def collate(
     if empty:
         raise ValueError(f"no tokens in {sorted(empty)}: such pairs belong to the rejects")
 
-    # A single response shares its prompt with nothing.
-    is_shared = shared_prefix and len(responses) > 1
-    layout = _shared_rows(rows) if is_shared else _separate_rows(rows, responses)
-
-    num_prompts = 1 if is_shared else len(responses)
+    layout = _packed_row(rows, responses) if packed else _separate_rows(rows, responses)
+    num_prompts = 1 if packed else len(responses)
     return MicroBatch(
         **layout,
         valid=torch.ones(len(pairs)) if pairs else torch.zeros(1),
@@ -134,44 +183,67 @@ class _Span(NamedTuple):
     ids: list[int]
 
 
-def _shared_rows(pairs: Sequence[Pair]) -> dict[str, Tensor]:
-    """One row [prompt | chosen | rejected] per pair."""
-    parts = [[list(pair[name]) for name in TOKEN_COLUMNS] for pair in pairs]
-    length = max(sum(map(len, part)) for part in parts)
-    input_ids = torch.zeros(len(parts), length, dtype=torch.long)
-    position_ids = torch.zeros(len(parts), length, dtype=torch.long)
-    segment = torch.full((len(parts), length), -1)  # 0 prompt, 1 chosen, 2 rejected, -1 padding
-
-    chosen_spans = []
-    rejected_spans = []
-    for i, (prompt, chosen, rejected) in enumerate(parts):
-        p, c, r = len(prompt), len(chosen), len(rejected)
-        input_ids[i, : p + c + r] = torch.tensor(prompt + chosen + rejected)
-        position_ids[i, : p + c] = torch.arange(p + c)
-        position_ids[i, p + c : p + c + r] = torch.arange(p, p + r)
-        sizes = torch.tensor([p, c, r])
-        segment[i, : p + c + r] = torch.repeat_interleave(torch.arange(3), sizes)
-
-        start = i * length
-        chosen_spans.append(_Span(start + p - 1, start + p, chosen))
-        rejected_spans.append(_Span(start + p - 1, start + p + c, rejected))
-
-    # A token sees the prompt and its own response; padding attends to padding, so that no softmax
-    # row is empty (NaN).
-    position = torch.arange(length)
-    is_causal = position[None, :] <= position[:, None]
-    query = segment[:, :, None]
-    key = segment[:, None, :]
-    is_allowed = is_causal & (((key == 0) & (query >= 0)) | (key == query))
+def _packed_row(pairs: Sequence[Pair], responses: Sequence[str]) -> dict[str, Any]:
+    """One row for all pairs."""
+    ids: list[int] = []
+    positions: list[int] = []
+    segments = []
+    spans: dict[str, list[_Span]] = {name: [] for name in responses}
+    for pair in pairs:
+        prompt = list(pair[PROMPT_IDS])
+        prompt_start = len(ids)
+        prompt_end = prompt_start + len(prompt)
+        ids += prompt
+        positions += range(len(prompt))
+        for name in responses:
+            response = list(pair[name])
+            start = len(ids)
+            ids += response
+            positions += range(len(prompt), len(prompt) + len(response))
+            spans[name].append(_Span(prompt_end - 1, start, response))
+            if start == prompt_end:  # the first: one segment with its prompt
+                segments.append(Segment(prompt_start, prompt_start, prompt_start, len(ids)))
+            else:
+                segments.append(Segment(prompt_start, prompt_end, start, len(ids)))
     return {
-        "input_ids": input_ids,
-        "position_ids": position_ids,
-        "attention_mask": is_allowed[:, None],
-        **_target_indices(chosen_spans + rejected_spans),
+        "input_ids": torch.tensor([ids]),
+        "position_ids": torch.tensor([positions]),
+        "attention_mask": None,
+        "packed_row": _index_keys(segments),
+        **_target_indices([span for name in responses for span in spans[name]]),
     }
 
 
-def _separate_rows(pairs: Sequence[Pair], responses: Sequence[str]) -> dict[str, Tensor]:
+def _index_keys(segments: Sequence[Segment]) -> PackedRow:
+    num_tokens = segments[-1].end
+    parts = []
+    for one in segments:
+        parts += [np.arange(one.prompt_start, one.prompt_end), np.arange(one.start, one.end)]
+    key_index = np.concatenate(parts)
+
+    # The last assignment to a place stays.
+    first_keys, last_keys = np.empty((2, num_tokens), dtype=np.int64)
+    numbers = np.arange(len(key_index))
+    last_keys[key_index] = numbers
+    first_keys[key_index[::-1]] = numbers[::-1]
+    prompt_tokens = np.flatnonzero(last_keys != first_keys)
+
+    lengths = [
+        (one.end - one.start, one.num_prompt_tokens + one.end - one.start) for one in segments
+    ]
+    query_ends, key_ends = np.cumsum([(0, 0), *lengths], axis=0, dtype=np.int32).T.copy()
+    return PackedRow(
+        segments=tuple(segments),
+        key_index=torch.from_numpy(key_index),
+        first_keys=torch.from_numpy(first_keys),
+        prompt_tokens=torch.from_numpy(prompt_tokens),
+        second_keys=torch.from_numpy(last_keys[prompt_tokens]),
+        query_ends=torch.from_numpy(query_ends),
+        key_ends=torch.from_numpy(key_ends),
+    )
+
+
+def _separate_rows(pairs: Sequence[Pair], responses: Sequence[str]) -> dict[str, Any]:
     """One row [prompt | response] per response."""
     texts = [(list(pair[PROMPT_IDS]), list(pair[name])) for name in responses for pair in pairs]
     length = max(len(prompt) + len(response) for prompt, response in texts)
@@ -191,6 +263,7 @@ def _separate_rows(pairs: Sequence[Pair], responses: Sequence[str]) -> dict[str,
         "input_ids": input_ids,
         "position_ids": torch.arange(length).expand(len(texts), length).contiguous(),
         "attention_mask": attention_mask,
+        "packed_row": None,
         **_target_indices(spans),
     }
 

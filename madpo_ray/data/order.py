@@ -18,8 +18,7 @@ from madpo_ray.artifacts.tables import read_split
 from madpo_ray.columns import GROUP_HASH, LENGTHS, PROMPT_IDS, RESPONSE_IDS
 from madpo_ray.errors import UserError
 
-# Steps whose pairs are sorted by length together: enough for little padding, few enough to keep
-# the steps of an epoch mixed.
+# Steps whose pairs are sorted by length together, so that ranks have equally much to do in a step.
 STEPS_PER_WINDOW = 16
 
 
@@ -36,7 +35,7 @@ class OrderSpec:
     micro_batch_size: int  # pairs per forward, if there is no budget
     num_workers: int
     max_tokens: int | None = None  # per forward, padding included
-    shared_prefix: bool = True  # whether a pair's prompt is read once or once per response
+    packed: bool = True  # one row for all pairs, else one per response, padded to the longest
     responses: tuple[str, ...] = RESPONSE_IDS
     text_columns: tuple[str, ...] = ()  # that come with a micro-batch
     fold: tuple[int, int] | None = None  # (k, K): without the pairs of fold k of K
@@ -81,6 +80,7 @@ def order_epoch(
     micro_batch_size: int,
     tokens_read: np.ndarray | None = None,
     max_tokens: int | None = None,
+    padded: bool = False,
 ) -> Epoch:
     """Orders the pairs of an epoch.
 
@@ -89,12 +89,12 @@ def order_epoch(
     full steps are shuffled again. With `epoch` None the windows keep the order of the rows. The
     last step may be short; every pair is in the epoch exactly once.
 
-    A step is cut into micro-batches of `micro_batch_size` pairs, or of at most `max_tokens` tokens
-    when padded to the longest.
+    A step is cut into micro-batches of `micro_batch_size` pairs, or of at most `max_tokens` tokens.
 
     Args:
         lengths: tokens of each pair, (pairs,).
         tokens_read: tokens that the model reads for each pair, (pairs,), if they are others.
+        padded: whether a pair counts as the longest of its micro-batch.
     """
     members = _ordered_members(lengths, seed=seed, epoch=epoch, global_batch_size=global_batch_size)
     starts = np.arange(0, len(members), global_batch_size)  # of the steps
@@ -104,7 +104,9 @@ def order_epoch(
         micro_batches = micro_batches[micro_batches < len(members)]  # the last step may be short
     else:
         tokens = lengths if tokens_read is None else tokens_read
-        micro_batches = _cut_by_budget(tokens[members], global_batch_size, max_tokens)
+        micro_batches = _cut_by_budget(
+            tokens[members], global_batch_size, max_tokens, padded=padded
+        )
     steps = np.searchsorted(micro_batches, starts)
     return Epoch(
         members,
@@ -138,17 +140,20 @@ def _ordered_members(
     return np.concatenate([full.reshape(num_full, global_batch_size)[shuffled].ravel(), rest])
 
 
-def _cut_by_budget(tokens: np.ndarray, global_batch_size: int, max_tokens: int) -> np.ndarray:
-    """Where micro-batches begin, so that none is padded to more tokens than the budget."""
+def _cut_by_budget(
+    tokens: np.ndarray, global_batch_size: int, max_tokens: int, *, padded: bool
+) -> np.ndarray:
+    """Where micro-batches begin, so that none has more tokens than the budget."""
     starts = []
-    start = 0
-    longest = 0
+    start = total = longest = 0
     for end, count in enumerate(tokens.tolist()):
+        total += count
         longest = max(longest, count)
-        if end % global_batch_size == 0 or longest * (end - start + 1) > max_tokens:
+        num_read = longest * (end - start + 1) if padded else total
+        if end % global_batch_size == 0 or num_read > max_tokens:
             starts.append(end)
             start = end
-            longest = count
+            total = longest = count
     return np.array(starts, dtype=np.int64)
 
 
@@ -178,7 +183,7 @@ class Order:
         self._pair_lengths = self.lengths.sum(1)
         self._response_tokens = self.lengths[:, 1:].sum(1)
         self.tokens_read = self._pair_lengths
-        if not spec.shared_prefix:  # a row for each response, padded to the longer one
+        if not spec.packed:  # a row for each response, padded to the longer one
             longest_row = self.lengths[:, 0] + self.lengths[:, 1:].max(1)
             self.tokens_read = len(spec.responses) * longest_row
         self._check_budget()
@@ -251,6 +256,7 @@ class Order:
                 micro_batch_size=self.spec.micro_batch_size,
                 tokens_read=self.tokens_read,
                 max_tokens=self.spec.max_tokens,
+                padded=not self.spec.packed,
             )
             starts = self._epoch.micro_batches[self._epoch.steps]
             self._step_tokens = self._sum_responses(self._epoch, starts)

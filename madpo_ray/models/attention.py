@@ -1,21 +1,27 @@
-"""Which models may read a pair as one row, and the masks that they need for it."""
+"""Which models may read packed rows, and the attention that keeps the texts of such a row apart.
+
+Legend: T tokens of a packed row, K keys (prompts once per response), D channels of a head.
+"""
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from madpo_ray.config import ModelConfig
-from madpo_ray.data.batching import MicroBatch
+from madpo_ray.data.batching import PackedRow, Segment
 from madpo_ray.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig
 
-_MASKED_KERNELS = ("sdpa", "eager", "flex_attention")
-# Keys of a config that say how far a token sees, in words that the masks below do not know.
+# The name of `packed_attention` among transformers' implementations of attention.
+PACKED = "madpo_ray_packed"
+
+# Keys of a config that say how far a token sees, in words that `packed_attention` does not know.
 _LIMITS = re.compile("window|chunk|(?<!num_)local|index_topk")
 _KNOWN_LIMITS = {"sliding_window", "use_sliding_window", "max_window_layers"}
 _KNOWN_PATTERNS = {"sliding_window_pattern", "_sliding_window_pattern"}  # become layer_types
@@ -32,11 +38,11 @@ def load_architecture(folder: Path, *, trust_remote_code: bool = False) -> "Pret
         raise UserError(f"{folder}/config.json describes no model: {error}") from None
 
 
-def may_share_prefix(settings: ModelConfig, architecture: "PretrainedConfig") -> bool:
-    """Whether a pair may be read as one row [prompt | chosen | rejected].
+def may_pack(settings: ModelConfig, architecture: "PretrainedConfig") -> bool:
+    """Whether the pairs of a micro-batch may be read as one packed row.
 
-    The masks are ours then, so each layer's attention has to be full or a window that they can
-    hold. Whether the model's numbers come out is found at load (`reading.find_reading`).
+    Each layer's attention has to be full or a sliding window: a limit of thousands of tokens would
+    not show in the short pairs that are compared at load (`reading.find_reading`).
     """
     architecture = architecture.get_text_config()
     layer_types = set(getattr(architecture, "layer_types", None) or ["full_attention"])
@@ -44,52 +50,175 @@ def may_share_prefix(settings: ModelConfig, architecture: "PretrainedConfig") ->
         name for name, value in architecture.to_dict().items() if value and _LIMITS.search(name)
     }
     return (
-        settings.shared_prefix == "auto"
-        and settings.attn_implementation in _MASKED_KERNELS
+        settings.packed_rows == "auto"
         and layer_types <= {"full_attention", "sliding_attention"}
         and limits <= _KNOWN_LIMITS | _KNOWN_PATTERNS
     )
 
 
-def attention_masks(model: "PreTrainedModel", batch: MicroBatch) -> Any:
-    """The mask that the model's layers use: for shared rows a 4-D one, or one per kind of layer.
+def use_attention(transformer: Any, *, packed: bool) -> None:
+    """Sets the attention of packed rows, or the one that the model was loaded with.
 
-    transformers uses a 4-D mask as it is, so a sliding window has to be in it, counted on the
-    restarted positions.
+    It stays set: the backward pass of a model with activation checkpointing runs layers again.
+
+    Raises:
+        RuntimeError: the model's attention cannot be replaced.
     """
-    mask = batch.attention_mask
-    if mask.dim() == 2:
-        return mask
-    full = _mask_for(model, mask)
-    window = getattr(model.config, "sliding_window", None)
-    if window is None:
-        return full
+    current = transformer.config._attn_implementation
+    if packed == (current == PACKED):
+        return
+    if packed:
+        from transformers import AttentionInterface
 
-    distance = batch.position_ids[:, :, None] - batch.position_ids[:, None, :]  # (B, L, L)
-    sliding = _mask_for(model, mask & (distance < window)[:, None])
-    if getattr(model.config, "layer_types", None):
-        return {"full_attention": full, "sliding_attention": sliding}
-    return sliding
+        AttentionInterface.register(PACKED, packed_attention)
+        transformer.own_attention = current
+    wanted = PACKED if packed else transformer.own_attention
+    transformer.set_attn_implementation(wanted)
+    if transformer.config._attn_implementation != wanted:
+        raise RuntimeError("its attention cannot be replaced")
 
 
-def _mask_for(model: "PreTrainedModel", mask: Tensor) -> Any:
-    """A boolean mask (B, 1, L, L) in the form that the model's attention kernel reads."""
-    # transformers passes a mask on as it is, in one form per kernel.
-    match model.config._attn_implementation:
-        case "eager":  # adds the mask to the scores
-            dtype = next(model.parameters()).dtype
-            zeros = torch.zeros_like(mask, dtype=dtype)
-            return zeros.masked_fill(~mask, torch.finfo(dtype).min)
-        case "flex_attention":  # reads which blocks of the scores to skip or to mask
-            from torch.nn.attention.flex_attention import create_block_mask
+def packed_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    packed_row: PackedRow | None = None,
+    **_others: Any,
+) -> tuple[Tensor, None]:
+    """Attention within the segments of a packed row, as transformers' `AttentionInterface` asks.
 
-            size, _, length, _ = mask.shape
-            return create_block_mask(
-                lambda row, _, query, key: mask[row, 0, query, key],
-                size,
-                None,
-                length,
-                length,
-                device=mask.device,
-            )
-    return mask
+    What else an architecture hands over (`_others`) is not heeded: `reading.find_reading` compares
+    the numbers.
+
+    Args:
+        query: (1, heads, T, D).
+        key, value: (1, heads or fewer, T, D).
+        attention_mask: not read; there is none for packed rows.
+        sliding_window: how many tokens a token sees, itself included.
+        softcap: bound of the scores, smooth, as in Gemma 2.
+        packed_row: comes from the model's inputs, through its layers.
+
+    Returns:
+        (1, T, heads, D), and no attention weights.
+    """
+    if packed_row is None:
+        raise RuntimeError("its layers do not hand packed_row over to their attention")
+    is_plain = not softcap and not dropout and query.shape[-1] == value.shape[-1]
+    if is_plain and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        output = _by_one_kernel(query[0], key[0], value[0], packed_row, scaling, sliding_window)
+        return output[None], None
+
+    groups = query.shape[1] // key.shape[1]
+    key, value = (states.repeat_interleave(groups, 1) for states in (key, value))
+    scores = _Scores(scaling, dropout, sliding_window, softcap)
+    outputs = [
+        scores.attend(query[:, :, one.own], _seen(key, one), _seen(value, one))
+        for one in packed_row.segments
+    ]
+    return torch.cat([output.transpose(1, 2) for output in outputs], dim=1), None
+
+
+def _seen(states: Tensor, segment: Segment) -> Tensor:
+    """Keys or values (1, heads, T, D) of the tokens that a segment sees."""
+    own = states[:, :, segment.own]
+    if not segment.num_prompt_tokens:
+        return own
+    return torch.cat([states[:, :, segment.prompt], own], dim=2)
+
+
+class _Scores(NamedTuple):
+    """What an architecture does with the scores of attention."""
+
+    scaling: float | None
+    dropout: float
+    window: int | None
+    cap: float | None
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Causal attention (1, heads, queries, D), in which the last query is the last key's."""
+        num_queries, num_keys = query.shape[2], key.shape[2]
+        is_square = num_queries == num_keys and self.window is None
+        mask = None
+        if not is_square or self.cap:
+            later = num_keys - num_queries
+            mask = query.new_ones(num_queries, num_keys, dtype=torch.bool).tril(later)
+            if self.window is not None:
+                mask = mask.triu(later - self.window + 1)
+        if self.cap:
+            assert mask is not None
+            return self._attend_capped(query, key, value, mask)
+        return F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=mask is None,
+            dropout_p=self.dropout,
+            scale=self.scaling,
+        )
+
+    def _attend_capped(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        """With scores that are bounded before the mask, all of them in memory."""
+        assert self.cap is not None
+        scale = query.shape[-1] ** -0.5 if self.scaling is None else self.scaling
+        scores = self.cap * torch.tanh(query @ key.mT * scale / self.cap)
+        weights = scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32)
+        return F.dropout(weights.to(query.dtype), self.dropout) @ value
+
+
+def _by_one_kernel(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    row: PackedRow,
+    scaling: float | None,
+    window: int | None,
+) -> Tensor:
+    """All segments by one call of a flash kernel: (heads, T, D) -> (T, heads, D)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    key, value = key.transpose(0, 1), value.transpose(0, 1)
+    if len(row.prompt_tokens):
+        key, value = _RepeatPrompts.apply(key, value, row)  # type: ignore[no-untyped-call]
+    output = varlen_attn(
+        query.transpose(0, 1),
+        key,
+        value,
+        row.query_ends,
+        row.key_ends,
+        row.max_queries,
+        row.max_keys,
+        scale=scaling,
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=query.shape[0] != key.shape[1],
+    )
+    return cast(Tensor, output)
+
+
+class _RepeatPrompts(torch.autograd.Function):
+    """Keys and values (T, heads, D) as the segments read them, one after another, (K, heads, D).
+
+    The gradient of an index would be scattered, with atomic additions; this one is gathered.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, key: Tensor, value: Tensor, row: PackedRow) -> tuple[Tensor, Tensor]:
+        ctx.row = row
+        return key.index_select(0, row.key_index), value.index_select(0, row.key_index)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        row = ctx.row
+        summed = []
+        for grad in grads:
+            again = grad.index_select(0, row.second_keys)
+            summed.append(grad.index_select(0, row.first_keys))
+            summed[-1].index_add_(0, row.prompt_tokens, again)  # each index once
+        return (*summed, None)

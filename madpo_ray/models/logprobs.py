@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from madpo_ray.data.batching import MicroBatch
-from madpo_ray.models.attention import attention_masks
+from madpo_ray.models.attention import use_attention
 from madpo_ray.models.loading import transformer_of
 
 # Response tokens whose logits exist at the same time, by the device's type: of a 150,000-word
@@ -59,12 +59,14 @@ class ResponseLogps(nn.Module):
 
     def own_numbers(self, ids: Tensor, num_response_tokens: int) -> Tensor:
         """The same of one text's ids (1, L), from the model's own forward: (1,)."""
+        use_attention(transformer_of(self.model), packed=False)
         logits = self.model(input_ids=ids, use_cache=False).logits[0, :-1].float()
         logps, _ = target_logps(logits, ids[0, 1:])
         return logps[-num_response_tokens:].mean()[None]
 
     def own_prediction(self, ids: Tensor, position: int) -> Tensor:
         """The logits (V,) at a position of one text, scaled to a mean square of 1."""
+        use_attention(transformer_of(self.model), packed=False)
         return _normalised(self.model(input_ids=ids, use_cache=False).logits[0, position])
 
     def _of_tokens(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
@@ -110,12 +112,14 @@ class ResponseRewards(nn.Module):
 
     def own_numbers(self, ids: Tensor, num_response_tokens: int) -> Tensor:
         """The same of one text's ids (1, L), from the model's own forward: (1 + H,)."""
+        use_attention(transformer_of(self.model), packed=False)
         reward = self.model(input_ids=ids, use_cache=False).logits[0].float()
         return _reward_and_state(reward, self.own_prediction(ids, -1)[None])[0]
 
     def own_prediction(self, ids: Tensor, position: int) -> Tensor:
         """The last state (H,) at a position of one text, scaled to a mean square of 1."""
         transformer = transformer_of(self.model)
+        use_attention(transformer, packed=False)
         backbone = getattr(transformer, transformer.base_model_prefix)
         return _normalised(backbone(input_ids=ids, use_cache=False).last_hidden_state[0, position])
 
@@ -165,15 +169,15 @@ def _hidden_states(transformer: Any, batch: MicroBatch) -> Tensor:
 
 
 def _inputs(transformer: Any, batch: MicroBatch) -> dict[str, Any]:
-    """What the model's forward gets. It counts the positions of separate rows itself."""
-    inputs = {
-        "input_ids": batch.input_ids,
-        "attention_mask": attention_masks(transformer, batch),
-        "use_cache": False,
-    }
-    if batch.is_shared:
-        inputs["position_ids"] = batch.position_ids
-    return inputs
+    """What the model's forward gets; sets the attention that goes with it.
+
+    The model counts the positions of separate rows itself.
+    """
+    use_attention(transformer, packed=batch.packed_row is not None)
+    inputs = {"input_ids": batch.input_ids, "use_cache": False}
+    if batch.packed_row is None:
+        return {**inputs, "attention_mask": batch.attention_mask}
+    return {**inputs, "position_ids": batch.position_ids, "packed_row": batch.packed_row}
 
 
 def _normalised(states: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from madpo_ray.columns import CHOSEN_IDS, PROMPT_IDS, REJECTED_IDS
 from madpo_ray.config import ModelConfig
 from madpo_ray.data.batching import MicroBatch, collate
 from madpo_ray.errors import UserError
-from madpo_ray.models.attention import may_share_prefix
+from madpo_ray.models.attention import may_pack
 from madpo_ray.models.loading import transformer_of
 
 logger = logging.getLogger(__name__)
@@ -38,19 +38,17 @@ NARROW_WINDOW = 3
 class Reading:
     """How a module turns pairs into log-probs or rewards."""
 
-    shared_prefix: bool  # one row [prompt | chosen | rejected] per pair, else one per response
+    packed: bool  # one row for all pairs of a micro-batch, else one per response, padded
     own_forward: bool = False  # all logits from the model's complete forward
     note: str = field(default="", compare=False)  # why it is a slow way; empty if it is not
 
     def __str__(self) -> str:
-        rows = "one row per pair" if self.shared_prefix else "one row per response"
+        rows = "packed rows" if self.packed else "one row per response"
         return f"{rows}, all logits" if self.own_forward else rows
 
 
 @torch.no_grad()
-def find_reading(
-    module: Any, device: torch.device, settings: ModelConfig, *, num_responses: int
-) -> Reading:
+def find_reading(module: Any, device: torch.device, settings: ModelConfig) -> Reading:
     """The fastest way to read pairs that gives the numbers of the model's own forward.
 
     Sets `module.own_forward` accordingly. Under ZeRO-3 all ranks call this, after DeepSpeed's
@@ -58,7 +56,6 @@ def find_reading(
 
     Args:
         module: `ResponseLogps` or `ResponseRewards`, in evaluation mode.
-        num_responses: of a pair; a single one shares its prompt with nothing.
 
     Raises:
         UserError: there is no such way, the model's own numbers are not finite, or later tokens
@@ -86,16 +83,14 @@ def find_reading(
         )
 
     # The first way that agrees.
-    may_share = num_responses > 1 and may_share_prefix(settings, transformer.config)
     seen: list[str] = []
-    for reading in _candidates(module, may_share=may_share):
+    for reading in _candidates(module, packed=may_pack(settings, transformer.config)):
         if hasattr(module, "own_forward"):
             module.own_forward = reading.own_forward
-        batch = collate(pairs, shared_prefix=reading.shared_prefix).to(device)
+        batch = collate(pairs, packed=reading.packed).to(device)
         difference = _difference(module, transformer, batch, expected)
         if isinstance(difference, float) and difference <= tolerance:
-            wants_shared = num_responses > 1 and settings.shared_prefix == "auto"
-            return _with_note(reading, name, settings, seen) if wants_shared else reading
+            return _with_note(reading, name, seen) if settings.packed_rows == "auto" else reading
         seen.append(f"{reading}: {difference}")
     raise UserError(
         f"the {name} model gives other numbers in a batch than for a text alone, so it cannot be "
@@ -103,14 +98,14 @@ def find_reading(
     )
 
 
-def _candidates(module: Any, *, may_share: bool) -> Iterator[Reading]:
+def _candidates(module: Any, *, packed: bool) -> Iterator[Reading]:
     """Fastest first."""
     forwards = [False, True] if hasattr(module, "own_forward") else [False]
-    if may_share:
+    if packed:
         for own_forward in forwards:
-            yield Reading(shared_prefix=True, own_forward=own_forward)
+            yield Reading(packed=True, own_forward=own_forward)
     for own_forward in forwards:
-        yield Reading(shared_prefix=False, own_forward=own_forward)
+        yield Reading(packed=False, own_forward=own_forward)
 
 
 def _example_pairs(transformer: Any) -> list[dict[str, list[int]]]:
@@ -202,13 +197,13 @@ def _narrow_windows(transformer: Any) -> Iterator[None]:
             one.sliding_window = width
 
 
-def _with_note(reading: Reading, name: str, settings: ModelConfig, seen: Sequence[str]) -> Reading:
+def _with_note(reading: Reading, name: str, seen: Sequence[str]) -> Reading:
     """The reading with the reason why it is a slow one, if it is; also logged."""
-    if reading == Reading(shared_prefix=True):
+    if reading == Reading(packed=True):
         return reading
     reason = f"faster ways differ from its own forward ({'; '.join(seen)})"
     if not seen:
-        reason = f"with {settings.attn_implementation} attention it does not take a custom mask"
+        reason = "its config names other layers than full attention and sliding windows"
     note = f"{name} reads {reading}: slower, same numbers; {reason}"
     logger.warning(note)
-    return Reading(reading.shared_prefix, reading.own_forward, note)
+    return Reading(reading.packed, reading.own_forward, note)

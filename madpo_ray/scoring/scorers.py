@@ -76,22 +76,29 @@ def score_or_explain(scorer: Scorer, rows: pa.Table) -> tuple[np.ndarray, list[s
     return scores, reasons
 
 
-def cut(lengths: Sequence[int], batch_size: int, max_tokens: int | None) -> Iterator[list[int]]:
-    """Which rows are read together, longest first: one that does not fit in memory shows at once.
+def cut(
+    lengths: Sequence[int], batch_size: int, max_tokens: int | None, *, padded: bool
+) -> Iterator[list[int]]:
+    """Which pairs are read together, longest first: one that does not fit in memory shows at once.
 
     Args:
-        lengths: tokens of each row; those that are read together are padded to the longest.
-        batch_size: rows that are read together, unless there is a bound on their tokens.
-        max_tokens: of rows that are read together, padding included; a longer row is read alone.
+        lengths: tokens of each pair.
+        batch_size: pairs that are read together, unless there is a bound on their tokens.
+        max_tokens: of pairs that are read together; a longer one is read alone.
+        padded: whether each counts as the longest of those that are read with it.
     """
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    start = 0
-    while start < len(order):
-        size = batch_size
-        if max_tokens is not None:
-            size = max(1, max_tokens // max(1, lengths[order[start]]))
-        yield order[start : start + size]
-        start += size
+    group: list[int] = []
+    total = 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        tokens = lengths[group[0]] if padded and group else lengths[i]
+        is_full = len(group) == batch_size if max_tokens is None else total + tokens > max_tokens
+        if group and is_full:
+            yield group
+            group, total, tokens = [], 0, lengths[i]
+        group.append(i)
+        total += tokens
+    if group:
+        yield group
 
 
 class ModelScorer(abc.ABC):
@@ -120,16 +127,15 @@ class ModelScorer(abc.ABC):
     def load(self, device: torch.device) -> None:
         self._device = device
         self._module = self._load_module().to(device).eval()
-        self._reading = find_reading(
-            self._module, device, self._model_config, num_responses=len(self._responses)
-        )
+        self._reading = find_reading(self._module, device, self._model_config)
 
     @torch.no_grad()
     def __call__(self, rows: pa.Table) -> np.ndarray:
         pairs = rows.select(list(self.reads)).to_pylist()
 
         # The next batch is made while one is computed; the device is waited for at the end only.
-        groups = list(cut([self._num_tokens(pair) for pair in pairs], *self._limits))
+        lengths = [self._num_tokens(pair) for pair in pairs]
+        groups = list(cut(lengths, *self._limits, padded=not self._reading.packed))
         batches = (self._collate([pairs[i] for i in members]) for members in groups)
         values = [
             self._values(self._module(batch.to(self._device))).view(len(self._responses), -1)
@@ -143,13 +149,13 @@ class ModelScorer(abc.ABC):
     def _num_tokens(self, pair: dict[str, Any]) -> int:
         """In the rows that a pair is read as."""
         prompt, *responses = (len(pair[name]) for name in self.reads)
-        if self._reading.shared_prefix:
+        if self._reading.packed:
             return prompt + sum(responses)
         return len(responses) * (prompt + max(responses))
 
     def _collate(self, pairs: Sequence[dict[str, Any]]) -> MicroBatch:
-        shared_prefix = self._reading.shared_prefix
-        return collate(pairs, shared_prefix=shared_prefix, responses=self._responses).pinned()
+        packed = self._reading.packed
+        return collate(pairs, packed=packed, responses=self._responses).pinned()
 
     @abc.abstractmethod
     def _load_module(self) -> nn.Module:

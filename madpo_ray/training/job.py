@@ -13,7 +13,7 @@ from madpo_ray.artifacts.tables import rows_fingerprint
 from madpo_ray.columns import CHOSEN_IDS, RESPONSE_IDS, TRAIN, VALIDATION
 from madpo_ray.config import ModelConfig, PolicyConfig, RewardConfig, TrainingConfig
 from madpo_ray.data.order import OrderSpec
-from madpo_ray.models.attention import load_architecture, may_share_prefix
+from madpo_ray.models.attention import load_architecture, may_pack
 from madpo_ray.models.loading import (
     TaskType,
     load_policy,
@@ -124,13 +124,11 @@ class TrainingJob:
         except FileNotFoundError:
             return False
 
-    def may_share_prefix(self) -> bool:
-        """Whether a pair may be one row [prompt | chosen | rejected]; ranks find out at load."""
-        if len(self.task.responses) < 2:
-            return False
+    def may_pack(self) -> bool:
+        """Whether a micro-batch may be one packed row; ranks find out at load."""
         trust = self.model.trust_remote_code
         architecture = load_architecture(self.base_folder, trust_remote_code=trust)
-        return may_share_prefix(self.model, architecture)
+        return may_pack(self.model, architecture)
 
     @property
     def complete(self) -> Callable[[pa.Table], pa.Table] | None:
@@ -162,7 +160,7 @@ class TrainingJob:
             micro_batch_size=settings.per_device_train_batch_size,
             num_workers=num_workers,
             max_tokens=settings.max_tokens_per_device,
-            shared_prefix=self.may_share_prefix(),
+            packed=self.may_pack(),
             responses=self.task.responses,
             fold=self.fold,
             num_epochs=settings.num_train_epochs,
@@ -182,7 +180,7 @@ class TrainingJob:
             micro_batch_size=settings.per_device_eval_batch_size,
             num_workers=num_workers,
             max_tokens=settings.max_tokens_per_device,
-            shared_prefix=self.may_share_prefix(),
+            packed=self.may_pack(),
             responses=self.task.responses,
             is_shuffled=False,
         )

@@ -154,7 +154,6 @@ def _forward_backward(run: TrainingRun, batch: MicroBatch, meter: Meter, step_lo
         "loss": Metric(terms.loss),
         **terms.metrics,
         "num_tokens": _total(batch.num_real_tokens, batch),
-        "padded_tokens": _total(batch.padded_tokens, batch),
         "flops": _total(run.flops(batch), batch),
         "peak_memory_bytes": Metric(_constant(peak_memory_bytes(), batch), "max"),
     }
@@ -252,12 +251,10 @@ def _with_rates(run: TrainingRun, metrics: dict[str, float], elapsed_s: float) -
     """The metrics with totals turned into rates; counts the tokens in the run's progress."""
     pairs = metrics.pop("pairs")
     tokens = metrics.pop("num_tokens")
-    padded = metrics.pop("padded_tokens")
     flops = metrics.pop("flops")
     run.progress.num_tokens += round(tokens)
     return metrics | {
         "num_tokens": run.progress.num_tokens,
-        "padding_fraction": 1 - tokens / padded if padded else 0.0,
         "tokens_per_second": tokens / elapsed_s,
         "pairs_per_second": pairs / elapsed_s,
         "mfu": flops / elapsed_s / run.machine_flops,

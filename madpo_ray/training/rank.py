@@ -95,7 +95,7 @@ class _Rank:
         self._order = Order(job.order_spec(site.world_size))
         self._validation_order = Order(job.validation_order_spec(site.world_size))
         self._check_agreement()
-        self.reading = Reading(shared_prefix=False)  # until an engine is started
+        self.reading = Reading(packed=False)  # until an engine is started
         self._validation_reader: MicroBatchReader | None = None
         self._num_unscored = 0
         self._collate = functools.partial(
@@ -139,12 +139,11 @@ class _Rank:
         """The fastest way to read pairs that gives the model's own numbers."""
         job = self._job
         engine.eval()
-        num_responses = len(job.task.responses)
-        reading = find_reading(engine.module, engine.device, job.model, num_responses=num_responses)
-        if job.settings.max_tokens_per_device and reading.shared_prefix != job.may_share_prefix():
+        reading = find_reading(engine.module, engine.device, job.model)
+        if job.settings.max_tokens_per_device and reading.packed != job.may_pack():
             raise UserError(
-                "max_tokens_per_device was planned for one row per pair, and this model reads two: "
-                "set model.shared_prefix: off"
+                "max_tokens_per_device was planned for packed rows, and this model reads a row per "
+                "response: set model.packed_rows: off"
             )
         return reading
 
@@ -257,7 +256,7 @@ class _Rank:
         if self._job.streamed is not None:
             names = self._job.task.columns
             scored = [pair for pair in pairs if all(math.isfinite(pair[name]) for name in names)]
-        micro_batch = self._collate(scored, shared_prefix=self.reading.shared_prefix, place=place)
+        micro_batch = self._collate(scored, packed=self.reading.packed, place=place)
         return micro_batch.pinned(), len(pairs) - len(scored)
 
     def describe(self, engine: DeepSpeedEngine) -> str:

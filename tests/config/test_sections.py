@@ -66,7 +66,7 @@ def set_in(section: str, key: str, value: Any) -> Edit:
         (set_in("run", "name", "../x"), "String should match"),
         (set_in("reward", "lora_layers_to_transform", [1]), "by name"),
         (set_in("train", "lora_target_modules", ["all-linear", "q_proj"]), "give it alone"),
-        (set_in("model", "attn_implementation", "flex_attention"), "trains on GPUs only"),
+        (set_in("model", "attn_implementation", "flash_attention_2"), "trains on GPUs only"),
         (set_in("train", "weight_column", "w"), "add it to data.keep_columns"),
     ],
 )
@@ -188,9 +188,7 @@ def test_search_spaces_are_valid_at_their_ends(loss_type: LossType) -> None:
 def test_metrics_that_a_config_may_name_are_measured() -> None:
     outputs, batch, _ = synthetic()
     rewards = {"rewards": outputs["logps"]}
-    single = collate(
-        [{"prompt_ids": [1], "chosen_ids": [2]}], shared_prefix=False, responses=CHOSEN
-    )
+    single = collate([{"prompt_ids": [1], "chosen_ids": [2]}], packed=False, responses=CHOSEN)
     one = {"logps": torch.zeros(1), "entropy": torch.zeros(1)}
     policy = PolicyObjective(PolicyConfig(loss_type="sigmoid"), 0)
     measured = {
@@ -241,17 +239,15 @@ def test_four_bits_need_all_of_it(
         parse_config(raw_config)
 
 
-@pytest.mark.parametrize("kernel", ["flash_attention_2", "flex_attention"])
-def test_kernels_of_gpus(kernel: str, raw_config: dict[str, Any]) -> None:
-    raw_config["model"]["attn_implementation"] = kernel
+def test_flash_attention_is_for_bfloat16_on_gpus(raw_config: dict[str, Any]) -> None:
+    raw_config["model"]["attn_implementation"] = "flash_attention_2"
     with pytest.raises(UserError, match="trains on GPUs only"):
         parse_config(raw_config)
     raw_config["cluster"]["use_gpu"] = True
-    assert parse_config(raw_config).model.attn_implementation == kernel
-    if kernel == "flash_attention_2":
-        raw_config["model"]["dtype"] = "float32"
-        with pytest.raises(UserError, match="flash_attention_2 computes in bfloat16 only"):
-            parse_config(raw_config)
+    assert parse_config(raw_config).model.attn_implementation == "flash_attention_2"
+    raw_config["model"]["dtype"] = "float32"
+    with pytest.raises(UserError, match="flash_attention_2 computes in bfloat16 only"):
+        parse_config(raw_config)
 
 
 def test_dtype_follows_the_device(raw_config: dict[str, Any]) -> None:

@@ -88,15 +88,17 @@ def test_steps_of_a_window_have_similar_lengths() -> None:
     assert means != sorted(means, reverse=True)
 
 
-@given(st.integers(1, 200), st.integers(1, 40), st.integers(50, 400))
-def test_budget_bounds_padded_tokens(count: int, global_size: int, budget: int) -> None:
+@given(st.integers(1, 200), st.integers(1, 40), st.integers(50, 400), st.booleans())
+def test_budget_bounds_tokens(count: int, global_size: int, budget: int, padded: bool) -> None:
     """The same steps as without a budget: only their cut differs."""
     lengths = np.random.default_rng(0).integers(3, 50, count)
     sizes = {"global_batch_size": global_size, "micro_batch_size": 1}
-    steps = order_epoch(lengths, seed=1, epoch=0, **sizes, max_tokens=budget)
+    steps = order_epoch(lengths, seed=1, epoch=0, **sizes, max_tokens=budget, padded=padded)
     assert sorted(flat(steps)) == list(range(count))
     for step in steps:
-        assert all(len(members) * lengths[members].max() <= budget for members in step)
+        for members in step:
+            own = lengths[members]
+            assert (len(members) * own.max() if padded else own.sum()) <= budget
     uncut = order_epoch(lengths, seed=1, epoch=0, **sizes)
     joined = [np.concatenate(step).tolist() for step in steps]
     assert joined == [np.concatenate(step).tolist() for step in uncut]
@@ -168,13 +170,13 @@ def test_empty_split_is_refused(policy_job: MakeJob) -> None:
 def test_separate_rows_count_the_prompt_twice(policy_job: MakeJob) -> None:
     """The order is that of the pairs' own lengths, whatever the rows."""
     spec = policy_job("separate").order_spec(1)
-    shared = Order(spec)
-    separate = Order(dataclasses.replace(spec, shared_prefix=False))
+    packed = Order(spec)
+    separate = Order(dataclasses.replace(spec, packed=False))
     tokens = read_split(spec.rows, "train", ("prompt_ids", "chosen_ids", "rejected_ids"))
     sizes = [[len(ids) for ids in row.values()] for row in tokens.to_pylist()]
-    assert shared.tokens_read.tolist() == [p + c + r for p, c, r in sizes]
+    assert packed.tokens_read.tolist() == [p + c + r for p, c, r in sizes]
     assert separate.tokens_read.tolist() == [2 * (p + max(c, r)) for p, c, r in sizes]
-    assert decoded(separate) == decoded(shared)
+    assert decoded(separate) == decoded(packed)
 
 
 def test_budget_by_hand() -> None:
@@ -188,6 +190,21 @@ def test_budget_by_hand() -> None:
         max_tokens=10,
     )
     assert [[len(members) for members in step] for step in steps] == [[2, 2, 2]]
+
+
+@pytest.mark.parametrize(("padded", "sizes"), [(False, [1, 2, 3]), (True, [1, 1, 2, 2])])
+def test_budget_counts_padding_where_there_is_some(padded: bool, sizes: list[int]) -> None:
+    """Pairs of 1, 3, 5, 5, 6 and 9 tokens in micro-batches of at most 11, longest first."""
+    steps = order_epoch(
+        np.array([1, 3, 5, 5, 6, 9]),
+        seed=0,
+        epoch=None,
+        global_batch_size=6,
+        micro_batch_size=1,
+        max_tokens=11,
+        padded=padded,
+    )
+    assert [[len(members) for members in step] for step in steps] == [sizes]
 
 
 def test_place_of_a_pair_on_its_own() -> None:
@@ -215,7 +232,7 @@ def test_budget_counts_the_tokens_that_are_read(policy_job: MakeJob) -> None:
     spec = policy_job("budget", max_tokens_per_device=120).order_spec(1)
     sizes = {}
     for shared in (True, False):
-        order = Order(dataclasses.replace(spec, shared_prefix=shared))
+        order = Order(dataclasses.replace(spec, packed=shared))
         sizes[shared] = [len(pairs) for pairs, _ in decoded(order)]
     assert len(sizes[False]) > len(sizes[True])
     assert max(sizes[False]) < max(sizes[True])

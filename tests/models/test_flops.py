@@ -24,7 +24,7 @@ NOT_NEEDED = 2 * 9 * 2 * (32 * 16 + 4 * 32)
 )
 def test_counts_the_products_that_run(settings: dict[str, object], more: int) -> None:
     model = prepare_for_training(make_model(), PolicyConfig(**settings), task_type="CAUSAL_LM")
-    batch = collate([PAIR], shared_prefix=True)
+    batch = collate([PAIR], packed=True)
     with FlopCounterMode(display=False) as counter:
         ResponseLogps(model)(batch)["logps"].sum().backward()
     by_operation = counter.get_flop_counts()["Global"]

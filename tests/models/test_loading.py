@@ -58,9 +58,9 @@ def test_refuses_a_model_without_reward_head(tmp_path: Path) -> None:
 
 
 def test_refuses_attention_that_the_model_lacks(tmp_path: Path) -> None:
-    tiny_config("gpt2").save_pretrained(tmp_path)
-    model = ModelConfig(model_name_or_path=str(tmp_path), attn_implementation="flex_attention")
-    with pytest.raises(UserError, match="no AutoModelForCausalLM of gpt2 with flex_attention"):
+    tiny_config("gptj").save_pretrained(tmp_path)
+    model = ModelConfig(model_name_or_path=str(tmp_path), attn_implementation="sdpa")
+    with pytest.raises(UserError, match="no AutoModelForCausalLM of gptj with sdpa"):
         check_trainable(tmp_path, model, PolicyConfig(), task_type="CAUSAL_LM")
 
 

@@ -9,6 +9,7 @@ import torch
 from madpo_ray.config import PolicyConfig
 from madpo_ray.data.batching import MicroBatch, collate
 from madpo_ray.losses import dpo_loss
+from madpo_ray.models.attention import use_attention
 from madpo_ray.models.loading import prepare_for_training
 from madpo_ray.models.logprobs import TOKENS_PER_CHUNK, ResponseLogps, ResponseRewards, target_logps
 from support.forwards import PAIRS, separate_logps
@@ -21,14 +22,14 @@ from support.models import make_model, make_reward_model
 )
 def test_logits_are_scaled_as_the_model_does(model_type: str, changes: dict[str, Any]) -> None:
     model = make_model(model_type, **changes)
-    outputs = ResponseLogps(model)(collate(PAIRS, shared_prefix=False))
+    outputs = ResponseLogps(model)(collate(PAIRS, packed=False))
     torch.testing.assert_close(outputs["logps"], separate_logps(model), rtol=0, atol=1e-4)
 
 
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither log-probs nor gradients."""
     model = make_model()
-    batch = collate(PAIRS, shared_prefix=True)
+    batch = collate(PAIRS, packed=True)
     complete = ResponseLogps(model)(batch)
     grads = torch.autograd.grad(complete["logps"].sum(), list(model.parameters()))
     monkeypatch.setitem(TOKENS_PER_CHUNK, "cpu", 7)
@@ -47,24 +48,26 @@ def test_head_is_called_equally_often(monkeypatch: pytest.MonkeyPatch) -> None:
     model.get_output_embeddings().register_forward_hook(lambda *_: calls.append(1))
     with torch.no_grad():
         for pairs in (PAIRS, PAIRS[:1]):
-            ResponseLogps(model, max_response_tokens=200)(collate(pairs, shared_prefix=True))
+            ResponseLogps(model, max_response_tokens=200)(collate(pairs, packed=True))
     assert len(calls) == 2 * 29
 
 
 def test_entropy_is_the_mean_over_response_tokens() -> None:
     model = make_model()
     pair = PAIRS[0]
-    entropy = ResponseLogps(model)(collate([pair], shared_prefix=True))["entropy"][0]
+    entropy = ResponseLogps(model)(collate([pair], packed=True))["entropy"][0]
     ids = torch.tensor([pair["prompt_ids"] + pair["chosen_ids"]])
+    use_attention(model, packed=False)
     logits = model(input_ids=ids).logits[0, len(pair["prompt_ids"]) - 1 : -1]
     expected = torch.distributions.Categorical(logits=logits).entropy().mean()
     torch.testing.assert_close(entropy, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_rewards_are_read_at_the_last_token(shared: bool) -> None:
+@pytest.mark.parametrize("packed", [True, False])
+def test_rewards_are_read_at_the_last_token(packed: bool) -> None:
     model = make_reward_model()
-    rewards = ResponseRewards(model)(collate(PAIRS, shared_prefix=shared))["rewards"]
+    rewards = ResponseRewards(model)(collate(PAIRS, packed=packed))["rewards"]
+    use_attention(model, packed=False)
     for side, values in zip(("chosen_ids", "rejected_ids"), rewards.chunk(2), strict=True):
         for pair, value in zip(PAIRS, values, strict=True):
             ids = torch.tensor([pair["prompt_ids"] + pair[side]])
@@ -91,7 +94,7 @@ def padded_on_the_left(batch: MicroBatch) -> MicroBatch:
 
 def test_rewards_do_not_depend_on_the_padding_side() -> None:
     model = make_reward_model()
-    right = collate(PAIRS, shared_prefix=False)
+    right = collate(PAIRS, packed=False)
     expected = ResponseRewards(model)(right)["rewards"]
     rewards = ResponseRewards(model)(padded_on_the_left(right))["rewards"]
     torch.testing.assert_close(rewards, expected, rtol=1e-4, atol=1e-5)
@@ -103,10 +106,10 @@ def test_first_loss_is_ln_2(use_peft: bool) -> None:
     settings = PolicyConfig(use_peft=use_peft, lora_r=4)
     policy = prepare_for_training(make_model(), settings, task_type="CAUSAL_LM").train()
     with torch.no_grad():
-        reference = ResponseLogps(make_model())(collate(PAIRS, shared_prefix=True))["logps"]
+        reference = ResponseLogps(make_model())(collate(PAIRS, packed=True))["logps"]
         ref_chosen, ref_rejected = reference.chunk(2)
         for i in range(0, 4, 2):
-            batch = collate(PAIRS[i : i + 2], shared_prefix=True)
+            batch = collate(PAIRS[i : i + 2], packed=True)
             chosen, rejected = ResponseLogps(policy)(batch)["logps"].chunk(2)
             chosen = chosen - ref_chosen[i : i + 2]
             rejected = rejected - ref_rejected[i : i + 2]

@@ -8,92 +8,58 @@ import torch
 from madpo_ray.config import ModelConfig, PolicyConfig
 from madpo_ray.data.batching import collate
 from madpo_ray.errors import UserError
+from madpo_ray.models import attention
+from madpo_ray.models.attention import packed_attention
 from madpo_ray.models.loading import prepare_for_training
 from madpo_ray.models.logprobs import ResponseLogps, ResponseRewards
-from madpo_ray.models.reading import TOLERANCES, Reading, find_reading
+from madpo_ray.models.reading import NARROW_WINDOW, TOLERANCES, Reading, find_reading
 from support.forwards import PAIRS, separate_logps
-from support.models import make_model, make_reward_model
+from support.models import ARCHITECTURES, make_model, make_reward_model
 
 CPU = torch.device("cpu")
-SHARED = Reading(shared_prefix=True)
-SEPARATE = Reading(shared_prefix=False)
-
-# What no list of names would have to know.
-SHARING = [
-    "llama",
-    "qwen2",
-    "qwen3",
-    "mistral",
-    "gemma",
-    "gemma3_text",
-    "gpt2",
-    "gpt_neox",
-    "phi",
-    "phi3",
-    "olmo",
-    "olmo2",
-    "olmo3",
-    "granite",
-    "cohere",
-    "cohere2",
-    "starcoder2",
-    "opt",
-    "smollm3",
-    "glm",
-    "glm4",
-    "exaone4",
-    "qwen2_moe",
-    "mixtral",
-    "granitemoe",
-    "hunyuan_v1_dense",
-    "ernie4_5",
-    "seed_oss",
-    "helium",
-    "arcee",
-    "ministral",
-    "stablelm",
-    "nemotron",
-    "biogpt",
-    "persimmon",
-]
+PACKED = Reading(packed=True)
+SEPARATE = Reading(packed=False)
 
 
 def settings(**changes: Any) -> ModelConfig:
     return ModelConfig(model_name_or_path="x", **changes)
 
 
-def reading_of(module: Any, num_responses: int = 2, **changes: Any) -> Reading:
-    return find_reading(module, CPU, settings(**changes), num_responses=num_responses)
+def reading_of(module: Any, **changes: Any) -> Reading:
+    return find_reading(module, CPU, settings(**changes))
 
 
-@pytest.mark.parametrize("model_type", SHARING)
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", list(TOLERANCES), ids=str)
-def test_models_that_share(model_type: str, dtype: torch.dtype) -> None:
-    """And the reading gives the model's own log-probs for other pairs."""
-    model = make_model(model_type).to(dtype)
-    module = ResponseLogps(model)
-    assert reading_of(module) == SHARED
-    if dtype is torch.float32:
-        with torch.no_grad():
-            logps = module(collate(PAIRS, shared_prefix=True))["logps"]
-            torch.testing.assert_close(logps, separate_logps(model), rtol=0, atol=1e-4)
+def test_models_that_read_packed_rows(model_type: str, dtype: torch.dtype) -> None:
+    assert reading_of(ResponseLogps(make_model(model_type).to(dtype))) == PACKED
 
 
-@pytest.mark.parametrize("model_type", ["bloom", "mpt"])
-def test_positions_by_distance_are_not_shared(
-    model_type: str, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("model_type", "why"),
+    [
+        ("stablelm", "do not hand packed_row over"),
+        ("nemotron", "do not hand packed_row over"),
+        ("bloom", "attention cannot be replaced"),  # positions by distance (ALiBi)
+        ("mpt", "attention cannot be replaced"),
+        ("gpt_oss", "packed rows: 0."),  # attention sinks
+    ],
+)
+def test_models_that_read_a_row_per_response(
+    model_type: str, why: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """ALiBi counts the distance along the row, so a rejected response would be too far away."""
-    sizes = {"n_layer": 2, "hidden_size": 32, "n_head": 4, "n_heads": 4, "n_layers": 2}
+    has_own_names = model_type in ("bloom", "mpt")
+    sizes = {"n_layer": 2, "n_head": 4, "n_heads": 4, "n_layers": 2} if has_own_names else {}
     model = make_model(model_type, attention="eager", **sizes)
     module = ResponseLogps(model)
     with caplog.at_level("WARNING"):
         reading = reading_of(module, attn_implementation="eager")
     assert reading == SEPARATE
     assert f"{model_type} reads one row per response: slower, same numbers" in reading.note
+    assert why in reading.note
     assert reading.note in caplog.text
     with torch.no_grad():
-        logps = module(collate(PAIRS, shared_prefix=False))["logps"]
+        logps = module(collate(PAIRS, packed=False))["logps"]
         torch.testing.assert_close(logps, separate_logps(model), rtol=0, atol=1e-4)
 
 
@@ -120,15 +86,15 @@ class Scaled(torch.nn.Module):
 def test_a_factor_after_the_head_is_found(dtype: torch.dtype) -> None:
     """In bfloat16, too."""
     reading = reading_of(ResponseLogps(Scaled(make_model().to(dtype))))
-    assert reading == Reading(shared_prefix=True, own_forward=True)
-    assert "one row per pair, all logits" in reading.note
+    assert reading == Reading(packed=True, own_forward=True)
+    assert "packed rows, all logits" in reading.note
 
 
 def test_a_factor_after_the_head_is_not_lost() -> None:
     model = Scaled(make_model())
     module = ResponseLogps(model)
     reading_of(module)
-    outputs = module(collate(PAIRS, shared_prefix=True))
+    outputs = module(collate(PAIRS, packed=True))
     torch.testing.assert_close(outputs["logps"], separate_logps(model), rtol=0, atol=1e-4)
 
     # Gradients as well.
@@ -155,18 +121,21 @@ def test_recurrent_layers_read_separate_rows(
     module = ResponseLogps(model)
     assert reading_of(module) == expected
     with torch.no_grad():
-        logps = module(collate(PAIRS, shared_prefix=False))["logps"]
+        logps = module(collate(PAIRS, packed=False))["logps"]
     torch.testing.assert_close(logps, separate_logps(model), rtol=0, atol=1e-3)
 
 
 def test_a_window_that_short_pairs_would_not_show_is_compared(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Masks without the window: windows are narrowed for the check, and put back."""
+    """Attention without the window: windows are narrowed for the check, and put back."""
     model = make_model("mistral", sliding_window=4096)
-    monkeypatch.setattr(
-        "madpo_ray.models.logprobs.attention_masks", lambda _, batch: batch.attention_mask
-    )
+
+    def without_window(*states: Any, sliding_window: int, **others: Any) -> Any:
+        assert sliding_window in (4096, NARROW_WINDOW)
+        return packed_attention(*states, **others)
+
+    monkeypatch.setattr(attention, "packed_attention", without_window)
     assert reading_of(ResponseLogps(model)) == SEPARATE
     assert model.config.sliding_window == 4096
 
@@ -178,7 +147,7 @@ def test_a_model_that_no_way_can_read_is_refused() -> None:
     embed.register_forward_hook(lambda _, inputs, output: output + output.mean(0, keepdim=True))
     message = r"llama model gives other numbers in a batch .*one row per response: 0\.\d"
     with pytest.raises(UserError, match=message):
-        reading_of(ResponseLogps(model))
+        reading_of(ResponseLogps(model), packed_rows="off")
 
 
 def test_a_reading_that_is_not_finite_is_none() -> None:
@@ -187,7 +156,7 @@ def test_a_reading_that_is_not_finite_is_none() -> None:
         lambda _, inputs, output: output * (1.0 if len(output) == 1 else torch.nan)
     )
     with pytest.raises(UserError, match="one row per response, all logits: not finite"):
-        reading_of(ResponseLogps(model))
+        reading_of(ResponseLogps(model), packed_rows="off")
 
 
 def test_weights_that_are_not_finite_are_refused() -> None:
@@ -206,16 +175,11 @@ def test_what_a_model_raises_is_shown() -> None:
 
     model.model.embed_tokens.register_forward_pre_hook(only_single_rows)
     with pytest.raises(UserError, match="AssertionError: one row at a time"):
-        reading_of(ResponseLogps(model))
+        reading_of(ResponseLogps(model), packed_rows="off")
 
 
-def test_single_responses_share_nothing() -> None:
-    reading = reading_of(ResponseLogps(make_model()), 1)
-    assert (reading, reading.note) == (SEPARATE, "")
-
-
-def test_sharing_can_be_turned_off() -> None:
-    reading = reading_of(ResponseLogps(make_model()), shared_prefix="off")
+def test_packing_can_be_turned_off() -> None:
+    reading = reading_of(ResponseLogps(make_model()), packed_rows="off")
     assert (reading, reading.note) == (SEPARATE, "")
 
 
@@ -225,7 +189,7 @@ def test_reward_models_are_compared_too(is_fresh: bool) -> None:
     model = make_reward_model()
     if is_fresh:
         torch.nn.init.zeros_(model.score.weight)
-    assert reading_of(ResponseRewards(model)) == SHARED
+    assert reading_of(ResponseRewards(model)) == PACKED
     model.model.norm.register_forward_hook(
         lambda _, inputs, output: (
             output * (1 + output.shape[0])  # batches differ from single rows
@@ -233,7 +197,7 @@ def test_reward_models_are_compared_too(is_fresh: bool) -> None:
         )
     )
     with pytest.raises(UserError, match="other numbers in a batch"):
-        reading_of(ResponseRewards(model))
+        reading_of(ResponseRewards(model), packed_rows="off")
 
 
 def test_the_random_state_and_the_model_are_left_alone() -> None:
@@ -242,7 +206,7 @@ def test_the_random_state_and_the_model_are_left_alone() -> None:
     ).eval()
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    assert reading_of(ResponseLogps(model)) == SHARED
+    assert reading_of(ResponseLogps(model)) == PACKED
     assert torch.equal(torch.get_rng_state(), before)
     assert all(parameter.grad is None for parameter in model.parameters())
 

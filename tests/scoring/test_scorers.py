@@ -56,24 +56,28 @@ def test_model_that_cannot_be_scored_with_is_refused(
 def test_rows_are_cut_by_number_or_by_tokens() -> None:
     """Longest first; equal lengths keep their order."""
     lengths = [3, 9, 5, 5, 1]
-    assert list(cut(lengths, 2, None)) == [[1, 2], [3, 0], [4]]
-    assert list(cut(lengths, 2, 10)) == [[1], [2, 3], [0, 4]]
-    assert list(cut(lengths, 2, 18)) == [[1, 2], [3, 0, 4]]
-    assert list(cut(lengths, 2, 4)) == [[1], [2], [3], [0], [4]]
-    assert list(cut([], 2, None)) == []
+    for padded in (True, False):
+        assert list(cut(lengths, 2, None, padded=padded)) == [[1, 2], [3, 0], [4]]
+        assert list(cut(lengths, 2, 10, padded=padded)) == [[1], [2, 3], [0, 4]]
+        assert list(cut(lengths, 2, 18, padded=padded)) == [[1, 2], [3, 0, 4]]
+        assert list(cut([], 2, None, padded=padded)) == []
+    assert list(cut(lengths, 2, 4, padded=True)) == [[1], [2], [3], [0], [4]]
+    assert list(cut(lengths, 2, 4, padded=False)) == [[1], [2], [3], [0, 4]]
+    assert list(cut(lengths, 2, 14, padded=True)) == [[1], [2, 3], [0, 4]]
+    assert list(cut(lengths, 2, 14, padded=False)) == [[1, 2], [3, 0, 4]]
 
 
 @pytest.mark.parametrize(("batch_size", "max_tokens"), [(1, None), (2, None), (8, None), (8, 40)])
-@pytest.mark.parametrize("shared_prefix", ["auto", "off"])
+@pytest.mark.parametrize("packed_rows", ["auto", "off"])
 def test_scores_keep_the_order_of_rows(
     batch_size: int,
     max_tokens: int | None,
-    shared_prefix: str,
+    packed_rows: str,
     model: ModelConfig,
     model_folder: Path,
 ) -> None:
     """Whatever the order by length, and the batches."""
-    model = model.model_copy(update={"shared_prefix": shared_prefix})
+    model = model.model_copy(update={"packed_rows": packed_rows})
     names = ("chosen", "rejected")
     limits = {"batch_size": batch_size, "max_tokens": max_tokens}
     scorer = loaded(PolicyLogps(model_folder, model, columns=names, **limits))
@@ -85,18 +89,18 @@ def test_scores_keep_the_order_of_rows(
             np.testing.assert_allclose(scores[row], expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("shared_prefix", ["auto", "off"])
+@pytest.mark.parametrize("packed_rows", ["auto", "off"])
 def test_forwards_keep_to_the_tokens(
-    shared_prefix: str, model: ModelConfig, model_folder: Path
+    packed_rows: str, model: ModelConfig, model_folder: Path
 ) -> None:
     """And are as large as that allows; a pair that is longer is read alone."""
-    model = model.model_copy(update={"shared_prefix": shared_prefix})
+    model = model.model_copy(update={"packed_rows": packed_rows})
     names = ("chosen", "rejected")
     scorer = PolicyLogps(model_folder, model, columns=names, batch_size=1, max_tokens=80)
     loaded(scorer)
     sizes = []
     scorer._module.register_forward_pre_hook(
-        lambda _, inputs: sizes.append((len(inputs[0].valid), inputs[0].padded_tokens))
+        lambda _, inputs: sizes.append((len(inputs[0].valid), inputs[0].input_ids.numel()))
     )
     scorer(pa.Table.from_pylist(PAIRS))
     assert sum(pairs for pairs, _ in sizes) == len(PAIRS)

@@ -92,7 +92,7 @@ def test_reference_log_probs_are_the_models_own(finished_run: Run) -> None:
     rows = read_split(margins.STAGE.rows(config), "train", names).slice(0, 6).to_pylist()
     policy = load_policy(sft.initial_policy(config), config.model).eval()
     with torch.no_grad():
-        logps = ResponseLogps(policy)(collate(rows, shared_prefix=False))["logps"]
+        logps = ResponseLogps(policy)(collate(rows, packed=False))["logps"]
     stored = [row[f"ref_{side}_logps"] for side in ("chosen", "rejected") for row in rows]
     expected = torch.tensor(stored, dtype=torch.float64)
     torch.testing.assert_close(logps.double(), expected, rtol=0, atol=1e-4)

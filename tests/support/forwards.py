@@ -4,6 +4,9 @@ from typing import Any
 
 import torch
 
+from madpo_ray.models.attention import use_attention
+from madpo_ray.models.loading import transformer_of
+
 _GENERATOR = torch.Generator().manual_seed(3)
 
 
@@ -25,6 +28,7 @@ PAIRS = [
 
 def separate_logp(model: Any, prompt: list[int], response: list[int]) -> torch.Tensor:
     """Log-prob of a response, from full logits of one unpadded row."""
+    use_attention(transformer_of(model), packed=False)
     ids = torch.tensor([prompt + response])
     logps = model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
     own: torch.Tensor = logps.gather(1, ids[0, 1:, None])[len(prompt) - 1 :]

@@ -18,6 +18,47 @@ TEMPLATE = (
 )
 VOCABULARY = 400
 
+# That read packed rows, by transformers' names.
+ARCHITECTURES = [
+    "llama",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "gpt2",
+    "gpt_neox",
+    "phi",
+    "phi3",
+    "olmo",
+    "olmo2",
+    "olmo3",
+    "granite",
+    "cohere",
+    "cohere2",
+    "starcoder2",
+    "opt",
+    "smollm3",
+    "glm",
+    "glm4",
+    "exaone4",
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "granitemoe",
+    "hunyuan_v1_dense",
+    "ernie4_5",
+    "seed_oss",
+    "helium",
+    "apertus",
+    "arcee",
+    "lfm2",
+    "ministral",
+    "biogpt",
+    "persimmon",
+]
+
 
 def make_tokenizer() -> Any:
     """Byte-level BPE with 400 tokens, a pad, a beginning and an end token, and a chat template."""

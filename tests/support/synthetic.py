@@ -27,7 +27,7 @@ def synthetic(columns: tuple[str, ...] = COLUMNS) -> tuple[dict[str, Tensor], Mi
                 "ref_rejected_logps": -7.0,
             }
         )
-    batch = collate(rows, shared_prefix=True, column_names=columns)
+    batch = collate(rows, packed=True, column_names=columns)
     logps = torch.randn(8, generator=torch.Generator().manual_seed(0)) - 6
     chosen, rejected = (logps - reference_logps(batch)).chunk(2)
     outputs = {"logps": logps, "entropy": torch.arange(1.0, 9.0)}

@@ -62,7 +62,7 @@ def test_paper_variant_counts_by_optimizer_step() -> None:
 
 @pytest.mark.parametrize("variant", ["published", "madpo_paper"])
 def test_filler_has_no_loss(variant: str) -> None:
-    filler = collate([], shared_prefix=True, column_names=COLUMNS)
+    filler = collate([], packed=True, column_names=COLUMNS)
     outputs = {"logps": torch.zeros(2), "entropy": torch.ones(2)}
     terms = objective(beta_dpo_variant=variant)(outputs, filler, training=True)
     assert terms.loss.tolist() == [0.0]

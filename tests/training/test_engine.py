@@ -58,7 +58,7 @@ def train_with_torch(
         total = torch.zeros(())
         for number in range(order.first_micro_batch(step), order.first_micro_batch(step + 1)):
             pairs, place = decode_micro_batch(reader.read([number]), order.spec.token_columns)
-            batch = collate(pairs, shared_prefix=True, column_names=job.task.columns)
+            batch = collate(pairs, packed=True, column_names=job.task.columns)
             chosen, rejected = module(batch)["logps"].chunk(2)
             reference = batch.columns["ref_chosen_logps"] - batch.columns["ref_rejected_logps"]
             z = chosen - rejected - reference.float()

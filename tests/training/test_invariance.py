@@ -29,7 +29,7 @@ SETTINGS: dict[str, tuple[int, dict[str, Any]]] = {
     "four-ranks": (4, {"per_device_train_batch_size": 2}),
     "budget": (2, {"max_tokens_per_device": 90}),
     "sharded": (2, {"per_device_train_batch_size": 3, **SHARDED}),
-    "two-rows-per-pair": (2, {"model": {"shared_prefix": "off"}}),
+    "separate-rows": (2, {"model": {"packed_rows": "off"}}),
     "offloaded": (2, {"zero_stage": 2, "offload_optimizer": True}),
     "all-offloaded": (2, {"offload_optimizer": True, "offload_param": True, **SHARDED}),
     "recomputed": (

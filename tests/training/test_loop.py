@@ -23,8 +23,7 @@ from madpo_ray.training.schedule import Progress, Schedule
 from support.forwards import PAIRS
 from support.models import make_model
 
-# beta_dpo chooses its beta from the gaps of a batch, which the host computes. SFT reads separate
-# rows, whose mask transformers reads.
+# beta_dpo chooses its beta from the gaps of a batch, which the host computes.
 WITHOUT_READS: tuple[LossType, ...] = ("madpo", "sigmoid", "ipo", "ipo_sum")
 
 
@@ -119,14 +118,14 @@ def batches(num_steps: int) -> Iterator[MicroBatch]:
         named = [{**pair, "pair_id": f"pair-{i}"} for i, pair in enumerate(PAIRS)]
         for pairs, is_last in ((named[:3], False), (named[3:], False), ([], True)):
             place = StepPlace(step, len(PAIRS), tokens, is_last)
-            yield collate(pairs, shared_prefix=False, responses=["chosen_ids"], place=place)
+            yield collate(pairs, packed=False, responses=["chosen_ids"], place=place)
 
 
 def test_a_step_moves_by_the_gradient_of_the_mean() -> None:
     """Over all pairs, whatever the micro-batches."""
     run = make_run(1)
     plain = ResponseLogps(make_model())
-    batch = collate(PAIRS, shared_prefix=False, responses=["chosen_ids"])
+    batch = collate(PAIRS, packed=False, responses=["chosen_ids"])
     loss = -plain(batch)["logps"].sum() / int(batch.response_lengths.sum())
     loss.backward()
     norm = torch.nn.utils.get_total_norm(p.grad for p in plain.parameters())
@@ -150,13 +149,11 @@ def test_logs_what_a_step_read(monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(3)
     fit(run, batches(3))
     tokens = sum(len(pair["prompt_ids"]) + len(pair["chosen_ids"]) for pair in PAIRS)
-    padded = sum(batch.padded_tokens for batch in batches(1) if batch.pair_ids)
     steps = records_of(run).logged
     assert [step for step, _ in steps] == [1, 2, 3]
     for step, metrics in steps:
         elapsed_s = 0.5 if step == 1 else 1.0  # the pause takes a tick off again
         assert metrics["num_tokens"] == step * tokens
-        assert metrics["padding_fraction"] == pytest.approx(1 - tokens / padded)
         assert metrics["epoch"] == step / 2
         assert metrics["learning_rate"] == 0.01
         assert metrics["peak_memory_bytes"] > 0
@@ -277,14 +274,19 @@ class ReadingInStepsOnly(TorchEngine):
             return super().step()
 
 
-@pytest.mark.parametrize("loss_type", WITHOUT_READS)
-def test_the_host_waits_once_a_step(loss_type: LossType) -> None:
+@pytest.mark.parametrize("loss_type", [*WITHOUT_READS, None])
+def test_the_host_waits_once_a_step(loss_type: LossType | None) -> None:
     """Not for a loss, a metric or a shape: the device computes while the next batch is sent."""
     columns = ["margin", "ref_chosen_logps", "ref_rejected_logps"]
     pairs = [{**pair, **dict.fromkeys(columns, 0.5)} for pair in PAIRS]
     place = StepPlace(0, len(PAIRS), 100, True)
-    batch = collate(pairs, shared_prefix=True, column_names=columns, place=place)
-    run = make_run(1, objective=PolicyObjective(PolicyConfig(loss_type=loss_type), 0))
+    if loss_type is None:  # SFT
+        objective: Objective = SFTObjective()
+        batch = collate(pairs, packed=True, responses=["chosen_ids"], place=place)
+    else:
+        objective = PolicyObjective(PolicyConfig(loss_type=loss_type), 0)
+        batch = collate(pairs, packed=True, column_names=columns, place=place)
+    run = make_run(1, objective=objective)
     run.engine = ReadingInStepsOnly()
     run.engine.train()
     with pytest.raises(AssertionError, match="item waits"), NoHostReads():

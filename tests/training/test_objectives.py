@@ -168,7 +168,7 @@ def test_sft_objective_is_the_mean_over_tokens() -> None:
         {"prompt_ids": [1], "chosen_ids": [4, 5, 6]},
     ]
     place = StepPlace(pairs_in_step=4, response_tokens_in_step=10)
-    batch = collate(pairs, shared_prefix=True, responses=["chosen_ids"], place=place)
+    batch = collate(pairs, packed=True, responses=["chosen_ids"], place=place)
     outputs = {"logps": torch.tensor([-3.0, -5.0]), "entropy": torch.ones(2)}
     terms = SFTObjective()(outputs, batch, training=True)
     assert float(terms.loss.sum() / place.pairs_in_step) == pytest.approx(8.0 / 10)

@@ -146,10 +146,10 @@ def test_reading_is_found_under_zero_3(bloom_job: MakeJob, train_on: TrainOn) ->
     torch.testing.assert_close(logged(sharded), logged(complete), rtol=1e-5, atol=1e-5)
 
 
-def test_budget_of_rows_that_are_not_shared_is_refused(bloom_job: MakeJob, tmp_path: Path) -> None:
+def test_budget_of_rows_that_are_not_packed_is_refused(bloom_job: MakeJob, tmp_path: Path) -> None:
     job = bloom_job("budget", max_tokens_per_device=64)
     (error,) = Ranks(job, 1, tmp_path).errors()
-    assert "max_tokens_per_device was planned for one row per pair" in error
-    assert "model.shared_prefix: off" in error
-    off = dataclasses.replace(job, model=job.model.model_copy(update={"shared_prefix": "off"}))
+    assert "max_tokens_per_device was planned for packed rows" in error
+    assert "model.packed_rows: off" in error
+    off = dataclasses.replace(job, model=job.model.model_copy(update={"packed_rows": "off"}))
     assert Ranks(off, 1, tmp_path).outcome().step == 5

@@ -54,7 +54,7 @@ def our_rows(rows: list[dict[str, Any]], tokenizer: Any, max_length: int) -> lis
         tokenize_pair(parse_pair(row, data), tokenizer, max_length).as_columns() for row in rows
     ]
     with torch.no_grad():
-        reference = ResponseLogps(make_model(seed=0))(collate(pairs, shared_prefix=True))["logps"]
+        reference = ResponseLogps(make_model(seed=0))(collate(pairs, packed=True))["logps"]
     for pair, chosen, rejected in zip(pairs, *reference.chunk(2), strict=True):
         pair |= dict(zip(COLUMNS, (float(chosen), float(rejected)), strict=True))
     return pairs
@@ -72,7 +72,7 @@ def test_tokens_and_masks(conversational: bool, tokenizer: Any, tmp_path: Path) 
     max_length = MAX_LENGTH[conversational]
     trainer = trl_trainer(rows, tokenizer, tmp_path, max_length)
     theirs = trainer.data_collator(list(trainer.train_dataset))
-    ours = collate(our_rows(rows, tokenizer, max_length), shared_prefix=False)
+    ours = collate(our_rows(rows, tokenizer, max_length), packed=False)
 
     is_response = theirs["completion_mask"] > 0
     assert int(is_response.sum(1).min()) > 0
@@ -101,7 +101,7 @@ def test_loss_metrics_and_gradients(
     their_metrics = {name: values[0] for name, values in trainer._metrics["train"].items()}
 
     policy = make_model(seed=1)
-    batch = collate(our_rows(rows, tokenizer, 16), shared_prefix=shared, column_names=COLUMNS)
+    batch = collate(our_rows(rows, tokenizer, 16), packed=shared, column_names=COLUMNS)
     settings = PolicyConfig(loss_type=loss_type, beta=0.3)
     terms = PolicyObjective(settings, 0)(ResponseLogps(policy)(batch), batch, training=True)
     terms.loss.mean().backward()
