@@ -29,7 +29,10 @@ SIZE = {
 STEPS = 2
 # 1.5 times the largest tensor, the embedding. DeepSpeed's defaults would gather this complete
 # model, and put all its gradients into one bucket.
-BUCKETS = {"stage3_max_live_parameters": 37_000_000, "reduce_bucket_size": 37_000_000}
+BUCKETS: dict[str, Any] = {
+    "stage3_max_live_parameters": 37_000_000,
+    "reduce_bucket_size": 37_000_000,
+}
 # Of one file of the export, which rank 0 holds while it writes; the default is 5 GB.
 EXPORT_BYTES = 2**27
 

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from benchmark_training import PAIRS_PER_STEP, SHAPES, make_model, make_pairs, make_rows
+from benchmark_training import make_model, make_pairs, make_rows
 from transformers import AutoModelForCausalLM
 
 from madpo_ray import pipeline
@@ -37,6 +37,7 @@ from madpo_ray.scoring.scorers import PolicyLogps
 from madpo_ray.stages import margins, pairs, train
 
 BATCH_SIZE = 8
+COMPARED_PAIRS = 64
 TOLERANCE = 1e-4
 
 
@@ -86,8 +87,8 @@ def scorer_of(model: Path) -> PolicyLogps:
 def compare_loops(work: Path, model: Path, shape: str, rounds: int, seed: int) -> dict[str, float]:
     """Pairs per second of ours over those of a plain loop, in turn on the same pairs."""
     rows = work / shape
-    make_rows(rows, make_pairs(shape, 8 * PAIRS_PER_STEP, seed), model)
-    table = read_columns(rows, TOKEN_COLUMNS).slice(0, 8 * PAIRS_PER_STEP)
+    make_rows(rows, make_pairs(shape, COMPARED_PAIRS, seed), model)
+    table = read_columns(rows, TOKEN_COLUMNS).slice(0, COMPARED_PAIRS)
     ours = scorer_of(model)
     ours.load(torch.device("cpu"))
     theirs = PlainLoop(model)
@@ -207,8 +208,8 @@ def compare_modes(work: Path, model: Path, count: int, seed: int) -> dict[str, f
                 "train": {
                     "loss_type": "sigmoid",
                     "learning_rate": 1e-6,
-                    "global_batch_size": PAIRS_PER_STEP,
-                    "per_device_train_batch_size": PAIRS_PER_STEP,
+                    "global_batch_size": BATCH_SIZE,
+                    "per_device_train_batch_size": BATCH_SIZE,
                     "num_train_epochs": 1,
                     "logging_steps": 1,
                 },
@@ -258,7 +259,7 @@ def main() -> None:
         make_model(work / "model", arguments.seed)
         model = work / "model"
         if arguments.only in (None, "loops"):
-            for shape in SHAPES:
+            for shape in ("summary", "chat"):
                 results |= compare_loops(work, model, shape, arguments.rounds, arguments.seed)
         if arguments.only in (None, "passes"):
             results |= compare_passes(work, model, arguments.pairs, arguments.seed)

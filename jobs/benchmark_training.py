@@ -18,16 +18,29 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
-# Tokens of prompts and of responses, (low, high).
-SHAPES = {"summary": ((300, 400), (20, 60)), "chat": ((100, 150), (80, 150))}
+
+class Shape(NamedTuple):
+    """Tokens (low, high) of prompts and of responses, and pairs per step."""
+
+    prompts: tuple[int, int]
+    responses: tuple[int, int]
+    pairs: int
+
+
+SHAPES = {
+    "summary": Shape((300, 400), (20, 60), 8),
+    "chat": Shape((100, 150), (80, 150), 8),
+    "long": Shape((1500, 2000), (200, 400), 2),
+}
 VOCABULARY = 32_000
-PAIRS_PER_STEP = 8
+MAX_LENGTH = 4096
 # Steps of a measurement that do not count: on Ray, other processes are still starting then.
 WARM_UP = 2
 
 Numbers = dict[str, Any]
+Dtype = Literal["float32", "bfloat16"]
 
 
 def make_model(folder: Path, seed: int, **size: int) -> None:
@@ -46,7 +59,7 @@ def make_model(folder: Path, seed: int, **size: int) -> None:
     }
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        max_position_embeddings=2048,
+        max_position_embeddings=MAX_LENGTH,
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=2,
@@ -67,7 +80,7 @@ def make_model(folder: Path, seed: int, **size: int) -> None:
 def make_pairs(shape: str, count: int, seed: int) -> list[dict[str, str]]:
     """Random texts of the shape's lengths."""
     rng = random.Random(seed)
-    prompts, responses = SHAPES[shape]
+    prompts, responses, _ = SHAPES[shape]
 
     def text(bounds: tuple[int, int]) -> str:
         return " ".join(f"w{rng.randrange(3, VOCABULARY)}" for _ in range(rng.randint(*bounds)))
@@ -100,14 +113,14 @@ def make_rows(folder: Path, pairs: list[dict[str, str]], model: Path) -> None:
         row = {
             "pair_id": str(i),
             **tokenize_pair(
-                Pair(pair["prompt"], pair["chosen"], pair["rejected"]), tokenizer, 2048
+                Pair(pair["prompt"], pair["chosen"], pair["rejected"]), tokenizer, MAX_LENGTH
             ).as_columns(),
             "margin": (i % 7) - 2.0,
             "ref_chosen_logps": -500.0,
             "ref_rejected_logps": -500.0,
         }
         rows.append({**row, "split": "train"})
-        if i < PAIRS_PER_STEP:
+        if i < 2:
             rows.append({**row, "split": "validation"})
     write_table(pa.Table.from_pylist(rows), folder)
 
@@ -121,6 +134,7 @@ def our_job(
     *,
     name: str,
     export: bool = False,
+    dtype: Dtype = "float32",
     **settings: Any,
 ) -> Any:
     """A training as both sides measure it; `settings` are further keys of section train."""
@@ -130,8 +144,8 @@ def our_job(
 
     training = PolicyConfig(
         learning_rate=1e-6,
-        global_batch_size=PAIRS_PER_STEP,
-        per_device_train_batch_size=PAIRS_PER_STEP // workers,
+        global_batch_size=SHAPES[shape].pairs,
+        per_device_train_batch_size=SHAPES[shape].pairs // workers,
         max_steps=steps,
         logging_steps=1,
         **settings,
@@ -142,7 +156,7 @@ def our_job(
         trial=name,
         task=PolicyTask(columns=(MARGIN, *REF_LOGPS)),
         settings=training,
-        model=ModelConfig(model_name_or_path=str(work / "model")),
+        model=ModelConfig(model_name_or_path=str(work / "model"), dtype=dtype),
         seed=0,
         num_threads=threads,
         base_folder=work / "model",
@@ -159,17 +173,17 @@ def step_seconds(job: Any) -> list[float]:
 
     lines = read_metrics(job.metrics / "metrics.jsonl")
     rates = [line["pairs_per_second"] for line in lines if "pairs_per_second" in line]
-    return [PAIRS_PER_STEP / rate for rate in rates[WARM_UP:]]
+    return [job.settings.global_batch_size / rate for rate in rates[WARM_UP:]]
 
 
-def measure_ours(work: Path, shape: str, steps: int, threads: int) -> Numbers:
+def measure_ours(work: Path, shape: str, steps: int, threads: int, dtype: Dtype) -> Numbers:
     """Loop and engine of a training in this process, without Ray."""
     from madpo_ray.training.metrics import read_metrics
     from madpo_ray.training.rank import run_rank
     from madpo_ray.training.sites import LocalSite, join_ranks
 
     join_ranks(0, 1, work / f"store-{os.getpid()}")
-    job = our_job(work, shape, steps, threads, name=f"bare-{os.getpid()}")
+    job = our_job(work, shape, steps, threads, name=f"bare-{os.getpid()}", dtype=dtype)
     run_rank(job, LocalSite(job))
     lines = read_metrics(job.metrics / "metrics.jsonl")
     utilisation = [line["mfu"] for line in lines if "mfu" in line]
@@ -196,9 +210,9 @@ def measure_trl(work: Path, shape: str, steps: int, threads: int) -> Numbers:
 
     arguments = DPOConfig(
         output_dir=str(work / "trl"),
-        per_device_train_batch_size=PAIRS_PER_STEP,
+        per_device_train_batch_size=SHAPES[shape].pairs,
         max_steps=steps,
-        max_length=2048,
+        max_length=MAX_LENGTH,
         precompute_ref_log_probs=True,
         gradient_checkpointing=False,
         bf16=False,
@@ -237,8 +251,9 @@ def measure_on_ray(work: Path, shape: str, steps: int, threads: int, workers: in
 def child(arguments: argparse.Namespace) -> None:
     """One measurement; prints its numbers as the last line."""
     work, shape, steps = Path(arguments.work), arguments.shape, arguments.steps
-    if arguments.measure == "ours":
-        numbers = measure_ours(work, shape, steps, arguments.threads)
+    if arguments.measure in ("ours", "bfloat16"):
+        dtype: Dtype = "float32" if arguments.measure == "ours" else "bfloat16"
+        numbers = measure_ours(work, shape, steps, arguments.threads, dtype)
     elif arguments.measure == "trl":
         numbers = measure_trl(work, shape, steps, arguments.threads)
     else:
@@ -290,8 +305,29 @@ def table_rows(shape: str, pooled: dict[str, Numbers]) -> Iterator[str]:
         median = statistics.median(seconds)
         spread = f"{seconds[0]:.2f} to {seconds[-1]:.2f}"
         peak = "-" if side.startswith("ray") else f"{numbers['peak_bytes'] / 2**30:.2f}"
-        rate = PAIRS_PER_STEP / median
+        rate = SHAPES[shape].pairs / median
         yield f"| {shape} | {side} | {rate:.2f} | {median:.2f} ({spread}) | {peak} |"
+
+
+def compare(shape: str, pooled: dict[str, Numbers]) -> dict[str, float]:
+    """How many times TRL's pairs per second, how much of its memory, and how busy the cores."""
+    ours, trl = pooled["ours"], pooled["trl"]
+    seconds = {side: statistics.median(numbers["seconds"]) for side, numbers in pooled.items()}
+    return {
+        f"{shape}_ratio": seconds["trl"] / seconds["ours"],
+        f"{shape}_bf16_ratio": seconds["ours"] / seconds["bfloat16"],
+        f"{shape}_memory_ratio": ours["peak_bytes"] / trl["peak_bytes"],
+        f"{shape}_mfu": statistics.median(ours["mfu"]),
+    }
+
+
+def compare_with_ray(pooled: dict[str, Numbers]) -> dict[str, float]:
+    """What the TorchTrainer adds to a step, and two workers of one thread against one of two."""
+    seconds = {side: statistics.median(numbers["seconds"]) for side, numbers in pooled.items()}
+    return {
+        "trainer_overhead": seconds["ray1"] / seconds["ours"] - 1,
+        "two_workers_step_ratio": seconds["ray2"] / seconds["ray1"],
+    }
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -302,6 +338,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=2, help="measurements of each side")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--without-ray", action="store_true", help="leave out the TorchTrainer")
     for internal in ("--measure", "--shape", "--work"):
         parser.add_argument(internal, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -321,27 +359,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         make_model(work / "model", arguments.seed)
-        for shape in SHAPES:
-            pairs = make_pairs(shape, PAIRS_PER_STEP * arguments.steps, arguments.seed)
+        for shape in arguments.shapes:
+            pairs = make_pairs(shape, SHAPES[shape].pairs * arguments.steps, arguments.seed)
             (work / f"{shape}.json").write_text(json.dumps(pairs))
             make_rows(work / shape, pairs, work / "model")
-            pooled = measure_in_turn(work, ("ours", "trl"), shape, arguments)
+            pooled = measure_in_turn(work, ("ours", "bfloat16", "trl"), shape, arguments)
             table += table_rows(shape, pooled)
-
-            ours, trl = pooled["ours"], pooled["trl"]
-            ratio = statistics.median(trl["seconds"]) / statistics.median(ours["seconds"])
-            result[f"{shape}_ratio"] = ratio
-            result[f"{shape}_memory_ratio"] = ours["peak_bytes"] / trl["peak_bytes"]
-            result["mfu"] = min(result.get("mfu", 1.0), statistics.median(ours["mfu"]))
-
-        pooled = measure_in_turn(work, ("ours", "ray1", "ray2"), "chat", arguments)
-        table += table_rows("chat, again", pooled)
-        medians = {side: statistics.median(each["seconds"]) for side, each in pooled.items()}
-        result["trainer_overhead"] = medians["ray1"] / medians["ours"] - 1
-
+            result |= compare(shape, pooled)
+            if shape == "chat" and not arguments.without_ray:
+                pooled = measure_in_turn(work, ("ours", "ray1", "ray2"), shape, arguments)
+                table += table_rows(shape, pooled)
+                result |= compare_with_ray(pooled)
     print("\n".join(table))
-    share = medians["ray2"] / medians["ray1"]
-    print(f"two workers of one thread take {share:.2f} of one worker's step with two threads")
     print(json.dumps({key: round(value, 3) for key, value in result.items()}))
 
 

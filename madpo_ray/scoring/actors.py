@@ -21,7 +21,7 @@ from madpo_ray.models.devices import use_device
 from madpo_ray.passes import BatchNotes, pool_options, received
 from madpo_ray.scoring.chunks import ScoredChunks, rows_of
 from madpo_ray.scoring.progress import ScoringProgress
-from madpo_ray.scoring.scorers import score_or_explain
+from madpo_ray.scoring.scorers import score_or_explain, share_batches
 
 if TYPE_CHECKING:
     from madpo_ray.scoring.scorers import Scorer
@@ -63,6 +63,7 @@ class ScoringActor:
         device = use_device()
         self._scorers = scorers
         self._refusal = ""
+        share_batches(scorers)
         try:
             for scorer in scorers:
                 scorer.load(device)

@@ -19,7 +19,7 @@ from madpo_ray.config import ModelConfig
 from madpo_ray.data.messages import Content, from_text
 from madpo_ray.errors import UserError
 from madpo_ray.models.loading import load_classifier, load_tokenizer
-from madpo_ray.scoring.scorers import cut
+from madpo_ray.scoring.batches import cut
 
 logger = logging.getLogger(__name__)
 

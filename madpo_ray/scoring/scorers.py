@@ -15,13 +15,12 @@ from torch import nn
 
 from madpo_ray.columns import GROUP_HASH, MARGIN_STD, PROMPT_IDS, RESPONSE_IDS, REWARDS
 from madpo_ray.config import ModelConfig
-from madpo_ray.data.batching import MicroBatch, collate
 from madpo_ray.data.order import folds_of
 from madpo_ray.errors import UserError
 from madpo_ray.models.loading import load_policy, load_reward_model
 from madpo_ray.models.logprobs import ResponseLogps, ResponseRewards
 from madpo_ray.models.reading import find_reading
-from madpo_ray.prefetch import prefetched
+from madpo_ray.scoring.batches import Batches
 from madpo_ray.scoring.chunks import RAISED
 
 
@@ -76,35 +75,11 @@ def score_or_explain(scorer: Scorer, rows: pa.Table) -> tuple[np.ndarray, list[s
     return scores, reasons
 
 
-def cut(
-    lengths: Sequence[int], batch_size: int, max_tokens: int | None, *, padded: bool
-) -> Iterator[list[int]]:
-    """Which pairs are read together, longest first: one that does not fit in memory shows at once.
-
-    Args:
-        lengths: tokens of each pair.
-        batch_size: pairs that are read together, unless there is a bound on their tokens.
-        max_tokens: of pairs that are read together; a longer one is read alone.
-        padded: whether each counts as the longest of those that are read with it.
-    """
-    group: list[int] = []
-    total = 0
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        tokens = lengths[group[0]] if padded and group else lengths[i]
-        is_full = len(group) == batch_size if max_tokens is None else total + tokens > max_tokens
-        if group and is_full:
-            yield group
-            group, total, tokens = [], 0, lengths[i]
-        group.append(i)
-        total += tokens
-    if group:
-        yield group
-
-
 class ModelScorer(abc.ABC):
     """A scorer that reads token ids with a transformers model.
 
-    Pairs are sorted by length and read as `cut` says.
+    Attributes:
+        batches: what the model reads; `share_batches` gives all models of an actor the same.
     """
 
     def __init__(
@@ -123,6 +98,7 @@ class ModelScorer(abc.ABC):
         self._model_config = model
         self._limits = (batch_size, max_tokens)
         self._responses = responses
+        self.batches = Batches()
 
     def load(self, device: torch.device) -> None:
         self._device = device
@@ -131,31 +107,18 @@ class ModelScorer(abc.ABC):
 
     @torch.no_grad()
     def __call__(self, rows: pa.Table) -> np.ndarray:
-        pairs = rows.select(list(self.reads)).to_pylist()
-
-        # The next batch is made while one is computed; the device is waited for at the end only.
-        lengths = [self._num_tokens(pair) for pair in pairs]
-        groups = list(cut(lengths, *self._limits, padded=not self._reading.packed))
-        batches = (self._collate([pairs[i] for i in members]) for members in groups)
-        values = [
-            self._values(self._module(batch.to(self._device))).view(len(self._responses), -1)
-            for batch in prefetched(batches)
-        ]
-        scores = np.full((len(self._responses), len(pairs)), np.nan)
-        order = [i for members in groups for i in members]
+        # The device is waited for at the end only.
+        order: list[int] = []
+        values = []
+        for members, batch in self.batches.of(
+            rows, self._responses, *self._limits, packed=self._reading.packed
+        ):
+            outputs = self._module(batch.to(self._device))
+            values.append(self._values(outputs).view(len(self._responses), -1))
+            order += members
+        scores = np.full((len(self._responses), rows.num_rows), np.nan)
         scores[:, order] = torch.cat(values, dim=1).double().cpu().numpy()
         return scores
-
-    def _num_tokens(self, pair: dict[str, Any]) -> int:
-        """In the rows that a pair is read as."""
-        prompt, *responses = (len(pair[name]) for name in self.reads)
-        if self._reading.packed:
-            return prompt + sum(responses)
-        return len(responses) * (prompt + max(responses))
-
-    def _collate(self, pairs: Sequence[dict[str, Any]]) -> MicroBatch:
-        packed = self._reading.packed
-        return collate(pairs, packed=packed, responses=self._responses).pinned()
 
     @abc.abstractmethod
     def _load_module(self) -> nn.Module:
@@ -207,16 +170,16 @@ class CrossFittedReward:
     columns = REWARDS
 
     def __init__(self, models: Sequence[TrainedReward]) -> None:
-        self._models = models
+        self.models = models
 
     def load(self, device: torch.device) -> None:
-        for model in self._models:
+        for model in self.models:
             model.load(device)
 
     def __call__(self, rows: pa.Table) -> np.ndarray:
-        folds = folds_of(rows[GROUP_HASH].to_numpy(), len(self._models))
+        folds = folds_of(rows[GROUP_HASH].to_numpy(), len(self.models))
         scores = np.full((len(self.columns), rows.num_rows), np.nan)
-        for fold, model in enumerate(self._models):
+        for fold, model in enumerate(self.models):
             members = np.flatnonzero(folds == fold)
             if len(members):
                 scores[:, members] = model(rows.take(members))
@@ -233,14 +196,31 @@ class EnsembleReward:
     columns = (*REWARDS, MARGIN_STD)
 
     def __init__(self, members: Sequence[Scorer]) -> None:
-        self._members = members
+        self.members = members
         self.reads = tuple(dict.fromkeys(name for one in members for name in one.reads))
 
     def load(self, device: torch.device) -> None:
-        for member in self._members:
+        for member in self.members:
             member.load(device)
 
     def __call__(self, rows: pa.Table) -> np.ndarray:
-        rewards = np.stack([member(rows) for member in self._members])  # (members, 2, P)
+        rewards = np.stack([member(rows) for member in self.members])  # (members, 2, P)
         deviation = (rewards[:, 0] - rewards[:, 1]).std(axis=0, ddof=1)
         return np.concatenate([rewards.mean(axis=0), deviation[None]])
+
+
+def share_batches(scorers: Sequence[Scorer]) -> None:
+    """Makes the models of some scorers read the same tensors, so that each batch is made once."""
+    shared = Batches()
+    for scorer in scorers:
+        for model in _models_of(scorer):
+            model.batches = shared
+
+
+def _models_of(scorer: Scorer) -> Iterator[ModelScorer]:
+    match scorer:
+        case ModelScorer():
+            yield scorer
+        case CrossFittedReward(models=members) | EnsembleReward(members=members):
+            for member in members:
+                yield from _models_of(member)

@@ -21,7 +21,6 @@ from madpo_ray.scoring.scorers import (
     PolicyLogps,
     Scorer,
     TrainedReward,
-    cut,
     score_or_explain,
 )
 from support.forwards import PAIRS, separate_logp
@@ -51,20 +50,6 @@ def test_model_that_cannot_be_scored_with_is_refused(
     table = ScoringActor([scorer], 1, BatchNotes(tmp_path))(rows)
     assert table.column_names == ["pair_id", REFUSAL]
     assert "own numbers are not finite" in table[REFUSAL][4].as_py()
-
-
-def test_rows_are_cut_by_number_or_by_tokens() -> None:
-    """Longest first; equal lengths keep their order."""
-    lengths = [3, 9, 5, 5, 1]
-    for padded in (True, False):
-        assert list(cut(lengths, 2, None, padded=padded)) == [[1, 2], [3, 0], [4]]
-        assert list(cut(lengths, 2, 10, padded=padded)) == [[1], [2, 3], [0, 4]]
-        assert list(cut(lengths, 2, 18, padded=padded)) == [[1, 2], [3, 0, 4]]
-        assert list(cut([], 2, None, padded=padded)) == []
-    assert list(cut(lengths, 2, 4, padded=True)) == [[1], [2], [3], [0], [4]]
-    assert list(cut(lengths, 2, 4, padded=False)) == [[1], [2], [3], [0, 4]]
-    assert list(cut(lengths, 2, 14, padded=True)) == [[1], [2, 3], [0, 4]]
-    assert list(cut(lengths, 2, 14, padded=False)) == [[1, 2], [3, 0, 4]]
 
 
 @pytest.mark.parametrize(("batch_size", "max_tokens"), [(1, None), (2, None), (8, None), (8, 40)])
