@@ -6,11 +6,13 @@ prepares the same file for its DPOTrainer; both with their start of processes, o
 The feed has random tokens, a Ray of its own with an object store of 500 MB, and a TorchTrainer
 whose workers order the pairs, read and decode as those of a training do, without a model. Memory is
 the largest PSS (a shared page is counted in parts) of the driver, a rank and the actor that reads.
-The last line is one JSON object.
+Scoring reads short pairs with a tiny model and two actors: what its processes hold is measured, for
+30,000 pairs and for all. The last line is one JSON object.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -19,6 +21,8 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +33,7 @@ import ray
 import ray.train
 from ray.train.torch import TorchTrainer
 
-from madpo_ray.columns import LENGTHS, MARGIN, PAIR_ID, SPLIT, TOKEN_COLUMNS, TRAIN
+from madpo_ray.columns import LENGTHS, MARGIN, PAIR_ID, REF_LOGPS, SPLIT, TOKEN_COLUMNS, TRAIN
 from madpo_ray.data.micro_batches import decode_micro_batch, open_tokens
 from madpo_ray.data.order import Order, OrderSpec
 from madpo_ray.passes import BatchNotes, ordered_execution
@@ -37,15 +41,22 @@ from madpo_ray.training.feed import cut_into_chunks, micro_batch_dataset
 from madpo_ray.training.trainer import RaySite
 
 ROWS_PER_FILE = 50_000
-SIZES = {"prompt_ids": (100, 200), "chosen_ids": (50, 150), "rejected_ids": (50, 150)}  # tokens
+# Tokens, (low, high): 350 on average, and few enough for a million pairs to be scored in minutes.
+Sizes = dict[str, tuple[int, int]]
+SIZES: Sizes = {"prompt_ids": (100, 200), "chosen_ids": (50, 150), "rejected_ids": (50, 150)}
+SHORT: Sizes = {"prompt_ids": (2, 6), "chosen_ids": (2, 6), "rejected_ids": (2, 6)}
 OBJECT_STORE_BYTES = 500 * 10**6
 VOCABULARY = 32_000
-READER = "_ChunkReader"  # in the name of the actor's process
+READER = "_ChunkReader"  # in the names of actors' processes
+SCORER = "ScoringActor"
+FEW_PAIRS = 30_000
 
 
-def write_rows(folder: Path, count: int) -> None:
-    """Pairs of 350 tokens on average, as stage margins writes them."""
-    folder.mkdir()
+def write_rows(
+    folder: Path, count: int, sizes: Sizes = SIZES, vocabulary: int = VOCABULARY
+) -> None:
+    """Random pairs, as stage margins writes them."""
+    folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     for start in range(0, count, ROWS_PER_FILE):
         num_rows = min(ROWS_PER_FILE, count - start)
@@ -55,9 +66,9 @@ def write_rows(folder: Path, count: int) -> None:
             MARGIN: pa.array(rng.normal(1, 3, num_rows)),
         }
         for name in TOKEN_COLUMNS:
-            lengths = rng.integers(*SIZES[name], num_rows, endpoint=True)
+            lengths = rng.integers(*sizes[name], num_rows, endpoint=True)
             offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-            tokens = rng.integers(0, VOCABULARY, offsets[-1], dtype=np.int32)
+            tokens = rng.integers(0, vocabulary, offsets[-1], dtype=np.int32)
             table[name] = pa.ListArray.from_arrays(offsets, tokens)
             table[LENGTHS[name]] = pa.array(lengths.astype(np.int32))
         pq.write_table(pa.table(table), folder / f"part-{start // ROWS_PER_FILE:06}.parquet")
@@ -161,6 +172,12 @@ def prepare_with_trl(folder: Path, workers: int) -> None:
     pairs = load_dataset("json", data_files=file, split="train", cache_dir=str(folder / "cache"))
     DPOTrainer(model=model, args=arguments, train_dataset=pairs, processing_class=tokenizer)
     print(time.monotonic() - began)
+
+
+def in_a_process(function: Callable[..., dict[str, float]], *given: Any) -> dict[str, float]:
+    """What the function returns, called in a new process."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
+        return executor.submit(function, *given).result()
 
 
 def pss_bytes(pid: int | str) -> int:
@@ -291,6 +308,43 @@ def _measure_feed(folder: Path, pairs: int, workers: int, seconds: float) -> dic
     }
 
 
+def measure_scoring(folder: Path, count: int) -> dict[str, float]:
+    """Memory of the driver and of the largest actor while pairs are scored, and the seconds."""
+    from madpo_ray.config import ActorPool, ModelConfig
+    from madpo_ray.scoring.actors import score_rows
+    from madpo_ray.scoring.scorers import PolicyLogps
+
+    folder.mkdir()
+    make_conversations(folder, 1)
+    write_rows(folder / "data", count, SHORT, vocabulary=8000)
+    model = ModelConfig(model_name_or_path=str(folder / "model"))
+    scorer = PolicyLogps(folder / "model", model, columns=REF_LOGPS, batch_size=64)
+    peaks = {"driver": Peak(), "actor": Peak(SCORER)}
+    ray.init(
+        address="local",
+        num_cpus=os.cpu_count(),
+        object_store_memory=OBJECT_STORE_BYTES,
+        include_dashboard=False,
+        log_to_driver=False,
+    )
+    began = time.monotonic()
+    try:
+        scored = score_rows(
+            folder / "data",
+            [scorer],
+            ActorPool(2, 2, 1.0, 0.0),
+            batch_size=256,
+            notes=BatchNotes(folder / "in-progress"),
+            kept=folder / "kept",
+        )
+    finally:
+        ray.shutdown()
+    if len(scored) != count:
+        raise RuntimeError(f"{len(scored)} of {count} pairs came out")
+    gib = {f"scoring_{name}_gib": peak.bytes / 2**30 for name, peak in peaks.items()}
+    return {"scoring_s": time.monotonic() - began, **gib}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=1_000_000)
@@ -313,6 +367,10 @@ def main() -> None:
             (folder / "feed").mkdir()
             count, seconds = arguments.pairs, arguments.seconds
             found |= measure_feed(folder / "feed", count, arguments.workers, seconds)
+            # Each in a process of its own: what one leaves behind is not the other's.
+            for name, size in (("few_", min(FEW_PAIRS, count)), ("", count)):
+                scored = in_a_process(measure_scoring, folder / f"{name}scoring", size)
+                found |= {f"{name}{key}": value for key, value in scored.items()}
     finally:
         shutil.rmtree(folder)
     print(json.dumps({name: round(value, 3) for name, value in found.items()}))

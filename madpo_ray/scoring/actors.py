@@ -236,7 +236,7 @@ def _score(
         table = pa.concat_tables(tables, promote_options="default")
     if REFUSAL in table.column_names:
         raise UserError(pc.drop_null(table[REFUSAL])[0].as_py())
-    if table[PAIR_ID].to_pylist() != ids.to_pylist():
+    if len(table) != len(ids) or not pc.all(pc.equal(table[PAIR_ID], ids)).as_py():
         raise RuntimeError(f"{len(ids)} rows went into scoring, and others came out")
     return table
 
