@@ -1,8 +1,9 @@
 """Training speed and memory side by side with TRL's DPOTrainer, in one call on one machine.
 
 Each measurement is a process of its own, ours and TRL's in turn, so that a peak of memory is that
-of one side and noise affects both. Same random Llama, pairs, threads, dtype and pairs per step;
-gradient checkpointing off; TRL with `precompute_ref_log_probs` and its own defaults otherwise.
+of one side and noise affects both. Same random Llama, pairs, threads, dtype (but for ours in
+bfloat16) and pairs per step; gradient checkpointing off; TRL with `precompute_ref_log_probs` and
+its own defaults otherwise.
 Needs TRL, which `make setup` installs.
 """
 
@@ -26,7 +27,7 @@ class Shape(NamedTuple):
 
     prompts: tuple[int, int]
     responses: tuple[int, int]
-    pairs: int
+    pairs_per_step: int
 
 
 SHAPES = {
@@ -36,6 +37,7 @@ SHAPES = {
 }
 VOCABULARY = 32_000
 MAX_LENGTH = 4096
+VALIDATION_PAIRS = 2
 # Steps of a measurement that do not count: on Ray, other processes are still starting then.
 WARM_UP = 2
 
@@ -120,7 +122,7 @@ def make_rows(folder: Path, pairs: list[dict[str, str]], model: Path) -> None:
             "ref_rejected_logps": -500.0,
         }
         rows.append({**row, "split": "train"})
-        if i < 2:
+        if i < VALIDATION_PAIRS:
             rows.append({**row, "split": "validation"})
     write_table(pa.Table.from_pylist(rows), folder)
 
@@ -144,8 +146,8 @@ def our_job(
 
     training = PolicyConfig(
         learning_rate=1e-6,
-        global_batch_size=SHAPES[shape].pairs,
-        per_device_train_batch_size=SHAPES[shape].pairs // workers,
+        global_batch_size=SHAPES[shape].pairs_per_step,
+        per_device_train_batch_size=SHAPES[shape].pairs_per_step // workers,
         max_steps=steps,
         logging_steps=1,
         **settings,
@@ -210,7 +212,7 @@ def measure_trl(work: Path, shape: str, steps: int, threads: int) -> Numbers:
 
     arguments = DPOConfig(
         output_dir=str(work / "trl"),
-        per_device_train_batch_size=SHAPES[shape].pairs,
+        per_device_train_batch_size=SHAPES[shape].pairs_per_step,
         max_steps=steps,
         max_length=MAX_LENGTH,
         precompute_ref_log_probs=True,
@@ -251,7 +253,7 @@ def measure_on_ray(work: Path, shape: str, steps: int, threads: int, workers: in
 def child(arguments: argparse.Namespace) -> None:
     """One measurement; prints its numbers as the last line."""
     work, shape, steps = Path(arguments.work), arguments.shape, arguments.steps
-    if arguments.measure in ("ours", "bfloat16"):
+    if arguments.measure in ("ours", "ours-bfloat16"):
         dtype: Dtype = "float32" if arguments.measure == "ours" else "bfloat16"
         numbers = measure_ours(work, shape, steps, arguments.threads, dtype)
     elif arguments.measure == "trl":
@@ -298,24 +300,26 @@ def measure_in_turn(
     return pooled
 
 
-def table_rows(shape: str, pooled: dict[str, Numbers]) -> Iterator[str]:
+def table_rows(title: str, pooled: dict[str, Numbers], shape: str | None = None) -> Iterator[str]:
     """One row per side. On Ray the model is in other processes, whose memory is not shown."""
     for side, numbers in pooled.items():
         seconds = sorted(numbers["seconds"])
         median = statistics.median(seconds)
         spread = f"{seconds[0]:.2f} to {seconds[-1]:.2f}"
         peak = "-" if side.startswith("ray") else f"{numbers['peak_bytes'] / 2**30:.2f}"
-        rate = SHAPES[shape].pairs / median
-        yield f"| {shape} | {side} | {rate:.2f} | {median:.2f} ({spread}) | {peak} |"
+        rate = SHAPES[shape or title].pairs_per_step / median
+        yield f"| {title} | {side} | {rate:.2f} | {median:.2f} ({spread}) | {peak} |"
 
 
 def compare(shape: str, pooled: dict[str, Numbers]) -> dict[str, float]:
-    """How many times TRL's pairs per second, how much of its memory, and how busy the cores."""
+    """Of ours: times TRL's pairs/s, share of its memory, model FLOP utilisation, and what bfloat16
+    brings.
+    """
     ours, trl = pooled["ours"], pooled["trl"]
     seconds = {side: statistics.median(numbers["seconds"]) for side, numbers in pooled.items()}
     return {
         f"{shape}_ratio": seconds["trl"] / seconds["ours"],
-        f"{shape}_bf16_ratio": seconds["ours"] / seconds["bfloat16"],
+        f"{shape}_bfloat16_speedup": seconds["ours"] / seconds["ours-bfloat16"],
         f"{shape}_memory_ratio": ours["peak_bytes"] / trl["peak_bytes"],
         f"{shape}_mfu": statistics.median(ours["mfu"]),
     }
@@ -360,15 +364,17 @@ def main() -> None:
         work = Path(folder)
         make_model(work / "model", arguments.seed)
         for shape in arguments.shapes:
-            pairs = make_pairs(shape, SHAPES[shape].pairs * arguments.steps, arguments.seed)
+            pairs = make_pairs(
+                shape, SHAPES[shape].pairs_per_step * arguments.steps, arguments.seed
+            )
             (work / f"{shape}.json").write_text(json.dumps(pairs))
             make_rows(work / shape, pairs, work / "model")
-            pooled = measure_in_turn(work, ("ours", "bfloat16", "trl"), shape, arguments)
+            pooled = measure_in_turn(work, ("ours", "ours-bfloat16", "trl"), shape, arguments)
             table += table_rows(shape, pooled)
             result |= compare(shape, pooled)
             if shape == "chat" and not arguments.without_ray:
                 pooled = measure_in_turn(work, ("ours", "ray1", "ray2"), shape, arguments)
-                table += table_rows(shape, pooled)
+                table += table_rows("chat, with Ray", pooled, shape)
                 result |= compare_with_ray(pooled)
     print("\n".join(table))
     print(json.dumps({key: round(value, 3) for key, value in result.items()}))

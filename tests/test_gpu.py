@@ -13,6 +13,7 @@ import yaml
 
 from madpo_ray.config import ModelConfig
 from madpo_ray.data.batching import collate
+from madpo_ray.models.attention import _has_flash_kernel, packed_attention
 from madpo_ray.models.logprobs import ResponseLogps
 from madpo_ray.models.reading import find_reading
 from support.forwards import PAIRS, separate_logps
@@ -37,6 +38,31 @@ def test_rows_are_packed_and_give_the_models_log_probs(model_type: str, dtype: t
         assert reading.packed
         logps = module(collate(PAIRS, packed=True).to(CUDA))["logps"]
     torch.testing.assert_close(logps.cpu(), expected, rtol=0, atol=TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize(("heads", "key_heads", "channels"), [(4, 4, 64), (8, 2, 128)])
+def test_flash_kernel_equals_segments(
+    heads: int, key_heads: int, channels: int, window: int | None
+) -> None:
+    """Outputs and gradients in bfloat16, against float32."""
+    batch = collate(PAIRS, packed=True).to(CUDA)
+    row = batch.packed_row
+    shapes = [
+        (1, count, batch.input_ids.shape[1], channels) for count in (heads, key_heads, key_heads)
+    ]
+    exact = [torch.randn(*shape, device=CUDA, requires_grad=True) for shape in shapes]
+    rounded = [states.detach().bfloat16().requires_grad_() for states in exact]
+    assert _has_flash_kernel(rounded[0], rounded[2])
+    assert not _has_flash_kernel(exact[0], exact[2])
+
+    results = []
+    for states in (rounded, exact):
+        output, _ = packed_attention(None, *states, None, packed_row=row, sliding_window=window)
+        grads = torch.autograd.grad(output.float().square().sum(), states)
+        results.append([output, *grads])
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours.float() - theirs).norm() < 0.02 * theirs.norm()
 
 
 def run_pipeline(raw: dict[str, Any], folder: Path, **environment: str) -> Path:

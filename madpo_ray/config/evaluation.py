@@ -30,7 +30,7 @@ class ScoringConfig(Section):
     max_tokens_per_device: int | None = operational(
         None,
         ge=1,
-        description="tokens per forward, padding included, instead of a number of pairs",
+        description="tokens per forward instead of a number of pairs",
     )
     batch_size: int = operational(
         256, ge=1, description="pairs that an actor sorts by length and scores per call, at most"

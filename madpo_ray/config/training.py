@@ -25,7 +25,7 @@ class TrainingConfig(Section):
         8, ge=1, description="pairs per forward in evaluation"
     )
     max_tokens_per_device: int | None = Field(
-        None, ge=1, description="tokens per forward, padding included, instead of a number of pairs"
+        None, ge=1, description="tokens per forward instead of a number of pairs"
     )
     num_train_epochs: int = Field(1, ge=1, description="passes over the training pairs")
     max_steps: int = Field(-1, ge=-1, description="optimizer steps; -1: num_train_epochs decides")

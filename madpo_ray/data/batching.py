@@ -25,28 +25,33 @@ Pair = Mapping[str, Any]
 
 
 class Segment(NamedTuple):
-    """Tokens of a packed row that see their prompt and, causally, one another.
+    """Tokens of a packed row that see a prefix and, causally, one another.
 
-    A prompt is in one segment with the first response; other responses have it before them.
+    A prompt and the first response are one segment, without a prefix; the prompt is the prefix of
+    another response.
     """
 
-    prompt_start: int
-    prompt_end: int
+    prefix_start: int
+    prefix_end: int
     start: int
     end: int
 
     @property
-    def prompt(self) -> slice:
-        return slice(self.prompt_start, self.prompt_end)
+    def prefix(self) -> slice:
+        return slice(self.prefix_start, self.prefix_end)
 
     @property
     def own(self) -> slice:
         return slice(self.start, self.end)
 
     @property
-    def num_prompt_tokens(self) -> int:
-        """Of the prompt that is not in the segment itself."""
-        return self.prompt_end - self.prompt_start
+    def num_tokens(self) -> int:
+        return self.end - self.start
+
+    @property
+    def num_keys(self) -> int:
+        """Tokens that its last one sees."""
+        return self.prefix_end - self.prefix_start + self.num_tokens
 
 
 @dataclass(frozen=True)
@@ -58,22 +63,23 @@ class PackedRow:
     """
 
     segments: tuple[Segment, ...]
+    position_ids: Tensor  # (1, T) positions in the segment and its prefix
     key_index: Tensor  # (K,) the token of each key
     first_keys: Tensor  # (T,) the first key of each token
     prompt_tokens: Tensor  # (P,) the tokens that have a second key: prompts, with two responses
-    second_keys: Tensor  # (P,) which that is
+    second_keys: Tensor  # (P,) the second key of each of them
     query_ends: Tensor  # (S + 1,) int32: 0, and where each segment ends among the tokens
     key_ends: Tensor  # (S + 1,) int32: the same among the keys
 
     @property
     def max_queries(self) -> int:
         """Tokens of the longest segment."""
-        return max(segment.end - segment.start for segment in self.segments)
+        return max(segment.num_tokens for segment in self.segments)
 
     @property
     def max_keys(self) -> int:
-        """The same with the prompts before the segments."""
-        return max(one.num_prompt_tokens + one.end - one.start for one in self.segments)
+        """Keys of the segment that sees most."""
+        return max(segment.num_keys for segment in self.segments)
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,6 @@ class MicroBatch:
     """What one forward reads. Responses are numbered 0..B-1 (chosen), then B..2B-1 (rejected)."""
 
     input_ids: Tensor  # (rows, L)
-    position_ids: Tensor  # (rows, L)
     packed_row: PackedRow | None  # None for separate rows
     attention_mask: Tensor | None  # (R * B, L) for separate rows
     predictor_index: Tensor  # (N,) into rows * L: the position whose state predicts the token
@@ -131,7 +136,12 @@ def collate(
 ) -> MicroBatch:
     """Tensors of a few pairs; no pairs give a filler of one short row with `valid` 0.
 
-    Each pair holds `prompt_ids`, the ids of the named responses and the named float columns.
+    Args:
+        pairs: each with `prompt_ids`, the ids of the responses and the named float columns.
+        packed: one row for all pairs, each prompt once; else a row per response, padded.
+        column_names: what becomes `columns`.
+        responses: columns with token ids, one or two.
+        place: in the run; by default that of a pair on its own.
 
     Raises:
         ValueError: a prompt or response has no tokens.
@@ -201,39 +211,39 @@ def _packed_row(pairs: Sequence[Pair], responses: Sequence[str]) -> dict[str, An
             ids += response
             positions += range(len(prompt), len(prompt) + len(response))
             spans[name].append(_Span(prompt_end - 1, start, response))
-            if start == prompt_end:  # the first: one segment with its prompt
+            if start == prompt_end:  # the first
                 segments.append(Segment(prompt_start, prompt_start, prompt_start, len(ids)))
             else:
                 segments.append(Segment(prompt_start, prompt_end, start, len(ids)))
     return {
         "input_ids": torch.tensor([ids]),
-        "position_ids": torch.tensor([positions]),
         "attention_mask": None,
-        "packed_row": _index_keys(segments),
+        "packed_row": _index_keys(segments, positions),
         **_target_indices([span for name in responses for span in spans[name]]),
     }
 
 
-def _index_keys(segments: Sequence[Segment]) -> PackedRow:
+def _index_keys(segments: Sequence[Segment], positions: list[int]) -> PackedRow:
     num_tokens = segments[-1].end
     parts = []
     for one in segments:
-        parts += [np.arange(one.prompt_start, one.prompt_end), np.arange(one.start, one.end)]
+        parts += [np.arange(one.prefix_start, one.prefix_end), np.arange(one.start, one.end)]
     key_index = np.concatenate(parts)
 
-    # The last assignment to a place stays.
+    # With repeated indices, numpy keeps the last assignment.
     first_keys, last_keys = np.empty((2, num_tokens), dtype=np.int64)
     numbers = np.arange(len(key_index))
     last_keys[key_index] = numbers
     first_keys[key_index[::-1]] = numbers[::-1]
     prompt_tokens = np.flatnonzero(last_keys != first_keys)
 
-    lengths = [
-        (one.end - one.start, one.num_prompt_tokens + one.end - one.start) for one in segments
-    ]
+    assert len(key_index) == num_tokens + len(prompt_tokens), "more than two responses"
+
+    lengths = [(one.num_tokens, one.num_keys) for one in segments]
     query_ends, key_ends = np.cumsum([(0, 0), *lengths], axis=0, dtype=np.int32).T.copy()
     return PackedRow(
         segments=tuple(segments),
+        position_ids=torch.tensor([positions]),
         key_index=torch.from_numpy(key_index),
         first_keys=torch.from_numpy(first_keys),
         prompt_tokens=torch.from_numpy(prompt_tokens),
@@ -261,7 +271,6 @@ def _separate_rows(pairs: Sequence[Pair], responses: Sequence[str]) -> dict[str,
 
     return {
         "input_ids": input_ids,
-        "position_ids": torch.arange(length).expand(len(texts), length).contiguous(),
         "attention_mask": attention_mask,
         "packed_row": None,
         **_target_indices(spans),

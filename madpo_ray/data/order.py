@@ -16,9 +16,10 @@ import numpy as np
 
 from madpo_ray.artifacts.tables import read_split
 from madpo_ray.columns import GROUP_HASH, LENGTHS, PROMPT_IDS, RESPONSE_IDS
+from madpo_ray.data.splits import folds_of
 from madpo_ray.errors import UserError
 
-# Steps whose pairs are sorted by length together, so that ranks have equally much to do in a step.
+# Steps whose pairs are sorted by length together: ranks have equally much to do, an epoch is mixed.
 STEPS_PER_WINDOW = 16
 
 
@@ -34,7 +35,7 @@ class OrderSpec:
     global_batch_size: int | None  # pairs per step; None: all of them
     micro_batch_size: int  # pairs per forward, if there is no budget
     num_workers: int
-    max_tokens: int | None = None  # per forward, padding included
+    max_tokens: int | None = None  # per forward
     packed: bool = True  # one row for all pairs, else one per response, padded to the longest
     responses: tuple[str, ...] = RESPONSE_IDS
     text_columns: tuple[str, ...] = ()  # that come with a micro-batch
@@ -104,15 +105,23 @@ def order_epoch(
         micro_batches = micro_batches[micro_batches < len(members)]  # the last step may be short
     else:
         tokens = lengths if tokens_read is None else tokens_read
-        micro_batches = _cut_by_budget(
-            tokens[members], global_batch_size, max_tokens, padded=padded
-        )
+        micro_batches = _cut_by_budget(tokens[members], global_batch_size, max_tokens, padded)
     steps = np.searchsorted(micro_batches, starts)
     return Epoch(
         members,
         np.append(micro_batches, len(members)),
         np.append(steps, len(micro_batches)),
     )
+
+
+def count_tokens(lengths: np.ndarray, *, packed: bool) -> np.ndarray:
+    """Tokens that a model reads for each pair, (pairs,), of `lengths` (pairs, 1 + responses).
+
+    Not packed, each response is a row with the prompt, padded to the longer response.
+    """
+    prompts, responses = lengths[:, 0], lengths[:, 1:]
+    rows: np.ndarray = responses.shape[1] * (prompts + responses.max(1))
+    return lengths.sum(1) if packed else rows
 
 
 def _ordered_members(
@@ -141,7 +150,7 @@ def _ordered_members(
 
 
 def _cut_by_budget(
-    tokens: np.ndarray, global_batch_size: int, max_tokens: int, *, padded: bool
+    tokens: np.ndarray, global_batch_size: int, max_tokens: int, padded: bool
 ) -> np.ndarray:
     """Where micro-batches begin, so that none has more tokens than the budget."""
     starts = []
@@ -182,10 +191,7 @@ class Order:
         self.lengths = self.all_lengths[self._rows]
         self._pair_lengths = self.lengths.sum(1)
         self._response_tokens = self.lengths[:, 1:].sum(1)
-        self.tokens_read = self._pair_lengths
-        if not spec.packed:  # a row for each response, padded to the longer one
-            longest_row = self.lengths[:, 0] + self.lengths[:, 1:].max(1)
-            self.tokens_read = len(spec.responses) * longest_row
+        self.tokens_read = count_tokens(self.lengths, packed=spec.packed)
         self._check_budget()
 
         # Steps of the run.
@@ -265,12 +271,6 @@ class Order:
     def _sum_responses(self, epoch: Epoch, bounds: np.ndarray) -> np.ndarray:
         """Response tokens between places in `epoch.members`."""
         return np.add.reduceat(self._response_tokens[epoch.members], bounds[:-1])
-
-
-def folds_of(group_hashes: np.ndarray, num_folds: int) -> np.ndarray:
-    """The fold of each pair, (pairs,), from its group's hash."""
-    folds: np.ndarray = group_hashes % num_folds
-    return folds
 
 
 def _rows_to_read(spec: OrderSpec, num_pairs: int) -> np.ndarray:

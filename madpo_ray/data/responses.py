@@ -95,9 +95,11 @@ def _read_list(row: Mapping[str, Any], name: str) -> list[Any]:
         raise BadRowError(f"{name} is missing")
     if isinstance(value, str):
         try:
-            value, _ = parse_json(value)
+            value, repeated = parse_json(value)
         except (ValueError, RecursionError):
             raise BadRowError(f"{name} is neither a list nor JSON of one") from None
+        if repeated is not None:
+            raise BadRowError(f"{name} is JSON with a key twice", repr(repeated))
     if not isinstance(value, list):
         raise BadRowError(f"{name} is not a list", type(value).__name__)
     return value

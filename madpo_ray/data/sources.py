@@ -75,6 +75,11 @@ def _remote_files(name: str) -> list[str]:
     """The same in a store."""
     place = Place.of(name)
     with explaining(name):
+        # A file, whose name may look like a pattern.
+        info = place.system.get_file_info(place.path)
+        if info.is_file:
+            return [name]
+
         # A pattern.
         if glob.has_magic(place.path):
             # fsspec's patterns: the standard library's are those of local files.
@@ -84,14 +89,9 @@ def _remote_files(name: str) -> list[str]:
                 raise UserError(f"data.files: no file matches {name}")
             return [place.uri(path) for path in files]
 
-        # A file, or nothing.
-        info = place.system.get_file_info(place.path)
-        if info.is_file:
-            return [name]
+        # A folder, or nothing.
         if info.type is pyarrow.fs.FileType.NotFound:
             raise UserError(f"data.files: {name} does not exist")
-
-        # A folder.
         below = place.system.get_file_info(pyarrow.fs.FileSelector(place.path))
         files = sorted(one.path for one in below if one.is_file and _is_data(one.base_name))
         if not files:

@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from madpo_ray import columns
 from madpo_ray.config import DataConfig
 from madpo_ray.data.formats import Pair
@@ -127,3 +129,9 @@ def require_order(found: Iterable[Found], pair_ids: Sequence[str], repeats: Repe
             kept.append(one.content)
     if [pair_id.rpartition("-")[0] for pair_id in pair_ids] != kept:
         raise RuntimeError("the pairs were written in another order than they were read in")
+
+
+def folds_of(group_hashes: np.ndarray, num_folds: int) -> np.ndarray:
+    """The fold of each pair, (pairs,), from its group's hash."""
+    folds: np.ndarray = group_hashes % num_folds
+    return folds

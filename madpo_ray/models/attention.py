@@ -62,20 +62,21 @@ def use_attention(transformer: Any, *, packed: bool) -> None:
     It stays set: the backward pass of a model with activation checkpointing runs layers again.
 
     Raises:
-        RuntimeError: the model's attention cannot be replaced.
+        RuntimeError: the model has an attention that cannot be replaced.
     """
     current = transformer.config._attn_implementation
-    if packed == (current == PACKED):
-        return
     if packed:
         from transformers import AttentionInterface
 
-        AttentionInterface.register(PACKED, packed_attention)
+        AttentionInterface.register(PACKED, packed_attention)  # each process has its own table
+    if packed == (current == PACKED):
+        return
+    if packed:
         transformer.own_attention = current
     wanted = PACKED if packed else transformer.own_attention
     transformer.set_attn_implementation(wanted)
     if transformer.config._attn_implementation != wanted:
-        raise RuntimeError("its attention cannot be replaced")
+        raise RuntimeError("the model's attention cannot be replaced")
 
 
 def packed_attention(
@@ -90,12 +91,12 @@ def packed_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     packed_row: PackedRow | None = None,
-    **_others: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """Attention within the segments of a packed row, as transformers' `AttentionInterface` asks.
 
-    What else an architecture hands over (`_others`) is not heeded: `reading.find_reading` compares
-    the numbers.
+    Settings that only some architectures have (`others`) are ignored; a model that needs one shows
+    other numbers to `reading.find_reading`.
 
     Args:
         query: (1, heads, T, D).
@@ -107,11 +108,17 @@ def packed_attention(
 
     Returns:
         (1, T, heads, D), and no attention weights.
+
+    Raises:
+        RuntimeError: packed_row did not come, or a tensor did that is not known here, such as the
+            sinks of gpt-oss: in bfloat16 weak ones would not show.
     """
+    unknown = {name for name, value in others.items() if isinstance(value, Tensor)}
+    if unknown := unknown - {"position_ids"}:
+        raise RuntimeError(f"the model's attention also reads {', '.join(sorted(unknown))}")
     if packed_row is None:
-        raise RuntimeError("its layers do not hand packed_row over to their attention")
-    is_plain = not softcap and not dropout and query.shape[-1] == value.shape[-1]
-    if is_plain and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        raise RuntimeError("the model's layers do not hand packed_row over to their attention")
+    if not softcap and not dropout and _has_flash_kernel(query, value):
         output = _by_one_kernel(query[0], key[0], value[0], packed_row, scaling, sliding_window)
         return output[None], None
 
@@ -128,9 +135,9 @@ def packed_attention(
 def _seen(states: Tensor, segment: Segment) -> Tensor:
     """Keys or values (1, heads, T, D) of the tokens that a segment sees."""
     own = states[:, :, segment.own]
-    if not segment.num_prompt_tokens:
+    if segment.num_keys == segment.num_tokens:
         return own
-    return torch.cat([states[:, :, segment.prompt], own], dim=2)
+    return torch.cat([states[:, :, segment.prefix], own], dim=2)
 
 
 class _Scores(NamedTuple):
@@ -142,11 +149,11 @@ class _Scores(NamedTuple):
     cap: float | None
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Causal attention (1, heads, queries, D), in which the last query is the last key's."""
+        """Causal attention (1, heads, queries, D); the queries are the last of the keys' tokens."""
         num_queries, num_keys = query.shape[2], key.shape[2]
-        is_square = num_queries == num_keys and self.window is None
+        is_plain_causal = num_queries == num_keys and self.window is None and not self.cap
         mask = None
-        if not is_square or self.cap:
+        if not is_plain_causal:
             later = num_keys - num_queries
             mask = query.new_ones(num_queries, num_keys, dtype=torch.bool).tril(later)
             if self.window is not None:
@@ -171,6 +178,19 @@ class _Scores(NamedTuple):
         scores = self.cap * torch.tanh(query @ key.mT * scale / self.cap)
         weights = scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32)
         return F.dropout(weights.to(query.dtype), self.dropout) @ value
+
+
+def _has_flash_kernel(query: Tensor, value: Tensor) -> bool:
+    """Whether the device has PyTorch's flash kernel for these (1, heads, T, D)."""
+    channels = query.shape[-1]
+    return (
+        query.is_cuda
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        and channels == value.shape[-1]
+        and channels <= 256
+        and channels % 8 == 0
+    )
 
 
 def _by_one_kernel(
@@ -205,7 +225,7 @@ def _by_one_kernel(
 class _RepeatPrompts(torch.autograd.Function):
     """Keys and values (T, heads, D) as the segments read them, one after another, (K, heads, D).
 
-    The gradient of an index would be scattered, with atomic additions; this one is gathered.
+    The gradient of an index would be scattered, with atomic additions to the same places.
     """
 
     @staticmethod
@@ -220,5 +240,5 @@ class _RepeatPrompts(torch.autograd.Function):
         for grad in grads:
             again = grad.index_select(0, row.second_keys)
             summed.append(grad.index_select(0, row.first_keys))
-            summed[-1].index_add_(0, row.prompt_tokens, again)  # each index once
+            summed[-1].index_add_(0, row.prompt_tokens, again)  # no index comes twice
         return (*summed, None)

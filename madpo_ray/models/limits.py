@@ -20,17 +20,19 @@ def check_lengths(folder: Path, max_length: int) -> None:
 
     # These scale positions by the longest row of a batch once it exceeds the original length: a
     # pair's log-prob would depend on its neighbours.
-    rope = architecture.get("rope_parameters") or architecture.get("rope_scaling") or {}
-    kind = rope.get("rope_type") or rope.get("type")
-    if kind not in ("longrope", "dynamic"):
-        return
-    original = rope.get("original_max_position_embeddings")
-    original = original or architecture.get("original_max_position_embeddings") or positions
-    if original is not None and max_length > original:
-        raise UserError(
-            f"data.max_length: the model's {kind} positions depend on the longest pair of a batch "
-            f"beyond {original} tokens: lower data.max_length to {original}"
-        )
+    ropes = architecture.get("rope_parameters") or architecture.get("rope_scaling") or {}
+    by_layer_type = [one for one in ropes.values() if isinstance(one, dict)]
+    for rope in (ropes, *by_layer_type):
+        kind = rope.get("rope_type") or rope.get("type")
+        if kind not in ("longrope", "dynamic"):
+            continue
+        original = rope.get("original_max_position_embeddings")
+        original = original or architecture.get("original_max_position_embeddings") or positions
+        if original is not None and max_length > original:
+            raise UserError(
+                f"data.max_length: the model's {kind} positions depend on the longest pair of a "
+                f"batch beyond {original} tokens: lower data.max_length to {original}"
+            )
 
 
 def check_vocabulary(folder: Path, token_ids: Mapping[str, int]) -> None:

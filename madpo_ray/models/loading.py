@@ -252,7 +252,8 @@ def _zero_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        # Attention dropout is a number that layers read at each forward, not a module.
-        for name in ("attention_dropout", "attn_dropout", "dropout"):
-            if isinstance(getattr(module, name, None), float):
+        # Numbers that layers read at each forward, such as attention_dropout, residual_dropout,
+        # layerdrop and router_jitter_noise.
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("drop" in name or "jitter" in name):
                 setattr(module, name, 0.0)

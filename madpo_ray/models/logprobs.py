@@ -177,7 +177,8 @@ def _inputs(transformer: Any, batch: MicroBatch) -> dict[str, Any]:
     inputs = {"input_ids": batch.input_ids, "use_cache": False}
     if batch.packed_row is None:
         return {**inputs, "attention_mask": batch.attention_mask}
-    return {**inputs, "position_ids": batch.position_ids, "packed_row": batch.packed_row}
+    row = batch.packed_row
+    return {**inputs, "position_ids": row.position_ids, "packed_row": row}
 
 
 def _normalised(states: Tensor) -> Tensor:

@@ -51,16 +51,17 @@ class Reading:
 def find_reading(module: Any, device: torch.device, settings: ModelConfig) -> Reading:
     """The fastest way to read pairs that gives the numbers of the model's own forward.
 
-    Sets `module.own_forward` accordingly. Under ZeRO-3 all ranks call this, after DeepSpeed's
-    start.
+    Sets `module.own_forward` accordingly, and the module in evaluation mode. Under ZeRO-3 all ranks
+    call this, after DeepSpeed's start.
 
     Args:
-        module: `ResponseLogps` or `ResponseRewards`, in evaluation mode.
+        module: `ResponseLogps` or `ResponseRewards`.
 
     Raises:
         UserError: there is no such way, the model's own numbers are not finite, or later tokens
             change them.
     """
+    module.eval()
     transformer = transformer_of(module.model)
     name = transformer.config.model_type
     tolerance = TOLERANCES[transformer.dtype]
@@ -84,7 +85,7 @@ def find_reading(module: Any, device: torch.device, settings: ModelConfig) -> Re
 
     # The first way that agrees.
     seen: list[str] = []
-    for reading in _candidates(module, packed=may_pack(settings, transformer.config)):
+    for reading in _candidates(module, may_be_packed=may_pack(settings, transformer.config)):
         if hasattr(module, "own_forward"):
             module.own_forward = reading.own_forward
         batch = collate(pairs, packed=reading.packed).to(device)
@@ -98,10 +99,34 @@ def find_reading(module: Any, device: torch.device, settings: ModelConfig) -> Re
     )
 
 
-def _candidates(module: Any, *, packed: bool) -> Iterator[Reading]:
+@torch.no_grad()
+def require_no_dropout(module: Any, device: torch.device, reading: Reading) -> None:
+    """Raises UserError if the module's numbers in training mode are not those in evaluation mode.
+
+    The reference was scored without dropout, so a policy that kept some would differ from it before
+    its first step. Leaves the module in evaluation mode.
+    """
+    transformer = transformer_of(module.model)
+    batch = collate(_example_pairs(transformer), packed=reading.packed).to(device)
+    numbers = []
+    for is_training in (True, False):
+        module.train(is_training)
+        numbers.append(module.numbers_to_compare(batch))
+    difference = _distance(*numbers)
+    # The same forward twice: hardly any rounding differs.
+    if not difference <= TOLERANCES[transformer.dtype] / 100:
+        name = transformer.config.model_type
+        raise UserError(
+            f"the {name} model computes other numbers in training (they differ by {difference:.2g})"
+            " although disable_dropout is set: set what its config.json says of dropout to 0, or "
+            "disable_dropout: false"
+        )
+
+
+def _candidates(module: Any, *, may_be_packed: bool) -> Iterator[Reading]:
     """Fastest first."""
     forwards = [False, True] if hasattr(module, "own_forward") else [False]
-    if packed:
+    if may_be_packed:
         for own_forward in forwards:
             yield Reading(packed=True, own_forward=own_forward)
     for own_forward in forwards:
@@ -203,7 +228,7 @@ def _with_note(reading: Reading, name: str, seen: Sequence[str]) -> Reading:
         return reading
     reason = f"faster ways differ from its own forward ({'; '.join(seen)})"
     if not seen:
-        reason = "its config names other layers than full attention and sliding windows"
+        reason = "its config names layers or limits of attention that packed rows do not know"
     note = f"{name} reads {reading}: slower, same numbers; {reason}"
     logger.warning(note)
     return Reading(reading.packed, reading.own_forward, note)

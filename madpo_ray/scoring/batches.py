@@ -1,12 +1,15 @@
 """Which pairs a scorer reads together, and their tensors."""
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from madpo_ray.columns import PROMPT_IDS
 from madpo_ray.data.batching import MicroBatch, collate
+from madpo_ray.data.order import count_tokens, order_epoch
 from madpo_ray.prefetch import prefetched
 
 Batch = tuple[list[int], MicroBatch]  # the numbers of its rows, and their tensors
@@ -22,7 +25,7 @@ class Batches:
         self._rows: pa.Table | None = None
         self._made: dict[Any, list[Batch]] = {}
 
-    def of(
+    def micro_batches(
         self,
         rows: pa.Table,
         responses: tuple[str, ...],
@@ -35,6 +38,8 @@ class Batches:
 
         Args:
             rows: a table with prompt and responses.
+            responses: columns with their token ids.
+            batch_size, max_tokens: see `cut`.
             packed: see `batching.collate`.
         """
         if rows is not self._rows:
@@ -59,39 +64,36 @@ def _make(
 ) -> Iterator[Batch]:
     names = [PROMPT_IDS, *responses]
     pairs = rows.select(names).to_pylist()
-    lengths = [_count_tokens(*(len(pair[name]) for name in names), packed=packed) for pair in pairs]
-    for members in cut(lengths, batch_size, max_tokens, padded=not packed):
+    lengths = np.array([[len(pair[name]) for name in names] for pair in pairs]).reshape(
+        -1, len(names)
+    )
+    tokens = count_tokens(lengths, packed=packed)
+    for members in cut(tokens, batch_size, max_tokens, padded=not packed):
         batch = collate([pairs[i] for i in members], packed=packed, responses=responses)
         yield members, batch.pinned()
 
 
-def _count_tokens(prompt: int, *responses: int, packed: bool) -> int:
-    """Of a pair, in the rows that it is read as."""
-    if packed:
-        return prompt + sum(responses)
-    return len(responses) * (prompt + max(responses))
-
-
 def cut(
-    lengths: Sequence[int], batch_size: int, max_tokens: int | None, *, padded: bool
+    lengths: np.ndarray, batch_size: int, max_tokens: int | None, *, padded: bool
 ) -> Iterator[list[int]]:
-    """Which pairs are read together, longest first: one that does not fit in memory shows at once.
+    """Which rows are read together, longest first: one that does not fit in memory shows at once.
 
     Args:
-        lengths: tokens of each pair.
-        batch_size: pairs that are read together, unless there is a bound on their tokens.
-        max_tokens: of pairs that are read together; a longer one is read alone.
+        lengths: tokens of each row, (rows,).
+        batch_size: rows that are read together, unless there is a bound on their tokens.
+        max_tokens: of rows that are read together; a longer one is read alone.
         padded: whether each counts as the longest of those that are read with it.
     """
-    group: list[int] = []
-    total = 0
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        tokens = lengths[group[0]] if padded and group else lengths[i]
-        is_full = len(group) == batch_size if max_tokens is None else total + tokens > max_tokens
-        if group and is_full:
-            yield group
-            group, total, tokens = [], 0, lengths[i]
-        group.append(i)
-        total += tokens
-    if group:
-        yield group
+    if not len(lengths):
+        return
+    in_one_step = order_epoch(
+        lengths,
+        seed=0,
+        epoch=None,
+        global_batch_size=len(lengths),
+        micro_batch_size=batch_size,
+        max_tokens=max_tokens,
+        padded=padded,
+    )
+    for start, end in itertools.pairwise(in_one_step.micro_batches):
+        yield in_one_step.members[start:end].tolist()

@@ -143,7 +143,7 @@ class ClassifierReward(TextScorer):
         ]
         limits = (1, None) if self._padding is None else self._limits
         rewards = np.full(len(rows), np.nan)
-        for members in cut([len(row) for row in rows], *limits, padded=True):
+        for members in cut(np.array([len(row) for row in rows]), *limits, padded=True):
             rewards[members] = self._forward([rows[i] for i in members], self._padding or 0)
         return rewards
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from madpo_ray.columns import GROUP_HASH, MARGIN_STD, PROMPT_IDS, RESPONSE_IDS, REWARDS
 from madpo_ray.config import ModelConfig
-from madpo_ray.data.order import folds_of
+from madpo_ray.data.splits import folds_of
 from madpo_ray.errors import UserError
 from madpo_ray.models.loading import load_policy, load_reward_model
 from madpo_ray.models.logprobs import ResponseLogps, ResponseRewards
@@ -110,7 +110,7 @@ class ModelScorer(abc.ABC):
         # The device is waited for at the end only.
         order: list[int] = []
         values = []
-        for members, batch in self.batches.of(
+        for members, batch in self.batches.micro_batches(
             rows, self._responses, *self._limits, packed=self._reading.packed
         ):
             outputs = self._module(batch.to(self._device))
@@ -170,16 +170,16 @@ class CrossFittedReward:
     columns = REWARDS
 
     def __init__(self, models: Sequence[TrainedReward]) -> None:
-        self.models = models
+        self._models = models
 
     def load(self, device: torch.device) -> None:
-        for model in self.models:
+        for model in self._models:
             model.load(device)
 
     def __call__(self, rows: pa.Table) -> np.ndarray:
-        folds = folds_of(rows[GROUP_HASH].to_numpy(), len(self.models))
+        folds = folds_of(rows[GROUP_HASH].to_numpy(), len(self._models))
         scores = np.full((len(self.columns), rows.num_rows), np.nan)
-        for fold, model in enumerate(self.models):
+        for fold, model in enumerate(self._models):
             members = np.flatnonzero(folds == fold)
             if len(members):
                 scores[:, members] = model(rows.take(members))
@@ -210,7 +210,10 @@ class EnsembleReward:
 
 
 def share_batches(scorers: Sequence[Scorer]) -> None:
-    """Makes the models of some scorers read the same tensors, so that each batch is made once."""
+    """Makes the models of some scorers read the same tensors, so that each batch is made once.
+
+    Not those of `CrossFittedReward`, each of which reads other pairs.
+    """
     shared = Batches()
     for scorer in scorers:
         for model in _models_of(scorer):
@@ -221,6 +224,6 @@ def _models_of(scorer: Scorer) -> Iterator[ModelScorer]:
     match scorer:
         case ModelScorer():
             yield scorer
-        case CrossFittedReward(models=members) | EnsembleReward(members=members):
-            for member in members:
+        case EnsembleReward():
+            for member in scorer.members:
                 yield from _models_of(member)

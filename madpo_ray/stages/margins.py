@@ -17,7 +17,7 @@ from madpo_ray import columns
 from madpo_ray.artifacts.tables import column_names, read_columns, read_split, write_with_columns
 from madpo_ray.atomic import write_json
 from madpo_ray.config import Config
-from madpo_ray.data.order import folds_of
+from madpo_ray.data.splits import folds_of
 from madpo_ray.stages import pairs, reward, reward_source, scores
 from madpo_ray.stages.margins_report import write_report
 from madpo_ray.stages.sft import initial_policy_content, stages_before_policy

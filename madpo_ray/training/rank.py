@@ -21,7 +21,7 @@ from madpo_ray.errors import UserError
 from madpo_ray.models.devices import use_device
 from madpo_ray.models.flops import ModelFlops, peak_flops
 from madpo_ray.models.loading import DTYPES
-from madpo_ray.models.reading import Reading, find_reading
+from madpo_ray.models.reading import Reading, find_reading, require_no_dropout
 from madpo_ray.models.saving import merge_adapter, save_model, saved_tensors
 from madpo_ray.prefetch import prefetched
 from madpo_ray.training.checkpoints import (
@@ -138,12 +138,13 @@ class _Rank:
     def _choose_reading(self, engine: DeepSpeedEngine) -> Reading:
         """The fastest way to read pairs that gives the model's own numbers."""
         job = self._job
-        engine.eval()
         reading = find_reading(engine.module, engine.device, job.model)
+        if job.settings.disable_dropout:
+            require_no_dropout(engine.module, engine.device, reading)
         if job.settings.max_tokens_per_device and reading.packed != job.may_pack():
             raise UserError(
-                "max_tokens_per_device was planned for packed rows, and this model reads a row per "
-                "response: set model.packed_rows: off"
+                "max_tokens_per_device was planned for packed rows, and this model reads a row "
+                "per response: set model.packed_rows: off"
             )
         return reading
 

@@ -18,7 +18,6 @@ def test_packed_row_by_hand() -> None:
     pairs = [pair([5, 6], [7, 8], [9], pair_id="a", margin=0.5)]
     batch = collate(pairs, packed=True, column_names=["margin"])
     assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9]]
-    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 2]]
     assert batch.predictor_index.tolist() == [1, 2, 1]
     assert batch.target_ids.tolist() == [7, 8, 9]
     assert batch.response_of_target.tolist() == [0, 0, 1]
@@ -26,6 +25,7 @@ def test_packed_row_by_hand() -> None:
     row = batch.packed_row
     assert row is not None
     assert row.segments == (Segment(0, 0, 0, 4), Segment(0, 2, 4, 5))
+    assert row.position_ids.tolist() == [[0, 1, 2, 3, 2]]
     assert row.key_index.tolist() == [0, 1, 2, 3, 0, 1, 4]
     assert row.first_keys.tolist() == [0, 1, 2, 3, 6]
     assert (row.prompt_tokens.tolist(), row.second_keys.tolist()) == ([0, 1], [4, 5])
@@ -90,6 +90,6 @@ def test_moves_every_tensor() -> None:
     assert row is not None
     parts = [*vars(moved).values(), *vars(row).values()]
     tensors = [value for value in parts if isinstance(value, torch.Tensor)]
-    assert len(tensors) == 8 + 6
+    assert len(tensors) == 7 + 7
     assert all(tensor.is_meta for tensor in [*tensors, moved.columns["margin"]])
     assert moved.pair_ids == ("a",)

@@ -83,7 +83,9 @@ def test_version_changes_with_the_file(store: pyarrow.fs.FileSystem, options: st
     assert len(versions) == 3
 
 
-@pytest.mark.parametrize("name", ["a b.jsonl", "a#b.jsonl", "a?b.jsonl", "a%20b.jsonl"])
+@pytest.mark.parametrize(
+    "name", ["a b.jsonl", "a#b.jsonl", "a?b.jsonl", "a%20b.jsonl", "a[1].jsonl"]
+)
 def test_unusual_names(name: str, store: pyarrow.fs.FileSystem, options: str) -> None:
     with store.open_output_stream(f"pairs/unusual/{name}") as stream:
         stream.write(LINES)

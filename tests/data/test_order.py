@@ -79,7 +79,7 @@ def test_without_an_epoch_rows_keep_their_order() -> None:
 
 
 def test_steps_of_a_window_have_similar_lengths() -> None:
-    """Sorted by length within windows: little padding."""
+    """Sorted by length within windows: ranks have equally much to do."""
     lengths = np.random.default_rng(0).integers(1, 1000, 16 * 8)
     steps = order_epoch(lengths, seed=0, epoch=0, global_batch_size=8, micro_batch_size=8)
     spans = [int(np.ptp(lengths[members])) for (members,) in steps]
@@ -228,12 +228,12 @@ def test_order_of_equal_lengths_is_stable() -> None:
 
 
 def test_budget_counts_the_tokens_that_are_read(policy_job: MakeJob) -> None:
-    """Of two rows a pair, not of one."""
+    """Of a row per response, not of a packed one."""
     spec = policy_job("budget", max_tokens_per_device=120).order_spec(1)
     sizes = {}
-    for shared in (True, False):
-        order = Order(dataclasses.replace(spec, packed=shared))
-        sizes[shared] = [len(pairs) for pairs, _ in decoded(order)]
+    for packed in (True, False):
+        order = Order(dataclasses.replace(spec, packed=packed))
+        sizes[packed] = [len(pairs) for pairs, _ in decoded(order)]
     assert len(sizes[False]) > len(sizes[True])
     assert max(sizes[False]) < max(sizes[True])
 

@@ -81,6 +81,10 @@ def test_responses_of_messages(as_json: bool) -> None:
         ({"responses": None}, "responses is missing"),
         ({"scores": None}, "scores is missing"),
         ({"responses": "no list"}, "responses is neither a list nor JSON of one"),
+        (
+            {"responses": '[{"role": "assistant", "content": "good", "content": "BAD"}, "b", "c"]'},
+            "responses is JSON with a key twice: 'content'",
+        ),
         ({"responses": {"a": 1}}, "responses is not a list: dict"),
         ({"scores": [1, 2]}, "responses and scores have different lengths: 3 and 2"),
         ({"responses": ["a"], "scores": [1]}, "responses has fewer than two responses"),

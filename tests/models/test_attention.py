@@ -1,15 +1,22 @@
 """Which models may read packed rows, and that such rows equal separate forwards."""
 
+import pickle
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AttentionInterface, AutoConfig
 
 from madpo_ray.config import ModelConfig, PolicyConfig
 from madpo_ray.data.batching import PackedRow, collate
-from madpo_ray.models.attention import _RepeatPrompts, may_pack, packed_attention, use_attention
+from madpo_ray.models.attention import (
+    PACKED,
+    _RepeatPrompts,
+    may_pack,
+    packed_attention,
+    use_attention,
+)
 from madpo_ray.models.loading import prepare_for_training
 from madpo_ray.models.logprobs import ResponseLogps
 from support.forwards import PAIRS, separate_logps
@@ -33,8 +40,8 @@ WINDOWS: dict[str, dict[str, Any]] = {
 }
 
 
-def settings(attention: str = "sdpa", **changes: Any) -> ModelConfig:
-    return ModelConfig(model_name_or_path="x", attn_implementation=attention, **changes)
+def settings(**changes: Any) -> ModelConfig:
+    return ModelConfig(model_name_or_path="x", **changes)
 
 
 def require_equal(model: Any, *, checkpointing: bool = False) -> None:
@@ -96,7 +103,6 @@ def test_single_responses_are_packed() -> None:
     with torch.no_grad():
         batch = collate(PAIRS, packed=True, responses=["chosen_ids"])
         logps = ResponseLogps(model)(batch)["logps"]
-        use_attention(model, packed=False)
         expected = separate_logps(model)[: len(PAIRS)]
     torch.testing.assert_close(logps, expected, rtol=0, atol=1e-4)
 
@@ -133,7 +139,7 @@ def test_prompts_are_repeated_for_each_segment() -> None:
     states = [torch.randn(batch.input_ids.shape[1], 2, 4, requires_grad=True) for _ in range(2)]
     repeated = _RepeatPrompts.apply(*states, row)  # type: ignore[no-untyped-call]
     expected = [
-        torch.cat([part for one in row.segments for part in (each[one.prompt], each[one.own])])
+        torch.cat([part for one in row.segments for part in (each[one.prefix], each[one.own])])
         for each in states
     ]
     grads = [torch.randn_like(each) for each in expected]
@@ -142,11 +148,10 @@ def test_prompts_are_repeated_for_each_segment() -> None:
     torch.testing.assert_close(ours, theirs)
 
     # Where the kernel finds the segments.
-    lengths = [one.end - one.start for one in row.segments]
-    assert row.query_ends.diff().tolist() == lengths
-    prompts = [one.num_prompt_tokens for one in row.segments]
-    assert row.key_ends.diff().tolist() == [a + b for a, b in zip(lengths, prompts, strict=True)]
-    assert (row.max_queries, row.max_keys) == (max(lengths), int(row.key_ends.diff().max()))
+    lengths = [(one.num_tokens, one.num_keys) for one in row.segments]
+    ends = zip(row.query_ends.diff().tolist(), row.key_ends.diff().tolist(), strict=True)
+    assert list(ends) == lengths
+    assert (row.max_queries, row.max_keys) == tuple(map(max, zip(*lengths, strict=True)))
     assert row.query_ends.dtype == row.key_ends.dtype == torch.int32
 
 
@@ -159,6 +164,27 @@ def test_attention_goes_back_to_the_models_own() -> None:
     use_attention(model, packed=False)
     assert model.config._attn_implementation == "sdpa"
     assert torch.equal(separate_logps(model), before)
+
+
+def test_a_model_that_was_packed_is_so_in_another_process() -> None:
+    """Where the attention has not been registered: transformers keeps a table per process."""
+    model = make_model()
+    use_attention(model, packed=True)
+    AttentionInterface._global_mapping.pop(PACKED)
+    copied = pickle.loads(pickle.dumps(model))
+    with torch.no_grad():
+        logps = ResponseLogps(copied)(collate(PAIRS, packed=True))["logps"]
+        torch.testing.assert_close(logps, separate_logps(model), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_unknown_tensors_are_refused(dtype: torch.dtype) -> None:
+    """Attention sinks, which would hardly show in bfloat16; also if they are weak."""
+    model = make_model("gpt_oss", attention="eager").to(dtype)
+    for layer in model.model.layers:
+        torch.nn.init.constant_(layer.self_attn.sinks, -3.0)
+    with pytest.raises(RuntimeError, match="attention also reads s_aux"):
+        ResponseLogps(model)(collate(PAIRS, packed=True))
 
 
 def test_linear_attention_is_never_packed() -> None:
@@ -181,4 +207,4 @@ def test_packing_can_be_turned_off() -> None:
 )
 def test_limits_that_are_not_known_are_not_packed(model_type: str, changes: dict[str, Any]) -> None:
     """Short pairs would not show them."""
-    assert not may_pack(settings("eager"), AutoConfig.for_model(model_type, **changes))
+    assert not may_pack(settings(), AutoConfig.for_model(model_type, **changes))

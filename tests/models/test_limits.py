@@ -28,6 +28,19 @@ from support.models import edited
             33,
             "lower data.max_length to 32",
         ),
+        (  # by kind of layer
+            {
+                "rope_parameters": {
+                    "sliding_attention": {"rope_type": "default"},
+                    "full_attention": {
+                        "rope_type": "longrope",
+                        "original_max_position_embeddings": 32,
+                    },
+                }
+            },
+            33,
+            "lower data.max_length to 32",
+        ),
         ({"rope_scaling": {"type": "dynamic"}, "max_position_embeddings": 64}, 64, None),
         (
             {"rope_scaling": {"type": "longrope"}, "original_max_position_embeddings": 16},

@@ -21,8 +21,12 @@ from madpo_ray.models.loading import (
     new_reward_model,
     prepare_for_training,
 )
+from madpo_ray.models.logprobs import ResponseLogps
+from madpo_ray.models.reading import Reading, require_no_dropout
 from madpo_ray.models.trainable import check_trainable
 from support.models import make_model, make_reward_model, tiny_config
+
+STARCODER_DROPOUTS = ("attention_dropout", "residual_dropout", "embedding_dropout")
 
 
 @pytest.mark.parametrize(
@@ -76,6 +80,36 @@ def test_new_reward_head_is_zero(model_folder: Path) -> None:
     loaded: Any = new_reward_model(model_folder, model)
     assert loaded.config.num_labels == 1
     assert not loaded.score.weight.any()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("starcoder2", dict.fromkeys(STARCODER_DROPOUTS, 0.3)),
+        ("seed_oss", {"residual_dropout": 0.3}),
+        ("opt", {"layerdrop": 0.5}),
+        ("biogpt", {"activation_dropout": 0.3, "layerdrop": 0.5}),
+        ("bloom", {"n_layer": 2, "n_head": 4, "hidden_dropout": 0.3}),
+        ("mixtral", {"router_jitter_noise": 0.3}),
+    ],
+)
+def test_disable_dropout_reaches_every_kind_of_dropout(
+    model_type: str, changes: dict[str, Any]
+) -> None:
+    """A policy in training has the numbers of the reference, which was scored without dropout."""
+    attention = "eager" if model_type == "bloom" else ""
+    reading = Reading(packed=model_type != "bloom")
+    device = torch.device("cpu")
+    for is_disabled in (True, False):
+        settings = PolicyConfig(disable_dropout=is_disabled)
+        model = make_model(model_type, attention=attention, **changes)
+        module = ResponseLogps(prepare_for_training(model, settings, task_type="CAUSAL_LM"))
+        if is_disabled:
+            require_no_dropout(module, device, reading)
+        else:
+            with pytest.raises(UserError, match="computes other numbers in training"):
+                require_no_dropout(module, device, reading)
+        assert not module.training
 
 
 def test_disable_dropout_reaches_every_module() -> None:

@@ -87,7 +87,6 @@ def padded_on_the_left(batch: MicroBatch) -> MicroBatch:
         batch,
         input_ids=rolled(batch.input_ids),
         attention_mask=mask,
-        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
         last_index=batch.last_index + shift,
     )
 

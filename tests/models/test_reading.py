@@ -1,5 +1,6 @@
 """The self-check at load: pairs are read only in ways that give the model's own numbers."""
 
+import re
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from madpo_ray.config import ModelConfig, PolicyConfig
 from madpo_ray.data.batching import collate
 from madpo_ray.errors import UserError
 from madpo_ray.models import attention
-from madpo_ray.models.attention import packed_attention
+from madpo_ray.models.attention import packed_attention, use_attention
 from madpo_ray.models.loading import prepare_for_training
 from madpo_ray.models.logprobs import ResponseLogps, ResponseRewards
 from madpo_ray.models.reading import NARROW_WINDOW, TOLERANCES, Reading, find_reading
@@ -42,7 +43,7 @@ def test_models_that_read_packed_rows(model_type: str, dtype: torch.dtype) -> No
         ("nemotron", "do not hand packed_row over"),
         ("bloom", "attention cannot be replaced"),  # positions by distance (ALiBi)
         ("mpt", "attention cannot be replaced"),
-        ("gpt_oss", "packed rows: 0."),  # attention sinks
+        ("gpt_oss", "attention also reads s_aux"),  # attention sinks
     ],
 )
 def test_models_that_read_a_row_per_response(
@@ -130,13 +131,19 @@ def test_a_window_that_short_pairs_would_not_show_is_compared(
 ) -> None:
     """Attention without the window: windows are narrowed for the check, and put back."""
     model = make_model("mistral", sliding_window=4096)
+    widths: list[int] = []
 
     def without_window(*states: Any, sliding_window: int, **others: Any) -> Any:
-        assert sliding_window in (4096, NARROW_WINDOW)
+        widths.append(sliding_window)
         return packed_attention(*states, **others)
 
     monkeypatch.setattr(attention, "packed_attention", without_window)
-    assert reading_of(ResponseLogps(model)) == SEPARATE
+    reading = reading_of(ResponseLogps(model))
+    monkeypatch.undo()
+    use_attention(model, packed=True)  # registers the real one again
+    assert reading == SEPARATE
+    assert re.search(r"packed rows: 0\.\d", reading.note)
+    assert set(widths) == {4096, NARROW_WINDOW}
     assert model.config.sliding_window == 4096
 
 

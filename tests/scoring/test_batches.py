@@ -22,12 +22,12 @@ TABLE = pa.Table.from_pylist([{"pair_id": str(i), **pair} for i, pair in enumera
 
 def test_rows_are_cut_by_number_or_by_tokens() -> None:
     """Longest first; equal lengths keep their order."""
-    lengths = [3, 9, 5, 5, 1]
+    lengths = np.array([3, 9, 5, 5, 1])
     for padded in (True, False):
         assert list(cut(lengths, 2, None, padded=padded)) == [[1, 2], [3, 0], [4]]
         assert list(cut(lengths, 2, 10, padded=padded)) == [[1], [2, 3], [0, 4]]
         assert list(cut(lengths, 2, 18, padded=padded)) == [[1, 2], [3, 0, 4]]
-        assert list(cut([], 2, None, padded=padded)) == []
+        assert list(cut(np.array([]), 2, None, padded=padded)) == []
     assert list(cut(lengths, 2, 4, padded=True)) == [[1], [2], [3], [0], [4]]
     assert list(cut(lengths, 2, 4, padded=False)) == [[1], [2], [3], [0, 4]]
     assert list(cut(lengths, 2, 14, padded=True)) == [[1], [2, 3], [0, 4]]
@@ -36,7 +36,7 @@ def test_rows_are_cut_by_number_or_by_tokens() -> None:
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_every_row_is_in_one_batch(packed: bool) -> None:
-    made = list(Batches().of(TABLE, RESPONSE_IDS, 2, None, packed=packed))
+    made = list(Batches().micro_batches(TABLE, RESPONSE_IDS, 2, None, packed=packed))
     assert sorted(i for members, _ in made for i in members) == list(range(len(PAIRS)))
     for members, batch in made:
         lengths = [len(PAIRS[i][name]) for name in RESPONSE_IDS for i in members]
@@ -62,10 +62,12 @@ def test_models_of_an_actor_share_batches(
         logps = PolicyLogps(model_folder, model, columns=("chosen", "rejected"), batch_size=2)
         return [logps, EnsembleReward([reward(), reward()])]
 
-    expected = []
+    expected: list[np.ndarray] = []
+    columns: list[str] = []
     for scorer in scorers():
         scorer.load(torch.device("cpu"))
         expected += list(scorer(TABLE))
+        columns += scorer.columns
 
     actor = ScoringActor(scorers(), 1, BatchNotes(tmp_path))
     made: list[int] = []
@@ -75,7 +77,8 @@ def test_models_of_an_actor_share_batches(
     )
     scored = actor(TABLE)
     assert made == [2, 2, 1]
-    for name, values in zip(scored.column_names[1:], expected, strict=False):
+    assert scored.column_names == ["pair_id", *columns, "reason"]
+    for name, values in zip(columns, expected, strict=True):
         np.testing.assert_array_equal(scored[name].to_numpy(), values)
     actor(TABLE.slice(0, 2))
     assert made == [2, 2, 1, 2]
@@ -84,11 +87,11 @@ def test_models_of_an_actor_share_batches(
 def test_rows_that_are_read_otherwise_have_batches_of_their_own() -> None:
     """Another number of responses, another size, other rows."""
     shared = Batches()
-    first = list(shared.of(TABLE, RESPONSE_IDS, 2, None, packed=True))
-    again = list(shared.of(TABLE, RESPONSE_IDS, 2, None, packed=True))
+    first = list(shared.micro_batches(TABLE, RESPONSE_IDS, 2, None, packed=True))
+    again = list(shared.micro_batches(TABLE, RESPONSE_IDS, 2, None, packed=True))
     assert all(one is other for (_, one), (_, other) in zip(first, again, strict=True))
-    single = list(shared.of(TABLE, ("chosen_ids",), 2, None, packed=True))
+    single = list(shared.micro_batches(TABLE, ("chosen_ids",), 2, None, packed=True))
     assert len(single[0][1].response_lengths) == 2
-    assert len(list(shared.of(TABLE, RESPONSE_IDS, 5, None, packed=True))) == 1
-    fewer = list(shared.of(TABLE.slice(0, 1), RESPONSE_IDS, 2, None, packed=True))
+    assert len(list(shared.micro_batches(TABLE, RESPONSE_IDS, 5, None, packed=True))) == 1
+    fewer = list(shared.micro_batches(TABLE.slice(0, 1), RESPONSE_IDS, 2, None, packed=True))
     assert [members for members, _ in fewer] == [[0]]

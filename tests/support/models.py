@@ -18,7 +18,7 @@ TEMPLATE = (
 )
 VOCABULARY = 400
 
-# That read packed rows, by transformers' names.
+# Architectures that read packed rows, by transformers' names.
 ARCHITECTURES = [
     "llama",
     "qwen2",

@@ -123,7 +123,7 @@ def test_reward_model_learns_its_pairs(policy_job: MakeJob, train_on: TrainOn) -
 
 @pytest.fixture
 def bloom_job(policy_job: MakeJob, tokenizer: Any, tmp_path: Path) -> MakeJob:
-    """Trainings of a model that cannot share rows: its positions are distances along the row."""
+    """Trainings of a model that reads a row per response: its positions are distances."""
     folder = tmp_path / "bloom"
     model = make_model("bloom", attention="eager", n_layer=2, hidden_size=32, n_head=4)
     model.save_pretrained(folder)

@@ -88,10 +88,10 @@ def test_tokens_and_masks(conversational: bool, tokenizer: Any, tmp_path: Path) 
 
 
 @pytest.mark.filterwarnings("ignore")  # TRL's own
-@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])
 def test_loss_metrics_and_gradients(
-    loss_type: str, shared: bool, tokenizer: Any, tmp_path: Path
+    loss_type: str, packed: bool, tokenizer: Any, tmp_path: Path
 ) -> None:
     rows = six_rows(conversational=False)
     trainer = trl_trainer(rows, tokenizer, tmp_path, 16, loss_type=[loss_type], beta=0.3)
@@ -101,7 +101,7 @@ def test_loss_metrics_and_gradients(
     their_metrics = {name: values[0] for name, values in trainer._metrics["train"].items()}
 
     policy = make_model(seed=1)
-    batch = collate(our_rows(rows, tokenizer, 16), packed=shared, column_names=COLUMNS)
+    batch = collate(our_rows(rows, tokenizer, 16), packed=packed, column_names=COLUMNS)
     settings = PolicyConfig(loss_type=loss_type, beta=0.3)
     terms = PolicyObjective(settings, 0)(ResponseLogps(policy)(batch), batch, training=True)
     terms.loss.mean().backward()
