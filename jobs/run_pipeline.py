@@ -11,6 +11,8 @@ from madpo_ray import pipeline
 from madpo_ray.cli import exit_codes, print_plan, say
 from madpo_ray.config import load_config
 
+STAGES = {stage.name: stage for stage in pipeline.STAGES}
+
 
 def main() -> None:
     began = time.time()
@@ -18,6 +20,7 @@ def main() -> None:
     parser.add_argument("--config", required=True, help="YAML file")
     parser.add_argument("--set", action="append", default=[], help="section.key=value")
     parser.add_argument("--dry-run", action="store_true", help="print what would be done")
+    parser.add_argument("--until", choices=list(STAGES), help="only this stage, and what it needs")
     arguments = parser.parse_args()
 
     # Wrong input exits with 2 and one message, a stopped training with 75 or 143.
@@ -28,13 +31,16 @@ def main() -> None:
         # The stages that this config asks for: pairs, reward, margins, train, evaluate, and sft if
         # the config has a section for it.
         stages = pipeline.wanted_stages(config)
+        last = STAGES.get(arguments.until)
+        if last is not None:
+            stages = pipeline.stages_until(config, last)
         if arguments.dry_run:
             print_plan(config, stages)
             return
 
         # Each stage reads the results of earlier ones from their folders and writes its own. What
         # is finished already is not done again.
-        pipeline.run_all(config, say=say, deadline=config.run.deadline(began))
+        pipeline.run_all(config, say=say, deadline=config.run.deadline(began), until=last)
 
         # Results are in one folder per stage.
         for stage in stages:

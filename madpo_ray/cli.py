@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -49,6 +50,12 @@ DryRun = Annotated[
 Export = Annotated[
     Literal["trl"] | None,
     typer.Option("--export", help="then write the scored pairs as a data set for TRL"),
+]
+
+StageName = StrEnum("StageName", [stage.name for stage in pipeline.STAGES])  # type: ignore[misc]
+Until = Annotated[
+    StageName | None,
+    typer.Option("--until", help="only this stage and those whose results it needs"),
 ]
 
 # What a command does with its config, and with the time at which trainings save and stop.
@@ -131,10 +138,6 @@ def _print_error(message: str, style: str | None = None) -> None:
     errors.print(message, style=style, markup=False, highlight=False)
 
 
-def _run_all(config: Config, deadline: float | None) -> None:
-    pipeline.run_all(config, say=say, deadline=deadline)
-
-
 def _run_stages(*stages: Stage) -> Action:
     def action(config: Config, deadline: float | None) -> None:
         for stage in stages:
@@ -147,12 +150,24 @@ def _only(*stages: Stage) -> Callable[[Config], list[Stage]]:
     return lambda config: list(stages)
 
 
-_add_command(
-    "run",
-    "Run all stages that the config asks for. Finished stages are skipped.",
-    pipeline.wanted_stages,
-    _run_all,
-)
+@app.command("run", help="Run all stages that the config asks for. Finished stages are skipped.")
+def _run(
+    config: ConfigFile,
+    overrides: Overrides = [],  # noqa: B006 (typer's way)
+    dry_run: DryRun = False,
+    until: Until = None,
+) -> None:
+    last = next((stage for stage in pipeline.STAGES if stage.name == until), None)
+
+    def stages(config: Config) -> list[Stage]:
+        return pipeline.stages_until(config, last) if last else pipeline.wanted_stages(config)
+
+    def action(config: Config, deadline: float | None) -> None:
+        pipeline.run_all(config, say=say, deadline=deadline, until=last)
+
+    _perform(config, overrides, dry_run, stages, action)
+
+
 for _stage in pipeline.STAGES:
     if _stage is not margins.STAGE:
         _add_command(_stage.name, _stage.help, _only(_stage), _run_stages(_stage))

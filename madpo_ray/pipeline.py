@@ -16,7 +16,7 @@ when its manifest exists; the manifest records what it was made from.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,9 +58,20 @@ def wanted_stages(config: Config) -> list[Stage]:
     return stages
 
 
-def pending(config: Config) -> list[Stage]:
-    """The stages of `madpo-ray run` that are not finished for this config."""
-    return [stage for stage in wanted_stages(config) if not stage.is_finished(config)]
+def stages_until(config: Config, last: Stage) -> list[Stage]:
+    """A stage and those whose results it needs, in order."""
+    found = {last.name}
+    stages: list[Stage] = []
+    for stage in reversed(STAGES):
+        if stage.name in found:
+            stages.insert(0, stage)
+            found |= {one.name for one in stage.needed(config)}
+    return stages
+
+
+def _pending(config: Config, stages: Sequence[Stage]) -> list[Stage]:
+    """Those that are not finished for this config."""
+    return [stage for stage in stages if not stage.is_finished(config)]
 
 
 def check(config: Config, stages: Sequence[Stage]) -> None:
@@ -71,11 +82,14 @@ def check(config: Config, stages: Sequence[Stage]) -> None:
         stage.check(config)
 
 
-def run_all(config: Config, *, say: Say, deadline: float | None = None) -> None:
+def run_all(
+    config: Config, *, say: Say, deadline: float | None = None, until: Stage | None = None
+) -> None:
     """Runs the pending stages. A stage is redone if its settings or an earlier result changed.
 
     Args:
         say: gets lines and tables for the terminal.
+        until: the last stage; None: all that the config asks for.
         deadline: time.time() at which a training saves and stops.
 
     Raises:
@@ -83,13 +97,14 @@ def run_all(config: Config, *, say: Say, deadline: float | None = None) -> None:
             another command writes the run.
         Stopped: SIGTERM or the deadline came, and what was running has saved.
     """
-    stages = wanted_stages(config)
+    stages = wanted_stages(config) if until is None else stages_until(config, until)
     check(config, stages)
     folder = config.run.folder
     config_file = folder / "config.yaml"
-    nothing_to_do = f"nothing to do: every stage in {folder} is done for this config"
+    names = "every stage" if until is None else ", ".join(stage.name for stage in stages)
+    nothing_to_do = f"nothing to do: {names} in {folder} is done for this config"
     has_leftovers = any(stage.has_leftovers(config) for stage in stages)
-    if not has_leftovers and not pending(config) and _holds(config_file, config):
+    if not has_leftovers and not _pending(config, stages) and _holds(config_file, config):
         say(nothing_to_do)
         return
 
@@ -97,7 +112,7 @@ def run_all(config: Config, *, say: Say, deadline: float | None = None) -> None:
         # What is left, and why.
         for stage in stages:
             stage.recover(config)
-        todo = pending(config)
+        todo = _pending(config, stages)
         for stage in todo:
             explain_redo(config, stage, say)
         save_config(config, config_file)
@@ -160,6 +175,7 @@ def verify(run: Path, *, say: Say) -> None:
     num_damaged = 0
     for folder in folders:
         manifest = read_manifest(folder)
+        notes = "intact"
         if manifest is None:
             lost = [f"{MANIFEST} is missing or cannot be read"]
         else:
@@ -167,7 +183,9 @@ def verify(run: Path, *, say: Say) -> None:
             upstream = manifest["inputs"].get("upstream", {})
             missing = [name for name in upstream if not (run / name).is_dir()]
             lost += [f"{name}, which it was made from, is missing" for name in missing]
-        say(f"{folder.relative_to(run)}: {'; '.join(lost) or 'intact'}")
+            if not lost and (changed := _changed_since(run, upstream)):
+                notes = f"intact, but made from an earlier {' and '.join(changed)}"
+        say(f"{folder.relative_to(run)}: {'; '.join(lost) or notes}")
         num_damaged += len(lost)
     if num_damaged:
         raise Stopped(
@@ -176,6 +194,16 @@ def verify(run: Path, *, say: Say) -> None:
             "other damaged stage first",
             ExitCode.FAILED,
         )
+
+
+def _changed_since(run: Path, upstream: Mapping[str, str]) -> list[str]:
+    """Those results that were made again since another was made from them, by fingerprint."""
+    manifests = {name: read_manifest(run / name) for name in upstream}
+    return [
+        name
+        for name, manifest in manifests.items()
+        if manifest is not None and manifest["fingerprint"] != upstream[name]
+    ]
 
 
 def _is_result(folder: Path) -> bool:

@@ -287,3 +287,24 @@ def test_ends_with_one_message_and_a_code(
         raise raised
     assert caught.value.code == code
     assert capsys.readouterr().err == message
+
+
+@pytest.mark.parametrize(
+    ("until", "stages"),
+    [
+        ("pairs", "pairs"),
+        ("margins", "pairs, sft, reward, margins"),
+        ("export", "pairs, sft, reward, margins, export"),
+        ("train", "pairs, sft, reward, margins, train"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["stored", "stream"])
+def test_run_until_a_stage(
+    until: str, stages: str, mode: str, raw_config: dict[str, Any], tmp_path: Path
+) -> None:
+    override = f"margins.mode={mode}"
+    done = call(raw_config, tmp_path, "run", "--until", until, "--dry-run", "--set", override)
+    assert done.exit_code == 0, done.output
+    if mode == "stream" and until == "train":  # which scores the pairs by itself
+        stages = "pairs, sft, reward, train"
+    assert f"stages to do: {stages}\n" in done.output

@@ -1,7 +1,9 @@
 """A pair becomes token ids: the prompt once, and each response."""
 
 import dataclasses
+import functools
 import itertools
+import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -74,23 +76,61 @@ def tokenize(
 def _tokenize_all(
     texts: Sequence[JointTexts], tokenizer: "PreTrainedTokenizerBase"
 ) -> Iterator[tuple[Ids, Ids, Ids]]:
-    # One call for rendered texts, and one for plain ones.
+    # One call for rendered texts, and one for plain ones. What the three texts of a pair begin with
+    # is tokenised once, up to where it can be cut.
     ids: dict[bool, Iterator[Ids]] = {}
     for is_rendered in (False, True):
         own = [one for one in texts if one.is_rendered is is_rendered]
         if own:
-            parts = [part for one in own for part in (one.prompt, one.chosen, one.rejected)]
+            parts = []
+            for one in own:
+                cut = _last_cut(one.prompt, tokenizer) if is_rendered else 0
+                parts += [one.prompt[:cut], *(text[cut:] for text in one[:3])]
             ids[is_rendered] = iter(
                 tokenizer(parts, add_special_tokens=not is_rendered)["input_ids"]
             )
 
     # Back in the order of the pairs.
     for one in texts:
-        prompt, chosen, rejected = itertools.islice(ids[one.is_rendered], 3)
+        head, *rest = itertools.islice(ids[one.is_rendered], 4)
         if one.is_rendered:
+            prompt, chosen, rejected = (head + part for part in rest)
             yield prompt, chosen, rejected
         else:
+            prompt, chosen, rejected = rest
             yield _with_ends(prompt, chosen, rejected, tokenizer)
+
+
+def _last_cut(text: str, tokenizer: "PreTrainedTokenizerBase") -> int:
+    """The last place where a text can be cut in two that have the ids of the whole; 0 if none."""
+    added, safe = _added_tokens(tokenizer)
+    place = 0
+    if safe:
+        for match in added.finditer(text):
+            if match.group() in safe:
+                place = match.start()
+    return place
+
+
+@functools.lru_cache(maxsize=8)
+def _added_tokens(tokenizer: "PreTrainedTokenizerBase") -> tuple[re.Pattern[str], frozenset[str]]:
+    """What matches a tokenizer's added tokens, and those before which a text can be cut.
+
+    The fast tokenizers split a text at its added tokens, such as those of a chat template, before
+    anything else; the parts do not affect each other. A token may take spaces before it, or be part
+    of a longer one; it is not one to cut at.
+    """
+    if not tokenizer.is_fast or tokenizer.split_special_tokens:
+        return re.compile(""), frozenset()
+    added = [one for one in tokenizer.added_tokens_decoder.values() if not one.normalized]
+    contents = sorted((one.content for one in added), key=len, reverse=True)
+    safe = {
+        one.content
+        for one in added
+        if not (one.lstrip or one.single_word)
+        and not any(other.find(one.content) > 0 for other in contents)
+    }
+    return re.compile("|".join(map(re.escape, contents))), frozenset(safe)
 
 
 def tokenize_pair(

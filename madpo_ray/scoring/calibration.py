@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy.special import expit, ndtr, ndtri
 from scipy.stats import bootstrap
 
-from madpo_ray.scoring.scaling import Margins, Method, fit_scaling
+from madpo_ray.scoring.scaling import TEMPERATURE_BOUNDS, Margins, Method, fit_scaling
 
 FOLDS = 5
 RESAMPLES = 999
@@ -111,8 +111,9 @@ def calibration_report(margins: Margins, method: Method = "temperature") -> dict
     """Accuracy, scaling, ECE and Brier score before and after, for held-out margins (N,), N > 0.
 
     The scaling is fitted on all of them; the errors after it are measured on pairs that did not fit
-    theirs, by cross-fitting over folds. There is a `reason` instead if none can be fitted, and
-    nothing after if the method is "none".
+    theirs, by cross-fitting over folds. There is a `reason` instead if none can be fitted. There is
+    nothing after if the method is "none", or if the pairs without one fold have no fit: then the
+    only pairs whose sign is wrong are in that fold.
     """
     margins = np.asarray(margins, dtype=np.float64)
     num_right = count_right(margins)
@@ -126,31 +127,39 @@ def calibration_report(margins: Margins, method: Method = "temperature") -> dict
     if method == "none":
         return report
     scaling = fit_scaling(margins, method)
-
-    # Each pair's scaling is fitted on the other folds.
-    fold = np.arange(len(margins)) % FOLDS
-    fitted = [fit_scaling(margins[fold != i], method) for i in range(FOLDS)]
-    found = [one for one in fitted if one is not None]
-    if scaling is None or len(found) < FOLDS:
-        cause = "the accuracy is too close to chance"
-        if num_right == len(margins):
-            cause = "all margins are positive"
-        elif report["accuracy_interval"][1] < 0.5:
-            cause = (
-                "the reward model prefers the rejected responses: are chosen and rejected swapped "
-                "in part of the data?"
-            )
-        what = "finite temperature" if method == "temperature" else "increasing function"
+    if scaling is None:
+        what = "temperature" if method == "temperature" else "increasing function"
+        cause = _why_nothing_fits(margins, report["accuracy_interval"])
         reason = f"no {what} fits {len(margins)} pairs: {cause}"
         return {**report, "temperature": None, "reason": reason}
-
-    scaled = np.empty_like(margins)
-    for i, one in enumerate(found):
-        scaled[fold == i] = one(margins[fold == i])
     fitted_as: dict[str, Any] = {"temperature": scaling.temperature}
     if method == "isotonic":
         fitted_as = {"knots": scaling.knots}
+
+    # Each pair's scaling is fitted on the other folds.
+    fold = np.arange(len(margins)) % FOLDS
+    scaled = np.empty_like(margins)
+    for i in range(FOLDS):
+        others = fit_scaling(margins[fold != i], method)
+        if others is None:
+            return {**report, **fitted_as}
+        scaled[fold == i] = others(margins[fold == i])
     return {**report, **fitted_as, **_errors(scaled, "after")}
+
+
+def _why_nothing_fits(margins: Margins, accuracy_interval: tuple[float, float]) -> str:
+    if np.all(margins > 0):
+        return (
+            "all margins are positive; with more pairs (data.validation_fraction) some may not be"
+        )
+    if accuracy_interval[1] < 0.5:
+        return (
+            "the reward model prefers the rejected responses: are chosen and rejected swapped in "
+            "part of the data?"
+        )
+    if np.mean(margins > 0) <= 0.5:
+        return "the accuracy is too close to chance; train the reward model longer or on more pairs"
+    return f"the best one is not between {TEMPERATURE_BOUNDS[0]:g} and {TEMPERATURE_BOUNDS[1]:g}"
 
 
 def _errors(margins: Margins, when: str) -> dict[str, Any]:

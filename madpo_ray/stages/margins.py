@@ -265,6 +265,12 @@ def _describe_calibration(report: Mapping[str, Any]) -> str:
         scaling = f"isotonic regression with {len(report['knots'])} knots"
     else:
         scaling = f"temperature {report['temperature']:.2f}"
+    if "ece_after" not in report:
+        return (
+            f"{accuracy}, {scaling}, ECE {report['ece_before']:.3f}, Brier "
+            f"{report['brier_before']:.3f}; with so few wrong pairs the errors after it cannot be "
+            "measured"
+        )
     return (
         f"{accuracy}, {scaling}, "
         f"ECE {report['ece_before']:.3f} -> {report['ece_after']:.3f}, "

@@ -223,7 +223,7 @@ def scaling(report: Mapping[str, Any], config: Config) -> "Scaling":
         return Scaling()
     if "reason" in report:
         raise UserError(
-            f"the reward model cannot be calibrated: {report['reason']}. Train it longer or "
-            "on more pairs; margins.calibration: none uses its margins as they are"
+            f"the margins cannot be calibrated: {report['reason']}. margins.calibration: none uses "
+            "them as they are"
         )
     return Scaling(report.get("temperature", 1.0), tuple(report.get("knots", ())))

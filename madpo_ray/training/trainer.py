@@ -162,6 +162,7 @@ def _fit(
     newest = newest_checkpoint(job.checkpoints)  # here, so that its warnings are seen
     if newest is not None:
         warn_of_versions(newest[1])
+        logger.info("%s resumes at step %d of %d", job.stage, newest[0], order.total_steps)
     while True:
         trainer = _make_trainer(job, cluster, order, callbacks, newest[0] if newest else 0, notes)
         try:

@@ -4,11 +4,15 @@ import copy
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from madpo_ray.config import DataConfig
 from madpo_ray.data.formats import Pair, parse_pair
 from madpo_ray.data.messages import BadRowError
-from madpo_ray.data.tokens import split_joint, tokenize_pair
+from madpo_ray.data.tokens import JointTexts, _last_cut, split_joint, tokenize, tokenize_pair
 from support.pairs import messages
 
 TEXT = Pair("the film", " is good", " is bad")
@@ -230,3 +234,66 @@ def test_templates_may_strip_and_drop_earlier_reasoning(tokenizer: Any) -> None:
     pair = Pair([*ASKS, *THINKS, *ASKS], [{"role": "assistant", "content": " a \n"}], OTHER)
     tokens = tokenize_pair(pair, stripping, 200)
     assert "long" not in tokenizer.decode(tokens.prompt)
+
+
+PIECES = [
+    "<|a|>",
+    "<|b|>",
+    "<|a|",
+    "|>",
+    " ",
+    "  ",
+    "\n",
+    "x",
+    "Äé",
+    "word",
+    "\u2581",
+    "<|ab|>",
+    "<|b|>more",
+]
+
+
+def small_tokenizer(kind: str) -> Any:
+    """Characters or bytes as tokens, and added tokens of several kinds."""
+    characters = sorted({character for piece in PIECES for character in piece.lower() + piece})
+    vocabulary = {character: i for i, character in enumerate(["<unk>", *characters])}
+    backend = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    backend.add_special_tokens(["<|a|>"])
+    match kind:
+        case "first space":
+            backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+        case "prepended":
+            backend.normalizer = normalizers.Sequence(
+                [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+            )
+        case "lower case":
+            backend.normalizer = normalizers.Lowercase()
+            backend.add_tokens([AddedToken("WORD", normalized=True)])
+        case "spaces before":
+            backend.add_special_tokens([AddedToken("<|b|>", lstrip=True, rstrip=True)])
+        case "part of another":
+            backend.add_special_tokens(["<|b|>", "<|a|><|b|>", "x<|b|>", "<|b|>more"])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+
+
+KINDS = ["plain", "first space", "prepended", "lower case", "spaces before", "part of another"]
+TOKENIZERS = {kind: small_tokenizer(kind) for kind in KINDS}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(st.lists(st.lists(st.sampled_from(PIECES), max_size=8), min_size=3, max_size=3))
+def test_cut_texts_have_the_ids_of_the_whole(kind: str, parts: list[list[str]]) -> None:
+    """The three texts of a rendered pair share their beginning, which is tokenised once."""
+    tokenizer = TOKENIZERS[kind]
+    prompt, chosen, rejected = map("".join, parts)
+    texts = JointTexts(prompt, prompt + chosen, prompt + rejected, is_rendered=True)
+    (found,) = tokenize([texts], tokenizer)
+    expected = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts[:3]]
+    assert list(found) == expected
+
+
+def test_a_conversation_is_cut_at_its_last_added_token(tokenizer: Any) -> None:
+    text = "<|im_start|>user\nhello<|im_end|><|im_start|>assistant\n"
+    assert text[_last_cut(text, tokenizer) :] == "<|im_start|>assistant\n"
+    assert _last_cut("no added token", tokenizer) == 0
+    assert _last_cut("x<|b|>", TOKENIZERS["spaces before"]) == 0

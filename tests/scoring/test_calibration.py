@@ -143,6 +143,7 @@ def test_ties_count_one_half() -> None:
         (np.array([-1.0, -2.0, 1.0]), "too close to chance"),
         (np.full(10, 2.0), "all margins are positive"),
         (np.array([-1.0] * 40 + [1.0] * 10), "are chosen and rejected swapped"),
+        (np.array([1.0, 1.0, -10.0]), "the best one is not between 0.001 and 1000"),
     ],
 )
 def test_chance_and_certainty_have_no_temperature(margins: np.ndarray, cause: str) -> None:
@@ -151,13 +152,15 @@ def test_chance_and_certainty_have_no_temperature(margins: np.ndarray, cause: st
     assert cause in report["reason"]
 
 
-def test_no_temperature_in_a_fold_is_none_at_all() -> None:
-    """The single wrong pair is in one fold; without it all margins are positive."""
-    margins = np.array([-1.0] + [2.0] * 9)
-    assert fit_temperature(margins) is not None
+@pytest.mark.parametrize("num_pairs", [10, 1000])
+def test_a_single_wrong_pair_is_enough_for_a_temperature(num_pairs: int) -> None:
+    """It is in one fold; without it all margins are positive, so nothing after is measured."""
+    margins = np.abs(np.random.default_rng(0).normal(2, 1, num_pairs))
+    margins[0] *= -1
     report = calibration_report(margins)
-    assert (report["temperature"], "ece_after" in report) == (None, False)
-    assert "too close to chance" in report["reason"]
+    assert report["temperature"] == fit_temperature(margins) is not None
+    assert "reason" not in report
+    assert "ece_after" not in report
 
 
 def test_float32_margins_are_measured_in_float64() -> None:
