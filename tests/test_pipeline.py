@@ -158,6 +158,19 @@ def test_verify_reads_every_file(finished_run: Run, tmp_path: Path) -> None:
         pipeline.verify(tmp_path / "nothing", say=ignore)
 
 
+def test_verify_tells_what_is_of_earlier_results(finished_run: Run, tmp_path: Path) -> None:
+    """Such as an export, after which margins were made again: no damage, and not up to date."""
+    config, _ = finished_run
+    run = tmp_path / "run"
+    shutil.copytree(config.run.folder, run)
+    file = run / "margins" / "manifest.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "fingerprint": "another"}))
+    printed: list[Any] = []
+    pipeline.verify(run, say=printed.append)
+    assert "margins: intact" in printed
+    assert "train: intact, but made from an earlier margins" in printed
+
+
 def test_verify_follows_links(finished_run: Run, tmp_path: Path) -> None:
     """A stage may be on another disk. One that lost its manifest, or is missing, is named."""
     config, _ = finished_run
