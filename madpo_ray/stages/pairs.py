@@ -60,6 +60,8 @@ ONLY_WHILE_READING = [
     columns.NUM_CUT,
     columns.PROMPT_REPEATS,
 ]
+# What is counted and compared of all rows.
+FACTS = [columns.SPLIT, *(name for name in ONLY_WHILE_READING if name != columns.REASON)]
 
 
 def _settings(config: Config) -> dict[str, Any]:
@@ -101,8 +103,9 @@ def make(build: Build) -> dict[str, Any]:
     _check_tokenizer(config, folder)
 
     checked = _read_all(build, folder)
-    repeats = find_repeats(lambda: _found(checked), config.data)
-    results = _counts(checked, list_files(config.data.files), repeats, config.data)
+    facts = checked.select_columns(FACTS).materialize()  # once: each pass starts tasks
+    repeats = find_repeats(lambda: _found(facts), config.data)
+    results = _counts(facts, list_files(config.data.files), repeats, config.data)
     check_counts(results, config.data)
     forget_versions()
 
@@ -112,11 +115,15 @@ def make(build: Build) -> dict[str, Any]:
     if written != sum(results["pairs"].values()):  # as through old listings of a folder
         raise RuntimeError(f"{written} pairs were written, not {results['pairs']}")
     pair_ids = read_columns(build.rows, [columns.PAIR_ID])[columns.PAIR_ID].to_pylist()
-    require_order(_found(checked), pair_ids, repeats)
-    rejects = checked.map_batches(
-        _rejects, fn_kwargs={"left_out": _left_out_kinds(config.data)}, batch_format="pyarrow"
-    )
-    tables = [REJECTS.empty_table(), *_tables(rejects)]
+    require_order(_found(facts), pair_ids, repeats)
+
+    tables = [REJECTS.empty_table()]
+    if results["rejects"]:
+        left_out = _left_out_kinds(config.data)
+        rejects = checked.map_batches(
+            _rejects, fn_kwargs={"left_out": left_out}, batch_format="pyarrow"
+        )
+        tables += _tables(rejects)
     pq.write_table(pa.concat_tables(tables), build.folder / "rejects.parquet")
     return results
 
@@ -208,7 +215,7 @@ def _tables(dataset: "ray.data.Dataset") -> Iterator[pa.Table]:
 
 
 def _counts(
-    checked: "ray.data.Dataset", files: Sequence[str], repeats: Repeats, data: DataConfig
+    facts: "ray.data.Dataset", files: Sequence[str], repeats: Repeats, data: DataConfig
 ) -> dict[str, Any]:
     """Good rows and cut responses by split, repeats, rejects by kind of reason, and the left out.
 
@@ -219,15 +226,7 @@ def _counts(
     reasons: Counter[str] = Counter()
     prompt_repeats: Counter[int] = Counter()
     per_file: Counter[str] = Counter()
-    names = [
-        columns.FILE,
-        columns.SPLIT,
-        columns.NUM_CUT,
-        columns.PROMPT_REPEATS,
-        columns.REASON_KIND,
-    ]
-
-    for table in _tables(checked.select_columns(names)):
+    for table in _tables(facts):
         reasons.update(table[columns.REASON_KIND].drop_null().to_pylist())
         good = table.filter(pc.is_null(table[columns.REASON_KIND]))
         splits = good[columns.SPLIT].to_pylist()
@@ -260,10 +259,10 @@ def _left_out_kinds(data: DataConfig) -> list[str]:
     return [TIE, TOO_LONG] if data.over_length == "drop" else [TIE]
 
 
-def _found(checked: "ray.data.Dataset") -> Iterator[Found]:
+def _found(facts: "ray.data.Dataset") -> Iterator[Found]:
     """The good rows, in order."""
     names = [*PLACE, columns.CONTENT_HASH, columns.SWAPPED_HASH, columns.SPLIT]
-    for table in _tables(checked.select_columns(names)):
+    for table in _tables(facts):
         good = table.filter(pc.is_valid(table[columns.CONTENT_HASH]))
         values = (good[name].to_pylist() for name in names)
         for *place, content, swapped, split in zip(*values, strict=True):
