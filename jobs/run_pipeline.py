@@ -30,10 +30,8 @@ def main() -> None:
 
         # The stages that this config asks for: pairs, reward, margins, train, evaluate, and sft if
         # the config has a section for it.
-        stages = pipeline.wanted_stages(config)
         last = STAGES.get(arguments.until)
-        if last is not None:
-            stages = pipeline.stages_until(config, last)
+        stages = pipeline.wanted_stages(config, last)
         if arguments.dry_run:
             print_plan(config, stages)
             return

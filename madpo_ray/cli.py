@@ -1,6 +1,7 @@
 """`madpo-ray <command>`: parse, call, exit code. The commands come from the list of stages."""
 
 import contextlib
+import functools
 import logging
 import os
 import sys
@@ -159,12 +160,10 @@ def _run(
 ) -> None:
     last = next((stage for stage in pipeline.STAGES if stage.name == until), None)
 
-    def stages(config: Config) -> list[Stage]:
-        return pipeline.stages_until(config, last) if last else pipeline.wanted_stages(config)
-
     def action(config: Config, deadline: float | None) -> None:
         pipeline.run_all(config, say=say, deadline=deadline, until=last)
 
+    stages = functools.partial(pipeline.wanted_stages, until=last)
     _perform(config, overrides, dry_run, stages, action)
 
 

@@ -49,8 +49,10 @@ STAGES = (
 Say = Callable[["str | Table"], None]  # where progress and results are printed
 
 
-def wanted_stages(config: Config) -> list[Stage]:
-    """The stages of `madpo-ray run`, in order."""
+def wanted_stages(config: Config, until: Stage | None = None) -> list[Stage]:
+    """The stages of `madpo-ray run`, in order; with `until` that one and what its result needs."""
+    if until is not None:
+        return _with_needed(config, until)
     stages = [stage for stage in STAGES if stage.is_wanted(config)]
     if config.margins.mode == "stream":  # training scores the pairs; then margins collects them
         stages.remove(margins.STAGE)
@@ -58,8 +60,7 @@ def wanted_stages(config: Config) -> list[Stage]:
     return stages
 
 
-def stages_until(config: Config, last: Stage) -> list[Stage]:
-    """A stage and those whose results it needs, in order."""
+def _with_needed(config: Config, last: Stage) -> list[Stage]:
     found = {last.name}
     stages: list[Stage] = []
     for stage in reversed(STAGES):
@@ -97,7 +98,7 @@ def run_all(
             another command writes the run.
         Stopped: SIGTERM or the deadline came, and what was running has saved.
     """
-    stages = wanted_stages(config) if until is None else stages_until(config, until)
+    stages = wanted_stages(config, until)
     check(config, stages)
     folder = config.run.folder
     config_file = folder / "config.yaml"

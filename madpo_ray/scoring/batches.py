@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +15,15 @@ from madpo_ray.prefetch import prefetched
 Batch = tuple[list[int], MicroBatch]  # the numbers of its rows, and their tensors
 
 
+class Layout(NamedTuple):
+    """What a model reads together, and in which rows."""
+
+    responses: tuple[str, ...]  # columns with their token ids
+    batch_size: int  # see `cut`
+    max_tokens: int | None  # see `cut`
+    packed: bool  # see `batching.collate`
+
+
 class Batches:
     """The micro-batches of a table, made once for all models that read them alike.
 
@@ -23,45 +32,24 @@ class Batches:
 
     def __init__(self) -> None:
         self._rows: pa.Table | None = None
-        self._made: dict[Any, list[Batch]] = {}
+        self._made: dict[Layout, list[Batch]] = {}
 
-    def micro_batches(
-        self,
-        rows: pa.Table,
-        responses: tuple[str, ...],
-        batch_size: int,
-        max_tokens: int | None,
-        *,
-        packed: bool,
-    ) -> Iterator[Batch]:
-        """The rows in groups as `cut` makes them; the next one is made while one is in use.
-
-        Args:
-            rows: a table with prompt and responses.
-            responses: columns with their token ids.
-            batch_size, max_tokens: see `cut`.
-            packed: see `batching.collate`.
-        """
+    def micro_batches(self, rows: pa.Table, layout: Layout) -> Iterator[Batch]:
+        """The rows of a table in groups; the next one is made while one is in use."""
         if rows is not self._rows:
             self._rows, self._made = rows, {}
-        key = (responses, batch_size, max_tokens, packed)
-        if key not in self._made:
-            made = []
-            for batch in prefetched(_make(rows, *key)):
-                made.append(batch)
-                yield batch
-            self._made[key] = made
+        if layout in self._made:
+            yield from self._made[layout]
             return
-        yield from self._made[key]
+        made = []
+        for batch in prefetched(_make(rows, layout)):
+            made.append(batch)
+            yield batch
+        self._made[layout] = made
 
 
-def _make(
-    rows: pa.Table,
-    responses: tuple[str, ...],
-    batch_size: int,
-    max_tokens: int | None,
-    packed: bool,
-) -> Iterator[Batch]:
+def _make(rows: pa.Table, layout: Layout) -> Iterator[Batch]:
+    responses, batch_size, max_tokens, packed = layout
     names = [PROMPT_IDS, *responses]
     pairs = rows.select(names).to_pylist()
     lengths = np.array([[len(pair[name]) for name in names] for pair in pairs]).reshape(

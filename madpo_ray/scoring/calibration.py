@@ -112,8 +112,8 @@ def calibration_report(margins: Margins, method: Method = "temperature") -> dict
 
     The scaling is fitted on all of them; the errors after it are measured on pairs that did not fit
     theirs, by cross-fitting over folds. There is a `reason` instead if none can be fitted. There is
-    nothing after if the method is "none", or if the pairs without one fold have no fit: then the
-    only pairs whose sign is wrong are in that fold.
+    nothing after if the method is "none", or if the pairs without one fold have no fit, as when
+    the only pairs whose sign is wrong are in that fold.
     """
     margins = np.asarray(margins, dtype=np.float64)
     num_right = count_right(margins)

@@ -20,7 +20,7 @@ from madpo_ray.errors import UserError
 from madpo_ray.models.loading import load_policy, load_reward_model
 from madpo_ray.models.logprobs import ResponseLogps, ResponseRewards
 from madpo_ray.models.reading import find_reading
-from madpo_ray.scoring.batches import Batches
+from madpo_ray.scoring.batches import Batches, Layout
 from madpo_ray.scoring.chunks import RAISED
 
 
@@ -102,7 +102,7 @@ class ModelScorer(abc.ABC):
 
     def load(self, device: torch.device) -> None:
         self._device = device
-        self._module = self._load_module().to(device).eval()
+        self._module = self._load_module().to(device)
         self._reading = find_reading(self._module, device, self._model_config)
 
     @torch.no_grad()
@@ -110,9 +110,8 @@ class ModelScorer(abc.ABC):
         # The device is waited for at the end only.
         order: list[int] = []
         values = []
-        for members, batch in self.batches.micro_batches(
-            rows, self._responses, *self._limits, packed=self._reading.packed
-        ):
+        layout = Layout(self._responses, *self._limits, self._reading.packed)
+        for members, batch in self.batches.micro_batches(rows, layout):
             outputs = self._module(batch.to(self._device))
             values.append(self._values(outputs).view(len(self._responses), -1))
             order += members

@@ -268,8 +268,7 @@ def _describe_calibration(report: Mapping[str, Any]) -> str:
     if "ece_after" not in report:
         return (
             f"{accuracy}, {scaling}, ECE {report['ece_before']:.3f}, Brier "
-            f"{report['brier_before']:.3f}; with so few wrong pairs the errors after it cannot be "
-            "measured"
+            f"{report['brier_before']:.3f}; the pairs are too few to measure the errors after it"
         )
     return (
         f"{accuracy}, {scaling}, "

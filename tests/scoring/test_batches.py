@@ -12,7 +12,7 @@ from madpo_ray.config import ModelConfig
 from madpo_ray.passes import BatchNotes
 from madpo_ray.scoring import batches
 from madpo_ray.scoring.actors import ScoringActor
-from madpo_ray.scoring.batches import Batches, cut
+from madpo_ray.scoring.batches import Batches, Layout, cut
 from madpo_ray.scoring.scorers import EnsembleReward, PolicyLogps, Scorer, TrainedReward
 from support.forwards import PAIRS
 from support.models import make_reward_model
@@ -36,7 +36,7 @@ def test_rows_are_cut_by_number_or_by_tokens() -> None:
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_every_row_is_in_one_batch(packed: bool) -> None:
-    made = list(Batches().micro_batches(TABLE, RESPONSE_IDS, 2, None, packed=packed))
+    made = list(Batches().micro_batches(TABLE, Layout(RESPONSE_IDS, 2, None, packed)))
     assert sorted(i for members, _ in made for i in members) == list(range(len(PAIRS)))
     for members, batch in made:
         lengths = [len(PAIRS[i][name]) for name in RESPONSE_IDS for i in members]
@@ -87,11 +87,11 @@ def test_models_of_an_actor_share_batches(
 def test_rows_that_are_read_otherwise_have_batches_of_their_own() -> None:
     """Another number of responses, another size, other rows."""
     shared = Batches()
-    first = list(shared.micro_batches(TABLE, RESPONSE_IDS, 2, None, packed=True))
-    again = list(shared.micro_batches(TABLE, RESPONSE_IDS, 2, None, packed=True))
+    first = list(shared.micro_batches(TABLE, Layout(RESPONSE_IDS, 2, None, True)))
+    again = list(shared.micro_batches(TABLE, Layout(RESPONSE_IDS, 2, None, True)))
     assert all(one is other for (_, one), (_, other) in zip(first, again, strict=True))
-    single = list(shared.micro_batches(TABLE, ("chosen_ids",), 2, None, packed=True))
+    single = list(shared.micro_batches(TABLE, Layout(("chosen_ids",), 2, None, True)))
     assert len(single[0][1].response_lengths) == 2
-    assert len(list(shared.micro_batches(TABLE, RESPONSE_IDS, 5, None, packed=True))) == 1
-    fewer = list(shared.micro_batches(TABLE.slice(0, 1), RESPONSE_IDS, 2, None, packed=True))
+    assert len(list(shared.micro_batches(TABLE, Layout(RESPONSE_IDS, 5, None, True)))) == 1
+    fewer = list(shared.micro_batches(TABLE.slice(0, 1), Layout(RESPONSE_IDS, 2, None, True)))
     assert [members for members, _ in fewer] == [[0]]

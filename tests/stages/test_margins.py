@@ -24,6 +24,7 @@ from madpo_ray.data.splits import group_hash
 from madpo_ray.errors import UserError
 from madpo_ray.models.loading import load_policy
 from madpo_ray.models.logprobs import ResponseLogps
+from madpo_ray.scoring.calibration import calibration_report
 from madpo_ray.scoring.scaling import fit_temperature
 from madpo_ray.scoring.scorers import TrainedReward
 from madpo_ray.stages import margins, pairs, reward, sft
@@ -212,6 +213,12 @@ def test_description() -> None:
         "2 pairs could not be scored, listed in rejects.parquet:",
         "  2 x nan",
     ]
+
+
+def test_description_of_errors_that_were_not_measured() -> None:
+    calibration = calibration_report(np.array([-1.0] + [2.0] * 9))
+    lines = margins.describe({"splits": {}, "calibration": calibration, "rejects": {}})
+    assert str(lines[0]).endswith("the pairs are too few to measure the errors after it")
 
 
 @pytest.mark.slow
