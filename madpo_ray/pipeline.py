@@ -70,9 +70,9 @@ def _with_needed(config: Config, last: Stage) -> list[Stage]:
     return stages
 
 
-def _pending(config: Config, stages: Sequence[Stage]) -> list[Stage]:
-    """Those that are not finished for this config."""
-    return [stage for stage in stages if not stage.is_finished(config)]
+def pending(config: Config, until: Stage | None = None) -> list[Stage]:
+    """The wanted stages that are not finished for this config."""
+    return [stage for stage in wanted_stages(config, until) if not stage.is_finished(config)]
 
 
 def check(config: Config, stages: Sequence[Stage]) -> None:
@@ -105,7 +105,7 @@ def run_all(
     names = "every stage" if until is None else ", ".join(stage.name for stage in stages)
     nothing_to_do = f"nothing to do: {names} in {folder} is done for this config"
     has_leftovers = any(stage.has_leftovers(config) for stage in stages)
-    if not has_leftovers and not _pending(config, stages) and _holds(config_file, config):
+    if not has_leftovers and not pending(config, until) and _holds(config_file, config):
         say(nothing_to_do)
         return
 
@@ -113,7 +113,7 @@ def run_all(
         # What is left, and why.
         for stage in stages:
             stage.recover(config)
-        todo = _pending(config, stages)
+        todo = pending(config, until)
         for stage in todo:
             explain_redo(config, stage, say)
         save_config(config, config_file)
