@@ -183,6 +183,38 @@ def _margins(
     _perform(config, overrides, dry_run, _only(*stages), _run_stages(*stages))
 
 
+@app.command("plan", help="What a config needs on given GPUs: memory, settings that fit, hours.")
+def _plan(
+    config: ConfigFile,
+    overrides: Overrides = [],  # noqa: B006 (typer's way)
+    gpu: Annotated[str, typer.Option(help="such as A100-80G or H100-80G")] = "H100-80G",
+    gpus_per_node: Annotated[int, typer.Option(min=1)] = 8,
+    nodes: Annotated[int, typer.Option(min=1)] = 1,
+    prompt_tokens: Annotated[
+        int | None, typer.Option(min=1, help="of each pair; default: half of data.max_length")
+    ] = None,
+    response_tokens: Annotated[
+        int | None, typer.Option(min=1, help="of each response; default: the other half")
+    ] = None,
+    utilisation: Annotated[
+        float, typer.Option(min=0.01, max=1, help="share of a GPU's peak that is reached")
+    ] = 0.4,
+) -> None:
+    with exit_codes():
+        loaded = load_config(config, overrides)
+        # Torch and transformers take seconds to import.
+        from madpo_ray.sizing.footprint import Lengths
+        from madpo_ray.sizing.gpus import Cluster, find_gpu
+        from madpo_ray.sizing.plan import default_lengths, find_needs
+        from madpo_ray.sizing.terminal import needs_tables
+
+        cluster = Cluster(find_gpu(gpu), gpu, gpus_per_node, nodes, utilisation)
+        default = default_lengths(loaded)
+        lengths = Lengths(prompt_tokens or default.prompt, response_tokens or default.response)
+        for part in needs_tables(find_needs(loaded, cluster, lengths), cluster):
+            say(part)
+
+
 @app.command("verify", help="Compare every file of a run with the hash that its manifest has.")
 def _verify(
     run: Annotated[Path, typer.Argument(help="the run's folder: run.storage_path/run.name")],

@@ -102,13 +102,13 @@ class MicroBatch:
     pair_ids: tuple[str, ...]
 
     def to(self, device: torch.device) -> "MicroBatch":
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        return self.map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> "MicroBatch":
         """In memory from which a GPU copies without the host; as it is if there is no GPU."""
-        return self._map(Tensor.pin_memory) if torch.cuda.is_available() else self
+        return self.map_tensors(Tensor.pin_memory) if torch.cuda.is_available() else self
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> "MicroBatch":
+    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> "MicroBatch":
         changed: MicroBatch = _map_tensors(self, change)
         return changed
 

@@ -3,7 +3,10 @@
 Legend: T tokens of a packed row, K keys (prompts once per response), D channels of a head.
 """
 
+import contextlib
 import re
+from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -180,13 +183,31 @@ class _Scores(NamedTuple):
         return F.dropout(weights.to(query.dtype), self.dropout) @ value
 
 
+_assumes_gpu: ContextVar[bool] = ContextVar("assumes_gpu", default=False)
+
+
+@contextlib.contextmanager
+def assumed_gpu() -> Iterator[None]:
+    """In the block, attention is that of a GPU on any device: for tensors without memory."""
+    token = _assumes_gpu.set(True)
+    try:
+        yield
+    finally:
+        _assumes_gpu.reset(token)
+
+
+def _is_flash_device(device: torch.device) -> bool:
+    if _assumes_gpu.get():
+        return True
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def _has_flash_kernel(query: Tensor, value: Tensor) -> bool:
     """Whether the device has PyTorch's flash kernel for these (1, heads, T, D)."""
     channels = query.shape[-1]
     return (
-        query.is_cuda
-        and query.dtype in (torch.bfloat16, torch.float16)
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        query.dtype in (torch.bfloat16, torch.float16)
+        and _is_flash_device(query.device)
         and channels == value.shape[-1]
         and channels <= 256
         and channels % 8 == 0

@@ -244,7 +244,8 @@ def with_lora(model: nn.Module, settings: TrainingConfig, task_type: TaskType) -
     with warnings.catch_warnings():
         # peft 0.21 reads the old name of an attribute of transformers 5.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-        adapted: nn.Module = get_peft_model(model, lora)
+        # Adapters have the model's dtype: DeepSpeed would cast them below stage 3 only.
+        adapted: nn.Module = get_peft_model(model, lora, autocast_adapter_dtype=False)
     return adapted
 
 

@@ -30,16 +30,26 @@ class ResponseLogps(nn.Module):
     Under ZeRO-3 every rank has to call the head equally often. In training `max_response_tokens`
     bounds N over all micro-batches of a run and so fixes the number of chunks.
 
+    Args:
+        tokens_per_chunk: response tokens whose logits exist at the same time; None: as many as suit
+            the device.
+
     Attributes:
         own_forward: take all logits from the model's complete forward, with more memory: for models
             that do more after their last hidden states than is known here.
     """
 
-    def __init__(self, model: nn.Module, max_response_tokens: int | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        max_response_tokens: int | None = None,
+        tokens_per_chunk: int | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
         self.own_forward = False
         self._max_response_tokens = max_response_tokens
+        self._tokens_per_chunk = tokens_per_chunk
 
     def forward(self, batch: MicroBatch) -> dict[str, Tensor]:
         """`logps` (R * B,): each response's log-prob summed over its tokens, in nats.
@@ -79,7 +89,8 @@ class ResponseLogps(nn.Module):
 
         # Logits of one chunk of response tokens after another.
         num_tokens = self._max_response_tokens or len(hidden)
-        num_chunks = math.ceil(num_tokens / TOKENS_PER_CHUNK[hidden.device.type])
+        chunk = self._tokens_per_chunk or TOKENS_PER_CHUNK[hidden.device.type]
+        num_chunks = math.ceil(num_tokens / chunk)
         chunks = zip(
             hidden.tensor_split(num_chunks),
             batch.target_ids.tensor_split(num_chunks),

@@ -74,6 +74,17 @@ def test_policy_has_the_configs_dtype(model_folder: Path) -> None:
     assert next(load_policy_float32(model_folder, model).parameters()).dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adapters_have_the_models_dtype(dtype: str, model_folder: Path) -> None:
+    """In float32 next to bfloat16 they would make layers keep their inputs twice."""
+    model = ModelConfig(model_name_or_path=str(model_folder), dtype=dtype)
+    settings = PolicyConfig(use_peft=True, lora_r=4)
+    adapted = prepare_for_training(
+        load_policy(model_folder, model), settings, task_type="CAUSAL_LM"
+    )
+    assert {p.dtype for p in adapted.parameters()} == {getattr(torch, dtype)}
+
+
 def test_new_reward_head_is_zero(model_folder: Path) -> None:
     """All rewards start at 0, so the first loss is ln 2."""
     model = ModelConfig(model_name_or_path=str(model_folder))

@@ -1,0 +1,255 @@
+"""What a model needs, from its config.json alone: parameters, FLOPs, activations.
+
+The model is built and run on PyTorch's fake tensors, which have shapes and no memory.
+"""
+
+import contextlib
+import copy
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from madpo_ray.columns import CHOSEN_IDS, PROMPT_IDS, REJECTED_IDS, RESPONSE_IDS
+from madpo_ray.config import ModelConfig, TrainingConfig
+from madpo_ray.data.batching import MicroBatch, collate
+from madpo_ray.errors import UserError
+from madpo_ray.models.attention import assumed_gpu, may_pack
+from madpo_ray.models.flops import ModelFlops
+from madpo_ray.models.loading import (
+    AUTO_CLASSES,
+    DTYPES,
+    TaskType,
+    prepare_for_training,
+    transformer_of,
+)
+from madpo_ray.models.logprobs import TOKENS_PER_CHUNK, ResponseLogps, ResponseRewards
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+# Memory and FLOPs of a model with more layers follow from these two numbers of layers: every layer
+# adds the same.
+FEW_LAYERS = 2
+MORE_LAYERS = 4
+
+
+class Shape(NamedTuple):
+    """A micro-batch: equal pairs, in tokens."""
+
+    pairs: int
+    prompt_tokens: int
+    response_tokens: int
+
+
+class Lengths(NamedTuple):
+    """Of every pair, in tokens."""
+
+    prompt: int
+    response: int
+
+    def count(self, num_responses: int) -> int:
+        return self.prompt + num_responses * self.response
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What one micro-batch and its model need, on one device, before anything is sharded."""
+
+    parameters: int  # elements, frozen ones included
+    trained: int  # elements
+    largest: int  # elements of the largest tensor
+    in_four_bits: int  # elements of the weights that model.load_in_4bit shrinks
+    activations: int  # bytes beside weights and their gradients, at the peak of a micro-batch
+    flops: float  # of a micro-batch
+    tokens: int  # that the model reads for a micro-batch
+
+
+def measure_footprint(
+    architecture: "PretrainedConfig",
+    model: ModelConfig,
+    shape: Shape,
+    *,
+    task_type: TaskType,
+    settings: TrainingConfig | None,
+    responses: tuple[str, ...] = RESPONSE_IDS,
+    on_gpu: bool = True,
+) -> Footprint:
+    """The footprint of a forward and backward, or, without settings, of a forward.
+
+    Args:
+        architecture: transformers' config of the model.
+        responses: what is read of a pair.
+        on_gpu: whether attention and chunks of logits are those of a GPU.
+
+    Raises:
+        UserError: the model is a mixture of experts: what they compute depends on their routing.
+    """
+    architecture = copy.deepcopy(architecture)
+    text = architecture.get_text_config()
+    if any("experts" in name and value for name, value in text.to_dict().items()):
+        raise UserError(
+            f"a {architecture.model_type} model cannot be planned: it is a mixture of experts, and "
+            "which of them compute is known only while it runs"
+        )
+    text.use_cache = False
+    batch = _micro_batch(shape, responses, packed=may_pack(model, architecture))
+
+    def build(num_layers: int) -> Any:
+        shortened = _with_layers(architecture, num_layers)
+        with torch.device("meta"):
+            chunk = TOKENS_PER_CHUNK["cuda" if on_gpu else "cpu"]
+            return _module(shortened, model, task_type, settings, chunk)
+
+    def peak_of(module: Any) -> int:
+        with assumed_gpu() if on_gpu else contextlib.nullcontext():
+            return _peak_bytes(module, batch)
+
+    num_layers = text.num_hidden_layers
+    complete = build(num_layers)
+    if num_layers <= MORE_LAYERS:
+        activations = peak_of(complete)
+    else:
+        few = peak_of(build(FEW_LAYERS))
+        more = peak_of(build(MORE_LAYERS))
+        per_layer = (more - few) / (MORE_LAYERS - FEW_LAYERS)
+        activations = round(few + per_layer * (num_layers - FEW_LAYERS))
+    sizes = [(p.numel(), p.requires_grad) for p in complete.parameters()]
+    return Footprint(
+        parameters=sum(size for size, _ in sizes),
+        trained=sum(size for size, is_trained in sizes if is_trained),
+        largest=max(size for size, _ in sizes),
+        in_four_bits=_count_quantized(complete.model) if model.load_in_4bit else 0,
+        activations=activations,
+        flops=ModelFlops(complete.model)(batch),
+        tokens=batch.input_ids.numel(),
+    )
+
+
+def _with_layers(architecture: "PretrainedConfig", num_layers: int) -> "PretrainedConfig":
+    """The architecture with its first layers only."""
+    shortened = copy.deepcopy(architecture)
+    text = shortened.get_text_config()
+    all_layers = text.num_hidden_layers
+    for name, value in vars(text).items():
+        if isinstance(value, list) and len(value) == all_layers:  # one entry per layer
+            setattr(text, name, value[:num_layers])
+    text.num_hidden_layers = num_layers
+    return shortened
+
+
+def _count_quantized(model: Any) -> int:
+    """Elements of frozen linear layers but the head, which QLoRA keeps in 4 bits."""
+    head = transformer_of(model).get_output_embeddings()
+    return sum(
+        module.weight.numel()
+        for module in model.modules()
+        if isinstance(module, nn.Linear) and not module.weight.requires_grad and module is not head
+    )
+
+
+def _micro_batch(shape: Shape, responses: tuple[str, ...], *, packed: bool) -> MicroBatch:
+    pair = {
+        PROMPT_IDS: [0] * shape.prompt_tokens,
+        CHOSEN_IDS: [0] * shape.response_tokens,
+        REJECTED_IDS: [0] * shape.response_tokens,
+    }
+    return collate([pair] * shape.pairs, packed=packed, responses=responses)
+
+
+def _module(
+    architecture: "PretrainedConfig",
+    model: ModelConfig,
+    task_type: TaskType,
+    settings: TrainingConfig | None,
+    tokens_per_chunk: int,
+) -> Any:
+    """The module of a task, with fake weights."""
+    import transformers
+
+    if task_type == "SEQ_CLS":
+        architecture.num_labels = 1
+    auto_class = getattr(transformers, AUTO_CLASSES[task_type])
+    loaded: nn.Module = auto_class.from_config(
+        architecture,
+        dtype=DTYPES[model.dtype],
+        attn_implementation="sdpa" if model.attn_implementation != "eager" else "eager",
+        trust_remote_code=model.trust_remote_code,
+    )
+    if settings is None:
+        loaded.requires_grad_(False)
+    else:
+        loaded = prepare_for_training(loaded, settings, task_type=task_type)
+        loaded.to(DTYPES[model.dtype])  # as DeepSpeed does with LoRA's adapters
+    if task_type == "SEQ_CLS":
+        return ResponseRewards(loaded).train(settings is not None)
+    return ResponseLogps(loaded, tokens_per_chunk=tokens_per_chunk).train(settings is not None)
+
+
+def _peak_bytes(module: Any, batch: MicroBatch) -> int:
+    """The peak of a forward and backward (a forward, if nothing is trained), without the weights.
+
+    Gradients of weights are freed one by one, as ranks do that share them.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        module.to_empty(device="cpu")
+        batch = batch.map_tensors(fake.from_tensor)
+        trained = [p for p in module.parameters() if p.requires_grad]
+        for parameter in trained:
+            parameter.register_post_accumulate_grad_hook(_drop_gradient)
+        tracker = _PeakMemory([*module.parameters(), *module.buffers()])
+        with tracker, torch.set_grad_enabled(bool(trained)):
+            outputs = module(batch)
+            if trained:
+                next(iter(outputs.values())).sum().backward()
+    return tracker.peak
+
+
+class _PeakMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The most bytes at a time, in the block, of tensors that were made there.
+
+    PyTorch's own `MemTracker` cannot read a model with frozen weights.
+
+    Args:
+        known: tensors that do not count, and neither do views of them.
+    """
+
+    def __init__(self, known: Sequence[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak = 0
+        self._now = 0
+        self._known = WeakIdKeyDictionary()
+        for tensor in known:
+            self._known[tensor.untyped_storage()] = True
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._note(tensor.untyped_storage())
+        return result
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._known:
+            return
+        self._known[storage] = True
+        size = storage.nbytes()
+        self._now += size
+        self.peak = max(self.peak, self._now)
+        weakref.finalize(storage, self._free, size)
+
+    def _free(self, size: int) -> None:
+        self._now -= size
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None

@@ -1,0 +1,107 @@
+"""Footprints without memory equal those of real tensors."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from madpo_ray.config import ModelConfig, PolicyConfig
+from madpo_ray.errors import UserError
+from madpo_ray.models.loading import prepare_for_training
+from madpo_ray.models.logprobs import ResponseLogps
+from madpo_ray.sizing import footprint
+from madpo_ray.sizing.footprint import Footprint, Shape, measure_footprint
+from support.models import make_model
+
+SHAPE = Shape(pairs=2, prompt_tokens=9, response_tokens=5)
+MODEL = ModelConfig(model_name_or_path="x")
+
+
+def measured(architecture: Any, **settings: Any) -> Footprint:
+    return measure_footprint(
+        architecture,
+        MODEL,
+        SHAPE,
+        task_type="CAUSAL_LM",
+        settings=PolicyConfig(**settings) if settings.pop("trains", True) else None,
+        on_gpu=False,
+    )
+
+
+def real_peak(model: torch.nn.Module, settings: PolicyConfig) -> int:
+    """The same count over tensors that exist."""
+    module = ResponseLogps(prepare_for_training(model, settings, task_type="CAUSAL_LM")).train()
+    batch = footprint._micro_batch(SHAPE, ("chosen_ids", "rejected_ids"), packed=True)
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(footprint._drop_gradient)
+    tracker = footprint._PeakMemory([*module.parameters(), *module.buffers()])
+    with tracker:
+        module(batch)["logps"].sum().backward()
+    return tracker.peak
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"gradient_checkpointing": True}, {"use_peft": True, "lora_r": 2}],
+    ids=["all", "recomputed", "lora"],
+)
+def test_equals_a_real_model(settings: dict[str, Any]) -> None:
+    model = make_model("llama")
+    found = measured(model.config, **settings)
+    count = sum(p.numel() for p in model.parameters())
+    assert found.tokens == 2 * (9 + 2 * 5)
+    assert found.activations == pytest.approx(real_peak(model, PolicyConfig(**settings)), rel=0.01)
+    if settings.get("use_peft"):
+        assert 0 < found.trained == found.parameters - count
+    else:
+        assert found.trained == found.parameters == count
+
+
+def test_layers_add_equal_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model with more layers is extrapolated from few."""
+    architecture = make_model("llama").config
+    architecture.num_hidden_layers = 9
+    extrapolated = measured(architecture)
+    monkeypatch.setattr(footprint, "MORE_LAYERS", 9)
+    assert extrapolated == measured(architecture)
+
+
+def test_settings_of_each_layer_are_shortened() -> None:
+    """Gemma 3 names the attention of each layer."""
+    architecture = make_model("gemma3_text").config
+    architecture.num_hidden_layers = 6
+    architecture.layer_types = ["sliding_attention"] * 5 + ["full_attention"]
+    assert measured(architecture).activations > 0
+
+
+def test_forward_alone_keeps_nothing() -> None:
+    architecture = make_model("llama").config
+    forward = measured(architecture, trains=False)
+    trained = measured(architecture)
+    assert forward.trained == 0
+    assert forward.activations < trained.activations / 2
+    assert forward.flops == pytest.approx(trained.flops / 3, rel=0.2)
+
+
+def test_gpus_keep_grouped_keys_as_they_are() -> None:
+    """On a CPU each head has a copy of its group's keys and values."""
+    architecture = make_model("llama", head_dim=8).config
+    model = MODEL.model_copy(update={"dtype": "bfloat16"})
+    on_gpu, on_cpu = (
+        measure_footprint(
+            architecture,
+            model,
+            SHAPE,
+            task_type="SEQ_CLS",
+            settings=PolicyConfig(),
+            on_gpu=on_gpu,
+        ).activations
+        for on_gpu in (True, False)
+    )
+    assert 0 < on_gpu < on_cpu
+
+
+def test_routed_experts_are_refused() -> None:
+    with pytest.raises(UserError, match="mixtral model cannot be planned"):
+        measured(make_model("mixtral").config)

@@ -1,0 +1,98 @@
+"""Plans of a tiny model on GPUs of a size that makes the choice."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from madpo_ray.config import Config, parse_config
+from madpo_ray.errors import UserError
+from madpo_ray.sizing.footprint import Lengths
+from madpo_ray.sizing.gpus import GPU, Cluster
+from madpo_ray.sizing.plan import default_lengths, find_needs
+from madpo_ray.sizing.trainings import TrainingNeeds
+from support.models import make_model
+
+LENGTHS = Lengths(prompt=16, response=8)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    """A model of which only config.json is there."""
+    make_model("llama").config.save_pretrained(tmp_path / "model")
+    raw: dict[str, Any] = {
+        "model": {"model_name_or_path": str(tmp_path / "model")},
+        "data": {"files": [str(tmp_path / "none.jsonl")]},
+        "cluster": {"use_gpu": True},
+        "sft": {},
+        "train": {"per_device_train_batch_size": 4, "reduce_bucket_size": 1000},
+    }
+    return parse_config(raw)
+
+
+def cluster_of(memory: int, nodes: int = 1) -> Cluster:
+    return Cluster(GPU(memory, 1e12), "test", gpus_per_node=2, nodes=nodes, utilisation=0.5)
+
+
+def policy_needs(config: Config, memory: int, nodes: int = 1) -> TrainingNeeds:
+    return find_needs(config, cluster_of(memory, nodes), LENGTHS).trainings[-1]
+
+
+def settings_that_fit(needs: TrainingNeeds) -> dict[str, Any]:
+    assert needs.fitting is not None
+    return dict(needs.fitting.changes)
+
+
+def test_covers_every_training_and_pass(config: Config) -> None:
+    needs = find_needs(config, cluster_of(2**40), LENGTHS)
+    assert [one.stage for one in needs.trainings] == ["sft", "reward", "train"]
+    assert [one.name for one in needs.passes] == ["margins", "evaluate"]
+    # SFT reads one response of a pair.
+    assert [one.footprint.tokens // one.shape.pairs for one in needs.trainings] == [24, 32, 32]
+
+
+def test_fastest_settings_that_fit(config: Config) -> None:
+    """Less memory: more is sharded, then recomputed, offloaded, and read in smaller parts."""
+    dpo = config.train.model_copy(update={"loss_type": "sigmoid"})  # no reward model
+    config = config.model_copy(update={"sft": None, "train": dpo})
+    roomy = policy_needs(config, 2**40)
+    assert settings_that_fit(roomy) == {"zero_stage": 0, "per_device_train_batch_size": 4}
+    tighter = policy_needs(config, int(roomy.by_zero_stage[0].peak / 0.92) - 1)
+    assert settings_that_fit(tighter) == {"zero_stage": 1, "per_device_train_batch_size": 4}
+    assert policy_needs(config, 1000).fitting is None
+
+
+def test_budget_of_tokens_is_kept(config: Config) -> None:
+    train = config.train.model_copy(update={"max_tokens_per_device": 100})
+    needs = policy_needs(config.model_copy(update={"train": train}), 2**40)
+    assert needs.shape.pairs == 100 // 32
+    assert settings_that_fit(needs) == {"zero_stage": 0, "max_tokens_per_device": 96}
+
+
+def test_more_nodes_hold_smaller_parts(config: Config) -> None:
+    one, two = (policy_needs(config, 2**40, nodes) for nodes in (1, 2))
+    assert two.by_zero_stage[3].optimizer < one.by_zero_stage[3].optimizer
+    assert two.by_zero_stage[0] == one.by_zero_stage[0]
+    assert two.pairs_per_second == pytest.approx(2 * one.pairs_per_second)
+    assert two.checkpoint == one.checkpoint
+
+
+def test_each_fold_has_a_model_in_every_actor(config: Config) -> None:
+    raw = config.model_dump(mode="json")
+    weights = []
+    for folds in (1, 3):
+        raw["reward"]["folds"] = folds
+        needs = find_needs(parse_config(raw), cluster_of(2**40), LENGTHS)
+        weights.append(needs.passes[0].weights)
+    reference = needs.passes[1].weights // 2
+    assert weights[1] - reference == 3 * (weights[0] - reference)
+
+
+def test_lengths_fill_max_length(config: Config) -> None:
+    assert default_lengths(config).count(1) == config.data.max_length
+
+
+def test_unreadable_model(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "model" / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json of .*model cannot be read"):
+        find_needs(config, cluster_of(2**40), LENGTHS)
