@@ -7,7 +7,7 @@ DEMO := .demo
 # One thread for each test's process: Ray's workers have one too.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: setup demo check test test-all clean
+.PHONY: setup demo check test test-all test-gpu clean
 
 setup: .venv/installed
 
@@ -36,6 +36,11 @@ test: setup
 
 test-all: setup
 	$(PYTEST) -m "not gpu"
+
+# For a machine with GPUs; two of them for all of it.
+test-gpu: setup
+	$(PYTEST) -m gpu tests/gpu
+	$(BIN)/python jobs/benchmark_gpu.py
 
 clean:
 	rm -rf .venv $(DEMO) runs

@@ -131,6 +131,10 @@ class ModelConfig(Section):
         False,
         description="policy in NF4 (QLoRA), for GPUs; needs train.use_peft and bitsandbytes",
     )
+    use_liger_kernel: bool = Field(
+        False,
+        description="Liger's fused norms, rotary embedding and MLPs, on GPUs; needs liger-kernel",
+    )
     packed_rows: Literal["auto", "off"] = Field(
         "auto",
         description="auto: all pairs of a micro-batch in one row, each prompt once, if that gives "
@@ -140,7 +144,8 @@ class ModelConfig(Section):
     def numerics(self) -> dict[str, Any]:
         """How the model computes, as far as it affects results; for fingerprints."""
         return self.model_dump(
-            mode="json", include={"dtype", "attn_implementation", "load_in_4bit"}
+            mode="json",
+            include={"dtype", "attn_implementation", "load_in_4bit", "use_liger_kernel"},
         )
 
     def names(self) -> dict[str, Any]:

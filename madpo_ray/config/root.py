@@ -105,6 +105,12 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_liger(self) -> "Config":
+        if self.model.use_liger_kernel and not self.cluster.use_gpu:
+            raise ValueError("model.use_liger_kernel needs cluster.use_gpu: it is for GPUs")
+        return self
+
+    @model_validator(mode="after")
     def _check_shares_of_gpus(self) -> "Config":
         shares = {
             "cluster.gpus_per_worker": self.cluster.gpus_per_worker != 1,

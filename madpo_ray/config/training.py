@@ -53,6 +53,11 @@ class TrainingConfig(Section):
     stage3_max_live_parameters: int = Field(
         1_000_000_000, ge=1, description="elements that a rank keeps gathered under ZeRO-3"
     )
+    overlap_comm: bool | None = Field(
+        None,
+        description="reduce gradients while the backward pass computes; takes a second bucket. "
+        "null: under ZeRO-3 only, as DeepSpeed does",
+    )
     offload_optimizer: bool = Field(
         False, description="optimizer states in CPU memory; needs zero_stage 2 or 3"
     )

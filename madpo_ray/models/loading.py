@@ -150,7 +150,26 @@ def _load(
             f"{_list_weights('not used', unused)}"
             "check that the folder is the right model and was copied completely"
         )
+    if model.use_liger_kernel:
+        _use_liger(loaded)
     return cast(nn.Module, loaded)
+
+
+def _use_liger(model: Any) -> None:
+    """Fused kernels for norms, the rotary embedding and MLPs; not for the loss, which is our own.
+
+    Raises:
+        UserError: there are none for the architecture; Liger itself would do nothing.
+    """
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+    from transformers.integrations.liger import apply_liger_kernel
+
+    model_type = model.config.model_type
+    if model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        raise UserError(
+            f"model.use_liger_kernel: Liger has no kernels for {model_type} models: remove it"
+        )
+    apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
 
 
 def _list_weights(what: str, names: Sequence[str]) -> str:
@@ -181,7 +200,8 @@ def check_weights(folder: Path, model: ModelConfig, *, task_type: TaskType) -> N
     """Raises UserError if the folder lacks weights of the model. Reads names and shapes only."""
     new = (REWARD_HEAD,) if task_type == "SEQ_CLS" else ()
     labels = {"num_labels": 1} if task_type == "SEQ_CLS" else {}
-    eager = model.model_copy(update={"attn_implementation": "eager", "load_in_4bit": False})
+    plain = {"attn_implementation": "eager", "load_in_4bit": False, "use_liger_kernel": False}
+    eager = model.model_copy(update=plain)
     try:
         _load(task_type, folder, eager, new, device_map="meta", **labels)
     # A folder can be broken in as many ways as it has files; nothing else happens here.

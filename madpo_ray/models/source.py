@@ -68,6 +68,9 @@ def check_model(model: ModelConfig, task_type: "TaskType" = "CAUSAL_LM") -> None
     if model.load_in_4bit:
         message = "model.load_in_4bit needs the package bitsandbytes: pip install bitsandbytes"
         _check_package("bitsandbytes", message)
+    if model.use_liger_kernel:
+        message = "model.use_liger_kernel needs the package liger-kernel: pip install liger-kernel"
+        _check_package("liger_kernel", message)
     if model.attn_implementation == "flash_attention_2":
         message = (
             "model.attn_implementation: flash_attention_2 needs the package flash-attn; "

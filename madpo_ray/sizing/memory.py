@@ -70,7 +70,8 @@ def rank_memory(
     step = (share if stage else trained) * MASTER
     if stage == 0 and dtype == "float32":
         step = 0
-    buckets = 0 if stage == 0 else settings.reduce_bucket_size * size
+    num_buckets = 2 if settings.overlap_comm and stage in (1, 2) else 1
+    buckets = num_buckets * settings.reduce_bucket_size * size if stage else 0
 
     # What is offloaded.
     host = 0

@@ -40,6 +40,9 @@ def deepspeed_config(
         "stage3_max_live_parameters": settings.stage3_max_live_parameters,
     }
 
+    if settings.overlap_comm is not None:
+        zero["overlap_comm"] = settings.overlap_comm
+
     # What is kept in CPU memory.
     if settings.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}

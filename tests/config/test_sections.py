@@ -67,6 +67,7 @@ def set_in(section: str, key: str, value: Any) -> Edit:
         (set_in("reward", "lora_layers_to_transform", [1]), "by name"),
         (set_in("train", "lora_target_modules", ["all-linear", "q_proj"]), "give it alone"),
         (set_in("model", "attn_implementation", "flash_attention_2"), "trains on GPUs only"),
+        (set_in("model", "use_liger_kernel", True), "use_liger_kernel needs cluster.use_gpu"),
         (set_in("train", "weight_column", "w"), "add it to data.keep_columns"),
     ],
 )

@@ -135,3 +135,18 @@ def test_gguf_brings_no_code_of_others(tmp_path: Path) -> None:
     model = ModelConfig(model_name_or_path=str(tmp_path / "model.gguf"), trust_remote_code=True)
     with pytest.raises(UserError, match="runs code of another repository"):
         check_model(model)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "package"),
+    [
+        ("load_in_4bit", True, "bitsandbytes"),
+        ("use_liger_kernel", True, "liger-kernel"),
+        ("attn_implementation", "flash_attention_2", "flash-attn"),
+    ],
+)
+def test_missing_package_is_named(key: str, value: Any, package: str, model_folder: Path) -> None:
+    """Packages for GPUs, which the tests do not install."""
+    model = ModelConfig(model_name_or_path=str(model_folder), **{key: value})
+    with pytest.raises(UserError, match=f"model.{key}.* needs the package {package}"):
+        check_model(model)

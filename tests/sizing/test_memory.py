@@ -56,6 +56,10 @@ def test_parts(stage: int, dtype: str, expected: tuple[int, ...]) -> None:
     assert memory(dtype, zero_stage=stage) == expected
 
 
+def test_overlap_takes_a_second_bucket() -> None:
+    assert memory(zero_stage=2, overlap_comm=True)[3] == 2 * memory(zero_stage=2)[3]
+
+
 def test_offloading_moves_to_the_host() -> None:
     offloaded = memory(zero_stage=3, offload_optimizer=True, offload_param=True)
     assert offloaded == (400, 0, 0, 20, 0, 1200 + 400 + 400 + 400)

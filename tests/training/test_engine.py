@@ -134,5 +134,12 @@ def test_settings_of_deepspeed(dtype: str, zero_stage: int, sums_in_float32: boo
     config = deepspeed_config(PolicyConfig(zero_stage=zero_stage), dtype=dtype)
     assert config["bf16"]["enabled"] == (dtype == "bfloat16")
     assert config.get("data_types") == ({"grad_accum_dtype": "fp32"} if sums_in_float32 else None)
+    assert "overlap_comm" not in config["zero_optimization"]
     # Its clock waits for the device at every forward and step.
     assert config["timers"] == {"throughput": {"enabled": False}}
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_overlap_reaches_deepspeed(overlap: bool) -> None:
+    config = deepspeed_config(PolicyConfig(overlap_comm=overlap), dtype="float32")
+    assert config["zero_optimization"]["overlap_comm"] is overlap

@@ -27,6 +27,7 @@ SETTINGS: dict[str, tuple[int, dict[str, Any]]] = {
     "two-ranks": (2, {"per_device_train_batch_size": 4, "zero_stage": 0}),
     "three-ranks": (3, {"per_device_train_batch_size": 3, "zero_stage": 1}),
     "four-ranks": (4, {"per_device_train_batch_size": 2}),
+    "overlapped": (2, {"per_device_train_batch_size": 2, "overlap_comm": True}),
     "budget": (2, {"max_tokens_per_device": 90}),
     "sharded": (2, {"per_device_train_batch_size": 3, **SHARDED}),
     "separate-rows": (2, {"model": {"packed_rows": "off"}}),

@@ -1,0 +1,72 @@
+"""Packed rows on a GPU: the model's own numbers, and the kernel against float32."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from madpo_ray.config import ModelConfig
+from madpo_ray.data.batching import collate
+from madpo_ray.models.attention import _has_flash_kernel, packed_attention
+from madpo_ray.models.loading import load_policy
+from madpo_ray.models.logprobs import ResponseLogps
+from madpo_ray.models.reading import find_reading
+from support.forwards import PAIRS, separate_logps
+from support.models import make_model
+
+CUDA = torch.device("cuda")
+# Largest difference of a response's log-prob, in nats. TF32 is off.
+TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 1.0}
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCES), ids=str)
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "mistral", "gemma3_text", "gpt2"])
+def test_rows_are_packed_and_give_the_models_log_probs(model_type: str, dtype: torch.dtype) -> None:
+    model = make_model(model_type)
+    with torch.no_grad():
+        expected = separate_logps(model)
+        module = ResponseLogps(model.to(CUDA, dtype))
+        settings = ModelConfig(model_name_or_path="x")
+        reading = find_reading(module, CUDA, settings)
+        assert reading.packed
+        logps = module(collate(PAIRS, packed=True).to(CUDA))["logps"]
+    torch.testing.assert_close(logps.cpu(), expected, rtol=0, atol=TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize(("heads", "key_heads", "channels"), [(4, 4, 64), (8, 2, 128)])
+def test_flash_kernel_equals_segments(
+    heads: int, key_heads: int, channels: int, window: int | None
+) -> None:
+    """Outputs and gradients in bfloat16, against float32."""
+    batch = collate(PAIRS, packed=True).to(CUDA)
+    row = batch.packed_row
+    shapes = [
+        (1, count, batch.input_ids.shape[1], channels) for count in (heads, key_heads, key_heads)
+    ]
+    exact = [torch.randn(*shape, device=CUDA, requires_grad=True) for shape in shapes]
+    rounded = [states.detach().bfloat16().requires_grad_() for states in exact]
+    assert _has_flash_kernel(rounded[0], rounded[2])
+    assert not _has_flash_kernel(exact[0], exact[2])
+
+    results = []
+    for states in (rounded, exact):
+        output, _ = packed_attention(None, *states, None, packed_row=row, sliding_window=window)
+        grads = torch.autograd.grad(output.float().square().sum(), states)
+        results.append([output, *grads])
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours.float() - theirs).norm() < 0.02 * theirs.norm()
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("liger_kernel"), reason="needs liger-kernel")
+def test_liger_gives_the_models_log_probs(tmp_path: Path) -> None:
+    model = make_model("llama")
+    model.save_pretrained(tmp_path)
+    settings = ModelConfig(model_name_or_path=str(tmp_path), use_liger_kernel=True)
+    with torch.no_grad():
+        expected = separate_logps(model)
+        module = ResponseLogps(load_policy(tmp_path, settings).to(CUDA))
+        assert find_reading(module, CUDA, settings).packed
+        logps = module(collate(PAIRS, packed=True).to(CUDA))["logps"]
+    torch.testing.assert_close(logps.cpu(), expected, rtol=0, atol=TOLERANCES[torch.float32])
