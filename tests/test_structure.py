@@ -29,6 +29,8 @@ TESTED_ELSEWHERE = {
     "data/strict_json": "data/test_sources.py and data/test_formats.py",
     "scoring/actors": "stages/test_margins.py, on a real Ray",
     "evaluation/sampling": "stages/test_evaluate.py, on a real Ray",
+    "stages/other_runs": "stages/test_evaluate.py",
+    "config/paths": "config/test_files.py",
     "sizing/trainings": "sizing/test_plan.py",
     "sizing/passes": "sizing/test_plan.py",
     "stages/sft": "training/test_tasks.py and stages/test_stage.py",

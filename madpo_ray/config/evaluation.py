@@ -4,7 +4,8 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
-from madpo_ray.config.base import Section, operational
+from madpo_ray.config.base import Section, Strings, operational
+from madpo_ray.config.reward import kind_of
 from madpo_ray.config.training import PolicyConfig, Range
 from madpo_ray.errors import did_you_mean
 
@@ -92,11 +93,37 @@ class EvaluateConfig(Section):
         None, description="kept column with the rejected response's true score"
     )
     num_samples: int = Field(
-        32, ge=2, description="sampled responses for the KL estimate, two per prompt"
+        32, ge=2, description="sampled responses of each policy and temperature, two per prompt"
+    )
+    temperatures: tuple[float, ...] = Field(
+        (1.0,), min_length=1, strict=False, description="of decoding; 0 is greedy"
+    )
+    judge: str | None = Field(
+        None,
+        description="what rewards samples: the folder or hub name of a classifier with one label, "
+        "or module:function. null: samples are not rewarded",
+    )
+    judge_revision: str = Field("main", description="of a judge on the hub")
+    compare_with: Strings = Field(
+        (), description="folders of other finished runs, whose policies are sampled, too"
     )
     num_shown: int = Field(5, ge=1, description="samples to print, before and after training")
     max_new_tokens: int = Field(64, ge=1, description="of a sample")
     generation_batch_size: int = Field(16, ge=1, description="prompts sampled at a time")
+
+    @field_validator("temperatures")
+    @classmethod
+    def _check_temperatures(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if min(value) < 0 or len(set(value)) < len(value):
+            raise ValueError("temperatures must be different, and none below 0")
+        return value
+
+    @field_validator("judge")
+    @classmethod
+    def _check_judge(cls, value: str | None) -> str | None:
+        if value is not None and kind_of(value) not in ("classifier", "function"):
+            raise ValueError(f"{value} is neither a classifier nor module:function")
+        return value
 
 
 class TuneConfig(Section):

@@ -11,8 +11,7 @@ from pydantic import ValidationError
 
 from madpo_ray.atomic import write_text
 from madpo_ray.config.base import Section
-from madpo_ray.config.inputs import STORES, is_remote
-from madpo_ray.config.reward import kind_of
+from madpo_ray.config.paths import with_absolute_paths
 from madpo_ray.config.root import Config
 from madpo_ray.errors import UserError, did_you_mean
 
@@ -54,7 +53,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 
 def parse_config(raw: Mapping[str, Any]) -> Config:
     """The checked config of nested mappings. Raises UserError as `load_config` does."""
-    return _with_absolute_paths(_validated(Config, raw))
+    return with_absolute_paths(_validated(Config, raw))
 
 
 def with_changes(section: AnySection, name: str, changes: Mapping[str, Any]) -> AnySection:
@@ -209,90 +208,3 @@ def _section_of(annotation: Any) -> Any:
         candidates = candidates[1:]
     found = (_section_of(candidate) for candidate in candidates)
     return next((section for section in found if section is not None), None)
-
-
-def _with_absolute_paths(config: Config) -> Config:
-    """Ray changes the working directory of its workers, so every path is made absolute once."""
-    _check_name("model.model_name_or_path", config.model.model_name_or_path)
-    storage_path = _absolute("run.storage_path", config.run.storage_path)
-    files = tuple(
-        _checked_uri(file) if is_remote(file) else _absolute("data.files", file)
-        for file in config.data.files
-    )
-
-    # A model's name may be a path or the name of a repository on the hub.
-    model = config.model
-    name = model.model_name_or_path
-    if Path(name).exists() or _is_path(name):
-        name = _absolute("model.model_name_or_path", name)
-    source = _absolute_source("reward.source", config.reward.source)
-    ensemble = tuple(_absolute_source("reward.ensemble", one) for one in config.reward.ensemble)
-    template = model.chat_template_path
-    if template is not None:
-        template = _absolute("model.chat_template_path", template)
-
-    return config.model_copy(
-        update={
-            "model": model.model_copy(
-                update={"model_name_or_path": name, "chat_template_path": template}
-            ),
-            "data": config.data.model_copy(update={"files": files}),
-            "reward": config.reward.model_copy(update={"source": source, "ensemble": ensemble}),
-            "run": config.run.model_copy(update={"storage_path": storage_path}),
-        }
-    )
-
-
-def _checked_uri(name: str) -> str:
-    """A URI of a known store, without credentials: names are printed and recorded."""
-    store, _, path = name.partition("://")
-    if store not in STORES or (store == "hf" and not path.startswith("datasets/")):
-        raise UserError(
-            f"data.files: {store}:// names of this kind are unknown; known are s3://, gs:// and "
-            "hf://datasets/"
-        )
-    server = path.partition("/")[0]
-    if store != "hf" and re.search("[:@]", server.removeprefix("anonymous@")):
-        raise UserError(
-            f"data.files: a {store}:// name holds credentials, and names are recorded: set them in "
-            "the environment instead (for s3:// AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
-        )
-    return name
-
-
-def _absolute_source(key: str, source: str) -> str:
-    """A source of rewards; a classifier's name may be a path or the name of a repository."""
-    if kind_of(source) == "classifier" and (Path(source).exists() or _is_path(source)):
-        return _absolute(key, source)
-    return source
-
-
-def _absolute(key: str, path: str) -> str:
-    """The absolute path, with `~` and environment variables expanded."""
-    _check_name(key, path)
-    expanded = os.path.expandvars(os.path.expanduser(path))
-    if unset := re.search(r"\$(\w+|\{\w+\})", expanded):
-        raise UserError(f"{key}: {path}: environment variable {unset.group()} is not set")
-    if expanded.startswith("~") or re.search(r"\$[({]", expanded):
-        raise UserError(f"{key}: {path}: only ~, $NAME and ${{NAME}} are expanded")
-    return os.path.abspath(expanded)
-
-
-def _check_name(key: str, path: str) -> None:
-    """Raises UserError for what no file system has as a path."""
-    if not path:
-        raise UserError(f"{key}: the path is empty")
-    if "://" in path:
-        raise UserError(f"{key}: {path} is a URI; give a path on every node, or a hub name")
-    try:
-        parts = path.encode("utf-8").split(b"/")
-    except UnicodeEncodeError:
-        parts = [b"\0"]
-    if any(len(part) > 255 or b"\0" in part for part in parts):
-        raise UserError(f"{key}: {path[:60]!r} is not a possible path")
-
-
-def _is_path(name: str) -> bool:
-    if name.startswith((".", "/", "~", "$")) or name.endswith(".gguf"):
-        return True
-    return name.count("/") > 1

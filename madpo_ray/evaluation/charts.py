@@ -1,4 +1,4 @@
-"""Pictures of margins, as PNG files."""
+"""Pictures of margins and samples, as PNG files."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -77,6 +77,57 @@ def draw_accuracy(bins: Sequence[dict[str, Any]], title: str, file: Path) -> Non
     axes.set_ylabel("share of pairs whose margin is positive")
     axes.legend()
     _save(figure, file)
+
+
+def draw_rewards(entries: Sequence[dict[str, Any]], file: Path) -> None:
+    """The mean reward of each policy's samples by temperature, with its interval.
+
+    Args:
+        entries: as `samples.describe_samples` gives them.
+    """
+    figure, axes = _figure("Mean reward of samples")
+    for name, own in _by_policy(entries).items():
+        means, errors = _means(own)
+        at = [entry["temperature"] for entry in own]
+        axes.errorbar(at, means, errors, label=name, marker="o", capsize=3)
+    axes.set_xlabel("temperature of decoding")
+    axes.set_ylabel("reward, 95 % interval over prompts")
+    axes.legend()
+    _save(figure, file)
+
+
+def draw_frontier(entries: Sequence[dict[str, Any]], file: Path) -> None:
+    """The mean reward against the divergence from the reference; the frontier is connected."""
+    figure, axes = _figure("Reward against divergence")
+    for name, own in _by_policy(entries).items():
+        means, errors = _means(own)
+        at = [entry.get("kl", 0.0) for entry in own]
+        axes.errorbar(at, means, errors, label=name, marker="o", linestyle="none", capsize=3)
+        for x, y, entry in zip(at, means, own, strict=True):
+            axes.annotate(f" {entry['temperature']:g}", (x, y), fontsize=8)
+    best = sorted(
+        (entry.get("kl", 0.0), entry["reward"]["mean"]) for entry in entries if entry["on_frontier"]
+    )
+    axes.plot(*zip(*best, strict=True), color=GRAY, linewidth=1, zorder=0)
+    axes.set_xlabel("KL(policy || reference), nats per response; numbers: temperature")
+    axes.set_ylabel("reward, 95 % interval over prompts")
+    axes.legend()
+    _save(figure, file)
+
+
+def _by_policy(entries: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Each policy's entries by temperature."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for entry in sorted(entries, key=lambda entry: float(entry["temperature"])):
+        found.setdefault(entry["policy"], []).append(entry)
+    return found
+
+
+def _means(entries: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean rewards, and how far their intervals go below and above."""
+    means = np.array([entry["reward"]["mean"] for entry in entries])
+    low, high = np.array([entry["reward"]["interval"] for entry in entries]).T
+    return means, np.maximum([means - low, high - means], 0)
 
 
 def _errorbar(

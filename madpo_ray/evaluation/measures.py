@@ -1,6 +1,6 @@
-"""What a training did, in numbers: preference accuracy, rank correlation, KL from samples.
+"""What a training did to preferences, in numbers: accuracies and rank correlations.
 
-Legend: P pairs, S samples.
+Legend: P pairs.
 """
 
 from collections.abc import Sequence
@@ -12,6 +12,8 @@ from scipy.stats import spearmanr
 
 from madpo_ray.columns import MARGIN, POLICY_LOGPS, REF_LOGPS
 from madpo_ray.scoring.calibration import count_right, interval
+
+BINS = 5
 
 
 def preference_metrics(scored: pa.Table, score_columns: Sequence[str] = ()) -> dict[str, Any]:
@@ -45,6 +47,9 @@ def preference_metrics(scored: pa.Table, score_columns: Sequence[str] = ()) -> d
         }
         if true_margin is not None:
             metrics[name] |= rank_correlation(differences, true_margin)
+    if MARGIN in scored.column_names:
+        margins = scored[MARGIN].to_numpy()
+        metrics["implicit"]["by_margin"] = accuracy_by_margin_size(policy - reference, margins)
     return metrics
 
 
@@ -60,20 +65,29 @@ def rank_correlation(differences: np.ndarray, true_margin: np.ndarray) -> dict[s
     return {**result, "rank_correlation": float(spearmanr(known, true).statistic)}
 
 
-def divergence(samples: pa.Table, policy: str, reference: str) -> dict[str, Any]:
-    """KL(policy || reference) in nats per response, with its standard error.
+def accuracy_by_margin_size(
+    differences: np.ndarray, margins: np.ndarray, bins: int = BINS
+) -> list[dict[str, Any]]:
+    """How often differences (P,) are positive, for equally many pairs by |margin|.
 
-    The mean log-ratio of the policy's own samples (S,), which estimates it without bias.
-
-    Args:
-        policy, reference: columns with the samples' log-probs.
+    The smallest margins first. Of each bin: bounds of |margin|, pairs, accuracy and its 95 %
+    interval.
     """
-    gaps = samples[policy].to_numpy() - samples[reference].to_numpy()
-    return {
-        "kl": float(gaps.mean()),
-        "kl_standard_error": float(gaps.std(ddof=1) / np.sqrt(len(gaps))),
-        "kl_samples": len(gaps),
-    }
+    sizes = np.abs(margins)
+    order = np.argsort(sizes, kind="stable")
+    found = []
+    for part in np.array_split(order, min(bins, len(order))):
+        num_right = count_right(differences[part])
+        found.append(
+            {
+                "from": float(sizes[part].min()),
+                "to": float(sizes[part].max()),
+                "pairs": len(part),
+                "accuracy": num_right / len(part),
+                "interval": interval(num_right, len(part)),
+            }
+        )
+    return found
 
 
 def _difference(table: pa.Table, names: Sequence[str]) -> np.ndarray:

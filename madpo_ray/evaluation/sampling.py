@@ -1,6 +1,7 @@
 """Sampled responses, from Ray Data actors."""
 
-from pathlib import Path
+import itertools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -9,6 +10,7 @@ import torch
 
 from madpo_ray.columns import PROMPT_IDS
 from madpo_ray.config import ActorPool, ModelConfig
+from madpo_ray.evaluation.divergence import PolicyFiles, Sampled
 from madpo_ray.models.devices import use_device
 from madpo_ray.models.loading import load_policy, load_tokenizer
 from madpo_ray.passes import BatchNotes, pool_options, received
@@ -20,18 +22,17 @@ INDEX = "index"
 
 
 class Sampler:
-    """Adds `{name}_ids`, and the decoded `{name}`, of each of `policies` to tables of prompts.
+    """Adds token ids and texts of samples to tables of prompts, in the columns of `Sampled`.
 
-    Samples from the model's full distribution at temperature 1; its generation config is ignored.
-    The seed of a batch follows from its first row's index, so samples do not depend on which actor
-    draws them.
+    Samples from the model's full distribution; its generation config is ignored. The seed of a
+    batch follows from its first row's index, so samples do not depend on which actor draws them.
     """
 
     def __init__(
         self,
         *,
-        policies: dict[str, Path],
-        base: Path | None = None,
+        policies: dict[str, PolicyFiles],
+        temperatures: Sequence[float] = (1.0,),
         model: ModelConfig,
         max_new_tokens: int,
         seed: int,
@@ -42,12 +43,13 @@ class Sampler:
         torch.set_num_threads(num_threads)
         self._device = use_device()
         self._seed = seed
-        self._tokenizer = load_tokenizer(next(iter(policies.values())), model)
+        self._temperatures = temperatures
+        self._tokenizer = load_tokenizer(next(iter(policies.values())).folder, model)
 
         # The models, and every token that ends a response of theirs.
         self._models: dict[str, Any] = {}
         self._ends: set[int] = set()
-        for name, folder in policies.items():
+        for name, (folder, base) in policies.items():
             loaded: Any = load_policy(folder, model, base=base).to(self._device).eval()
             self._ends |= end_tokens(self._tokenizer, loaded)
             loaded.generation_config = GenerationConfig()  # its own may hold penalties and filters
@@ -55,10 +57,6 @@ class Sampler:
 
         self._options = {
             "max_new_tokens": max_new_tokens,
-            "do_sample": True,
-            "temperature": 1.0,
-            "top_k": 0,
-            "top_p": 1.0,
             "eos_token_id": sorted(self._ends) or None,
             "pad_token_id": min(self._ends, default=0),
         }
@@ -74,24 +72,33 @@ class Sampler:
         input_ids = torch.tensor(ids, device=self._device)
         attention_mask = torch.tensor(mask, device=self._device)
 
-        # Each policy, from the same seed.
-        for name, model in self._models.items():
+        # Each policy at each temperature, from the same seed.
+        for name, temperature in itertools.product(self._models, self._temperatures):
             torch.manual_seed(self._seed * 1_000_003 + table[INDEX][0].as_py())
-            generated = model.generate(
-                input_ids=input_ids, attention_mask=attention_mask, **self._options
+            generated = self._models[name].generate(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                **self._options,
+                **_decoding(temperature),
             )
             responses = [self._until_end(row) for row in generated[:, width:].tolist()]
             texts = self._tokenizer.batch_decode(responses, skip_special_tokens=True)
-            table = table.append_column(
-                f"{name}_ids", pa.array(responses, type=pa.list_(pa.int32()))
-            )
-            table = table.append_column(name, pa.array(texts))
+            one = Sampled(name, temperature)
+            ids = pa.array(responses, type=pa.list_(pa.int32()))
+            table = table.append_column(one.ids, ids).append_column(one.text, pa.array(texts))
         return table
 
     def _until_end(self, ids: list[int]) -> list[int]:
         """The response up to its first end token, included."""
         end = next((i for i, token in enumerate(ids) if token in self._ends), len(ids))
         return ids[: end + 1]
+
+
+def _decoding(temperature: float) -> dict[str, Any]:
+    """generate's options for a temperature."""
+    if temperature == 0:
+        return {"do_sample": False}
+    return {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
 
 
 def end_tokens(tokenizer: "PreTrainedTokenizerBase", model: Any) -> set[int]:

@@ -1,7 +1,7 @@
 """An evaluation as tables for a terminal."""
 
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -24,10 +24,14 @@ def evaluation_tables(results: Mapping[str, Any]) -> list[Table]:
     for key, label in RANKINGS.items():
         if key in results:
             numbers.add_row(label, *_ranking_cells(results[key]))
-    numbers.caption = (
-        f"KL(policy || reference) {results['kl']:.3f} ± {results['kl_standard_error']:.3f} nats "
-        f"per response ({results['kl_samples']} samples)"
-    )
+
+    # Samples in numbers.
+    sampled = Table(title="Samples for prompts of the test split")
+    for heading, _ in SAMPLE_COLUMNS:
+        sampled.add_column(heading)
+    for entry in results["sampling"]:
+        sampled.add_row(*(cell(entry) for _, cell in SAMPLE_COLUMNS))
+    compared = _comparison_table(results["comparisons"])
 
     # What both models wrote.
     samples = Table(title="Samples for the same prompts", show_lines=True)
@@ -36,7 +40,50 @@ def evaluation_tables(results: Mapping[str, Any]) -> list[Table]:
     pairs = zip(results["samples"]["before"], results["samples"]["after"], strict=True)
     for before, after in pairs:
         samples.add_row(printable(before), printable(after))
-    return [numbers, samples]
+    return [numbers, sampled, *compared, samples]
+
+
+def _with_interval(value: Mapping[str, Any] | None) -> str:
+    if value is None:
+        return "-"
+    low, high = value["interval"]
+    return f"{value['mean']:.3f} ({low:.3f} to {high:.3f})"
+
+
+def _kl(entry: Mapping[str, Any]) -> str:
+    if "kl" not in entry:
+        return "-"
+    return f"{entry['kl']:.3f} ± {entry['kl_standard_error']:.3f}"
+
+
+SAMPLE_COLUMNS: tuple[tuple[str, Callable[[Mapping[str, Any]], str]], ...] = (
+    ("policy", lambda entry: str(entry["policy"])),
+    ("temperature", lambda entry: f"{entry['temperature']:g}"),
+    ("reward", lambda entry: _with_interval(entry.get("reward"))),
+    ("wins against reference", lambda entry: _with_interval(entry.get("win_rate"))),
+    ("KL to reference, nats", _kl),
+    ("tokens", lambda entry: f"{entry['tokens']:.1f}"),
+    ("distinct bigrams", lambda entry: f"{entry['distinct_2']:.2f}"),
+)
+
+
+def _comparison_table(comparisons: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """The policy against other runs, if there are any."""
+    rows = [one for one in comparisons if one["against"] != "reference"]
+    if not rows:
+        return []
+    table = Table(title="This policy against others, on the same prompts")
+    for heading in ("against", "temperature", "reward difference", "wins", "at equal length"):
+        table.add_column(heading)
+    for one in rows:
+        table.add_row(
+            one["against"],
+            f"{one['temperature']:g}",
+            _with_interval(one["reward_difference"]),
+            _with_interval(one["win_rate"]),
+            f"{one['length_controlled_win_rate']:.3f}",
+        )
+    return [table]
 
 
 def _ranking_cells(ranking: Mapping[str, Any]) -> list[str]:

@@ -8,6 +8,7 @@ again instead of keeping it.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -58,8 +59,8 @@ class ResponseLogps(nn.Module):
         """
         logps, entropy = self._of_tokens(batch)
         return {
-            "logps": _sum_per_response(logps, batch),
-            "entropy": _sum_per_response(entropy, batch) / batch.response_lengths,
+            "logps": sum_per_response(logps, batch),
+            "entropy": sum_per_response(entropy, batch) / batch.response_lengths,
         }
 
     def numbers_to_compare(self, batch: MicroBatch) -> Tensor:
@@ -86,20 +87,31 @@ class ResponseLogps(nn.Module):
             logits = transformer(**_inputs(transformer, batch)).logits.flatten(0, 1)
             return target_logps(logits[batch.predictor_index].float(), batch.target_ids)
         hidden = _hidden_states(transformer, batch)[batch.predictor_index]  # (N, H)
-
-        # Logits of one chunk of response tokens after another.
-        num_tokens = self._max_response_tokens or len(hidden)
-        chunk = self._tokens_per_chunk or TOKENS_PER_CHUNK[hidden.device.type]
-        num_chunks = math.ceil(num_tokens / chunk)
-        chunks = zip(
-            hidden.tensor_split(num_chunks),
-            batch.target_ids.tensor_split(num_chunks),
-            strict=True,
-        )
+        chunks = self._chunks(hidden, batch.target_ids)
         pieces = [_recomputed(_chunk_logps, transformer, h, targets) for h, targets in chunks]
-
         logps, entropies = zip(*pieces, strict=True)
         return torch.cat(logps), torch.cat(entropies)
+
+    def _chunks(self, states: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Equal parts of the states (N, ...) and targets (N,) of all response tokens."""
+        num_tokens = self._max_response_tokens or len(states)
+        tokens_per_chunk = self._tokens_per_chunk or TOKENS_PER_CHUNK[states.device.type]
+        num_chunks = math.ceil(num_tokens / tokens_per_chunk)
+        yield from zip(
+            states.tensor_split(num_chunks), targets.tensor_split(num_chunks), strict=True
+        )
+
+    def response_logits(self, batch: MicroBatch) -> Iterator[tuple[Tensor, Tensor]]:
+        """Logits (n, V) in float32 and targets (n,), of one chunk of tokens after another."""
+        transformer = transformer_of(self.model)
+        if self.own_forward:
+            logits = transformer(**_inputs(transformer, batch)).logits.flatten(0, 1)
+            chunks = self._chunks(logits[batch.predictor_index], batch.target_ids)
+            yield from ((part.float(), targets) for part, targets in chunks)
+            return
+        hidden = _hidden_states(transformer, batch)[batch.predictor_index]
+        for states, targets in self._chunks(hidden, batch.target_ids):
+            yield _head_logits(transformer, states), targets
 
 
 class ResponseRewards(nn.Module):
@@ -215,8 +227,13 @@ def _recomputed(function: Any, *arguments: Any) -> Any:
 
 def _chunk_logps(transformer: Any, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies, both (n,), of a chunk's targets from its hidden states (n, H)."""
-    logits = transformer.get_output_embeddings()(hidden)  # (n, V)
-    return target_logps(_scaled(transformer.config, logits).float(), targets)
+    return target_logps(_head_logits(transformer, hidden), targets)
+
+
+def _head_logits(transformer: Any, hidden: Tensor) -> Tensor:
+    """Logits (n, V) in float32 of hidden states (n, H)."""
+    logits = transformer.get_output_embeddings()(hidden)
+    return _scaled(transformer.config, logits).float()
 
 
 def _scaled(architecture: Any, logits: Tensor) -> Tensor:
@@ -230,7 +247,7 @@ def _scaled(architecture: Any, logits: Tensor) -> Tensor:
     return logits
 
 
-def _sum_per_response(values: Tensor, batch: MicroBatch) -> Tensor:
+def sum_per_response(values: Tensor, batch: MicroBatch) -> Tensor:
     """Values of tokens (N,) summed over each response, (R * B,)."""
     zeros = values.new_zeros(len(batch.response_lengths))
     return zeros.index_add(0, batch.response_of_target, values)

@@ -58,26 +58,28 @@ class FunctionReward(TextScorer):
 
     Args:
         name: `module:function`.
+        key: of the config, for messages.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, key: str = "reward.source") -> None:
         self._name = name
+        self._key = key
 
     def load(self, device: torch.device) -> None:
-        self._function = find_function(self._name)
+        self._function = find_function(self._name, self._key)
 
     def rewards(self, prompts: Sequence[Content], completions: Sequence[Content]) -> np.ndarray:
         values = self._function(prompts=list(prompts), completions=list(completions))
         rewards = np.array([float(value) for value in values])
         if rewards.shape != (len(prompts),):
             raise UserError(
-                f"reward.source: {self._name} gave {len(rewards)} rewards for {len(prompts)} "
+                f"{self._key}: {self._name} gave {len(rewards)} rewards for {len(prompts)} "
                 "completions"
             )
         return rewards
 
 
-def find_function(name: str) -> Callable[..., Any]:
+def find_function(name: str, key: str = "reward.source") -> Callable[..., Any]:
     """The function that `module:function` names.
 
     Raises:
@@ -88,10 +90,10 @@ def find_function(name: str) -> Callable[..., Any]:
         function = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError) as error:
         raise UserError(
-            f"reward.source: {name} cannot be imported ({error}): put its folder on PYTHONPATH"
+            f"{key}: {name} cannot be imported ({error}): put its folder on PYTHONPATH"
         ) from None
     if not callable(function):
-        raise UserError(f"reward.source: {name} is not a function")
+        raise UserError(f"{key}: {name} is not a function")
     return function  # type: ignore[no-any-return]
 
 
@@ -103,8 +105,15 @@ class ClassifierReward(TextScorer):
     """
 
     def __init__(
-        self, folder: Path, model: ModelConfig, *, batch_size: int, max_tokens: int | None = None
+        self,
+        folder: Path,
+        model: ModelConfig,
+        *,
+        batch_size: int,
+        max_tokens: int | None = None,
+        key: str = "reward.source",
     ) -> None:
+        self._key = key
         self._folder = folder
         self._model_config = model
         self._limits = (batch_size, max_tokens)
@@ -156,14 +165,14 @@ class ClassifierReward(TextScorer):
             assert isinstance(completion, list)
             if not tokenizer.chat_template:
                 raise UserError(
-                    f"reward.source: the pairs are messages, and the tokenizer of {self._folder} "
+                    f"{self._key}: the pairs are messages, and the tokenizer of {self._folder} "
                     "has no chat template: add the one that it was trained with"
                 )
             text = tokenizer.apply_chat_template(prompt + completion, tokenize=False)
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         if self._max_tokens is not None and len(ids) > self._max_tokens:
             raise UserError(
-                f"reward.source: a pair has {len(ids)} tokens for {self._folder}, which reads "
+                f"{self._key}: a pair has {len(ids)} tokens for {self._folder}, which reads "
                 f"{self._max_tokens}: lower data.max_length"
             )
         return ids

@@ -39,6 +39,27 @@ def test_pictures_are_drawn(margins: np.ndarray, tmp_path: Path) -> None:
         assert colours(file) > 20, file
 
 
+def test_pictures_of_samples_are_drawn(tmp_path: Path) -> None:
+    entries = [
+        {
+            "policy": policy,
+            "temperature": temperature,
+            "reward": {"mean": mean, "interval": (mean - 0.5, mean + 0.5)},
+            "on_frontier": mean > 1,
+            **({"kl": 2.0} if policy == "policy" else {}),
+        }
+        for policy, temperature, mean in (
+            ("policy", 1.0, 2.0),
+            ("policy", 0.0, 1.5),
+            ("reference", 1.0, 1.0),
+        )
+    ]
+    charts.draw_rewards(entries, tmp_path / "rewards.png")
+    charts.draw_frontier(entries, tmp_path / "frontier.png")
+    for file in tmp_path.iterdir():
+        assert colours(file) > 20, file
+
+
 def test_pictures_are_the_same_each_time(tmp_path: Path) -> None:
     """They are files of an artifact."""
     for name in ("a", "b"):

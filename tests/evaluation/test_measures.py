@@ -1,11 +1,12 @@
-"""Accuracies, correlations and KL on hand-made cases whose sign is known."""
+"""Accuracies and correlations on hand-made cases whose sign is known."""
 
 import math
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
-from madpo_ray.evaluation.measures import divergence, preference_metrics
+from madpo_ray.evaluation.measures import accuracy_by_margin_size, preference_metrics
 
 TABLE = pa.table(
     {
@@ -76,19 +77,14 @@ def test_without_margins_there_is_no_reward_model() -> None:
     assert "reward_model" not in preference_metrics(TABLE.drop_columns(["margin"]))
 
 
-def test_divergence_by_hand() -> None:
-    """The policy likes its own samples more than the reference does: positive."""
-    samples = pa.table({"policy_logps": [-1.0, -2.0, -4.0], "ref_logps": [-2.0, -4.0, -4.0]})
-    found = divergence(samples, "policy_logps", "ref_logps")
-    assert found["kl"] == pytest.approx(1.0)  # gaps 1, 2, 0
-    assert found["kl_standard_error"] == pytest.approx(1.0 / math.sqrt(3))
-    assert found["kl_samples"] == 3
-
-
-def test_policy_equal_to_reference_has_no_divergence() -> None:
-    samples = pa.table({"policy_logps": [-1.0, -2.0], "ref_logps": [-1.0, -2.0]})
-    found = divergence(samples, "policy_logps", "ref_logps")
-    assert (found["kl"], found["kl_standard_error"]) == (0.0, 0.0)
+def test_accuracy_by_size_of_the_margin() -> None:
+    """Margins 3, 2, 1, -1 in two bins; implicit differences 1, 3, 1, -3."""
+    small, large = accuracy_by_margin_size(
+        np.array([1.0, 3.0, 1.0, -3.0]), np.array([3.0, 2.0, 1.0, -1.0]), bins=2
+    )
+    assert (small["from"], small["to"], small["accuracy"]) == (1.0, 1.0, 0.5)
+    assert (large["from"], large["to"], large["accuracy"]) == (2.0, 3.0, 1.0)
+    assert len(preference_metrics(TABLE)["implicit"]["by_margin"]) == 4
 
 
 def test_implicit_reward_is_a_difference() -> None:

@@ -16,15 +16,33 @@ def results(sample: str) -> dict[str, Any]:
         "reference": ranking,
         "policy": {**ranking, "rank_correlation": 0.25},
         "implicit": ranking,
-        "kl": 1.0,
-        "kl_standard_error": 0.5,
-        "kl_samples": 2,
+        "sampling": [
+            {
+                "policy": "policy",
+                "temperature": 0.7,
+                "tokens": 3.25,
+                "distinct_2": 0.5,
+                "kl": 1.0,
+                "kl_standard_error": 0.5,
+                "reward": {"mean": 2.0, "interval": (1.5, 2.5)},
+            },
+            {"policy": "reference", "temperature": 0.7, "tokens": 3.0, "distinct_2": 0.25},
+        ],
+        "comparisons": [
+            {
+                "against": "other-run",
+                "temperature": 0.7,
+                "reward_difference": {"mean": -0.125, "interval": (-0.5, 0.25)},
+                "win_rate": {"mean": 0.375, "interval": (0.25, 0.5)},
+                "length_controlled_win_rate": 0.4375,
+            }
+        ],
         "samples": {"before": [sample], "after": [sample]},
     }
 
 
 def shown(sample: str) -> str:
-    console = Console(file=io.StringIO(), width=120)
+    console = Console(file=io.StringIO(), width=160)
     for table in evaluation_tables(results(sample)):
         console.print(table)
     text: str = console.file.getvalue()  # type: ignore[attr-defined]
@@ -36,7 +54,10 @@ def test_shows_what_there_is() -> None:
     assert "policy, by log-prob" in text
     assert "0.400 to 0.600" in text
     assert "0.250" in text
-    assert "1.000 ± 0.500 nats per response (2 samples)" in text
+    assert "1.000 ± 0.500" in text
+    assert "2.000 (1.500 to 2.500)" in text
+    assert "other-run" in text
+    assert "-0.125 (-0.500 to 0.250)" in text
     assert "reward model" not in text
 
 

@@ -1,11 +1,15 @@
 """Stage evaluate of a finished run."""
 
 import copy
+import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -13,10 +17,12 @@ from madpo_ray import pipeline
 from madpo_ray.artifacts.tables import read_split
 from madpo_ray.config import Config, parse_config
 from madpo_ray.errors import UserError
+from madpo_ray.evaluation.divergence import PolicyFiles
 from madpo_ray.evaluation.measures import preference_metrics
 from madpo_ray.evaluation.sampling import Sampler, end_tokens
 from madpo_ray.models.loading import load_policy
 from madpo_ray.stages import evaluate, margins, pairs, sft, train
+from support.judges import count_kind_words
 from support.models import make_model
 from support.pairs import make_rows, write_jsonl
 from support.reference import with_reference
@@ -53,8 +59,96 @@ def test_numbers_are_those_of_the_policy(finished_run: Run) -> None:
         assert found[name]["accuracy"] == expected[name]["accuracy"]
         correlation = expected[name]["rank_correlation"]
         assert found[name]["rank_correlation"] == pytest.approx(correlation, abs=1e-3)
-    assert found["kl_samples"] == 4
+    by_margin = found["implicit"]["by_margin"]
+    assert sum(one["pairs"] for one in by_margin) == found["test_pairs"]
     assert [len(found["samples"][name]) for name in ("before", "after")] == [2, 2]
+
+
+def test_samples_are_judged_at_each_temperature(finished_run: Run) -> None:
+    config, _ = finished_run
+    found = evaluation(config)
+    entries = {(one["policy"], one["temperature"]): one for one in found["sampling"]}
+    assert list(entries) == list(itertools.product(["policy", "reference"], [1.0, 0.0]))
+    folder = evaluate.STAGE.folder(config)
+    samples = pq.read_table(folder / "samples.parquet")
+    assert samples.num_rows == 4
+    for (policy, temperature), one in entries.items():
+        texts = samples[f"{policy}@{temperature:g}"].to_pylist()
+        assert one["reward"]["mean"] == pytest.approx(np.mean(count_kind_words([], texts)))
+        assert ("win_rate" in one) is ("kl" in one) is (policy == "policy")
+    # Greedy samples of a prompt are alike.
+    greedy = samples["policy@0"].to_pylist()
+    assert greedy[:2] == greedy[2:]
+    assert [one["against"] for one in found["comparisons"]] == ["reference", "reference"]
+    lines = (folder / "samples.csv").read_text().splitlines()
+    assert len(lines) == 5
+    assert "reward,reward_low,reward_high" in lines[0]
+    pictures = {path.name for path in (folder / "pictures").iterdir()}
+    assert pictures == {"reward_by_temperature.png", "frontier.png"}
+
+
+def test_divergence_is_that_of_plain_forwards(finished_run: Run) -> None:
+    """Summed over the samples' tokens from full logits of one text at a time."""
+    config, _ = finished_run
+    reference_folder = Path(config.model.model_name_or_path)
+    policy, reference = (
+        load_policy(folder, config.model, base=reference_folder).eval()
+        for folder in (train.STAGE.model(config), reference_folder)
+    )
+    samples = pq.read_table(evaluate.STAGE.folder(config) / "samples.parquet").to_pylist()
+    for row in samples:
+        ids, response = row["prompt_ids"] + row["policy@1_ids"], row["policy@1_ids"]
+        with torch.no_grad():
+            ours, theirs = (
+                model(input_ids=torch.tensor([ids])).logits[0, -len(response) - 1 : -1]
+                for model in (policy, reference)
+            )
+        ours, theirs = ours.log_softmax(-1), theirs.log_softmax(-1)
+        expected = (ours.exp() * (ours - theirs)).sum()
+        assert row["policy@1_kl"] == pytest.approx(float(expected), abs=1e-4)
+        ratio = (ours - theirs).gather(1, torch.tensor(response)[:, None]).sum()
+        assert row["policy@1_logratio"] == pytest.approx(float(ratio), abs=1e-4)
+    entries = evaluation(config)["sampling"]
+    mean = np.mean([row["policy@1_kl"] for row in samples])
+    assert entries[0]["kl"] == pytest.approx(mean)
+
+
+def test_runs_are_compared(finished_run: Run, tmp_path: Path) -> None:
+    """A copy of the run is as good as the run."""
+    config, _ = finished_run
+    for name in ("this", "twin"):
+        shutil.copytree(config.run.folder, tmp_path / name)
+    raw = config.model_dump(mode="json")
+    raw["run"] = {**raw["run"], "name": "this", "storage_path": str(tmp_path)}
+    raw["evaluate"]["compare_with"] = [str(tmp_path / "twin")]
+    this = parse_config(raw)
+    assert [stage.name for stage in pipeline.pending(this)] == ["evaluate"]
+    pipeline.run_stage(this, evaluate.STAGE, say=lambda what: None)
+    compared = [one for one in evaluation(this)["comparisons"] if one["against"] == "twin"]
+    assert [one["temperature"] for one in compared] == [1.0, 0.0]
+    for one in compared:
+        assert one["reward_difference"] == {"mean": 0.0, "interval": [0.0, 0.0]}
+        assert one["win_rate"]["mean"] == one["length_controlled_win_rate"] == 0.5
+
+
+def test_what_is_no_run_is_refused(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for folders, message in (
+        (["empty"], "it is not the folder of a run"),
+        (["a/x", "b/x"], "folders need different names"),
+        (["policy"], "folders need different names"),
+    ):
+        raw = config.model_dump(mode="json")
+        raw["evaluate"]["compare_with"] = [str(tmp_path / folder) for folder in folders]
+        with pytest.raises(UserError, match=message):
+            evaluate.STAGE.check(parse_config(raw))
+
+
+def test_judge_that_is_not_there_is_refused(config: Config) -> None:
+    raw = config.model_dump(mode="json")
+    raw["evaluate"]["judge"] = "support.judges:nobody"
+    with pytest.raises(UserError, match=r"evaluate\.judge: support.judges:nobody cannot be"):
+        evaluate.STAGE.check(parse_config(raw))
 
 
 def test_empty_test_split_is_refused_early(raw_config: dict[str, Any]) -> None:
@@ -81,7 +175,7 @@ def test_empty_test_split_is_refused_after_pairs(
 def sampler(config: Config, seed: int = 0) -> Sampler:
     folder = Path(config.model.model_name_or_path)
     return Sampler(
-        policies={"sampled": folder},
+        policies={"sampled": PolicyFiles(folder, folder)},
         model=config.model,
         max_new_tokens=12,
         seed=seed,
@@ -97,31 +191,32 @@ def test_padding_changes_no_sample(config: Config) -> None:
     """A prompt first in its batch, by itself and next to longer ones: the same draws."""
     one = sampler(config)
     short, long = [5, 6], [7, 8, 9, 10, 11]
-    by_itself = one(prompts(short, short))["sampled_ids"].to_pylist()
-    padded = one(prompts(short, long))["sampled_ids"].to_pylist()
+    by_itself = one(prompts(short, short))["sampled@1_ids"].to_pylist()
+    padded = one(prompts(short, long))["sampled@1_ids"].to_pylist()
     assert padded[0] == by_itself[0]
 
 
 def test_samples_follow_seed_and_index(config: Config) -> None:
     """Two batches of one prompt differ; the same batch again does not."""
     one = sampler(config)
-    first = one(prompts([5, 6], [7, 8, 9]))["sampled_ids"].to_pylist()
-    assert one(prompts([5, 6], [7, 8, 9]))["sampled_ids"].to_pylist() == first
-    assert one(prompts([5, 6], [7, 8, 9], first=2))["sampled_ids"].to_pylist() != first
-    assert sampler(config, seed=1)(prompts([5, 6], [7, 8, 9]))["sampled_ids"].to_pylist() != first
+    first = one(prompts([5, 6], [7, 8, 9]))["sampled@1_ids"].to_pylist()
+    assert one(prompts([5, 6], [7, 8, 9]))["sampled@1_ids"].to_pylist() == first
+    assert one(prompts([5, 6], [7, 8, 9], first=2))["sampled@1_ids"].to_pylist() != first
+    assert sampler(config, seed=1)(prompts([5, 6], [7, 8, 9]))["sampled@1_ids"].to_pylist() != first
 
 
 def test_samples_are_of_the_models_distribution(config: Config) -> None:
     """The mean log-prob of first tokens is minus the entropy: at temperature 0.7 it is higher."""
+    folder = Path(config.model.model_name_or_path)
     one = Sampler(
-        policies={"sampled": Path(config.model.model_name_or_path)},
+        policies={"sampled": PolicyFiles(folder, folder)},
         model=config.model,
         max_new_tokens=1,
         seed=0,
         num_threads=1,
     )
-    tokens = one(prompts(*[[5, 6]] * 4000))["sampled_ids"].to_pylist()
-    policy = load_policy(Path(config.model.model_name_or_path), config.model).eval()
+    tokens = one(prompts(*[[5, 6]] * 4000))["sampled@1_ids"].to_pylist()
+    policy = load_policy(folder, config.model).eval()
     with torch.no_grad():
         logps = policy(input_ids=torch.tensor([[5, 6]])).logits[0, -1].log_softmax(-1)
     drawn = logps[torch.tensor(tokens)[:, 0]]
@@ -155,7 +250,7 @@ def test_end_of_the_templates_turn_is_an_end_token(tokenizer: Any) -> None:
 
 def test_samples_end_with_eos(config: Config) -> None:
     """It is part of the response, and nothing after it is."""
-    many = sampler(config)(prompts(*[[5, 6]] * 200))["sampled_ids"].to_pylist()
+    many = sampler(config)(prompts(*[[5, 6]] * 200))["sampled@1_ids"].to_pylist()
     ended = [ids for ids in many if len(ids) < 12]
     assert ended
     assert all(ids.index(2) == len(ids) - 1 for ids in ended)

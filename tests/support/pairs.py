@@ -74,6 +74,8 @@ def tiny_run(model: Path, pairs: Path, storage: Path) -> dict[str, Any]:
             "num_samples": 4,
             "num_shown": 2,
             "max_new_tokens": 4,
+            "temperatures": [1.0, 0.0],
+            "judge": "support.judges:count_kind_words",
             "chosen_score_column": "chosen_score",
             "rejected_score_column": "rejected_score",
         },

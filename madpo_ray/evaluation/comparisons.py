@@ -1,0 +1,86 @@
+"""Samples of a policy in numbers: rewards, win rates, lengths, variety, and what they cost in KL.
+
+Legend: Q prompts, K samples of each. Samples of one prompt are alike, so every interval is over
+prompts: their means are drawn again with replacement.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import minimize
+from scipy.special import expit
+from scipy.stats import bootstrap
+
+RESAMPLES = 2000
+# Keeps the slope of the length finite if lengths alone separate wins from losses.
+SLOPE_PENALTY = 1e-3
+
+Values = NDArray[np.float64]
+
+
+def mean_with_interval(values: Values) -> dict[str, Any]:
+    """Mean of values (Q, K), Q > 0, and its 95 % percentile bootstrap interval over prompts."""
+    per_prompt = values.mean(axis=1)
+    mean = float(per_prompt.mean())
+    if np.ptp(per_prompt) == 0:
+        return {"mean": mean, "interval": (mean, mean)}
+    found = bootstrap(
+        (per_prompt,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=0, vectorized=True
+    ).confidence_interval
+    return {"mean": mean, "interval": (float(found.low), float(found.high))}
+
+
+def win_rate(ours: Values, theirs: Values) -> dict[str, Any]:
+    """How often our rewards (Q, K) are above theirs, with its interval. A tie counts one half."""
+    return mean_with_interval(wins_of(ours, theirs))
+
+
+def wins_of(ours: Values, theirs: Values) -> Values:
+    """1 for a win, 0 for a loss, 0.5 for a tie, (Q, K)."""
+    wins: Values = np.where(ours == theirs, 0.5, (ours > theirs).astype(np.float64))
+    return wins
+
+
+def length_controlled_win_rate(wins: Values, longer_by: Values) -> float:
+    """The win rate if both responses were equally long.
+
+    The intercept of a logistic regression of wins (Q, K) on tanh of the difference in length, in
+    its standard deviations (Dubois et al. 2024, without their terms for models and instructions).
+
+    Args:
+        longer_by: tokens that our responses have more than theirs, (Q, K).
+    """
+    rate = float(wins.mean())
+    deviation = longer_by.std()
+    if deviation == 0 or rate in (0.0, 1.0):
+        return rate
+    length = np.tanh(longer_by / deviation)
+
+    def loss(parameters: Values) -> float:
+        intercept, slope = parameters
+        logits = intercept + slope * length
+        # -log sigmoid(logit) for a win, -log sigmoid(-logit) for a loss.
+        nll = wins * np.logaddexp(0, -logits) + (1 - wins) * np.logaddexp(0, logits)
+        return float(nll.mean() + SLOPE_PENALTY * slope**2)
+
+    return float(expit(minimize(loss, np.zeros(2)).x[0]))
+
+
+def distinct(responses: Sequence[Sequence[int]], n: int) -> float:
+    """Share of different n-grams among all n-grams of token ids (Li et al. 2016); 0 without any."""
+    grams = [tuple(ids[i : i + n]) for ids in responses for i in range(max(0, len(ids) - n + 1))]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def on_frontier(costs: Sequence[float], gains: Sequence[float]) -> list[bool]:
+    """Whether no other point has at most the cost and at least the gain, and one of both better."""
+    points = list(zip(costs, gains, strict=True))
+    return [
+        not any(
+            other_cost <= cost and other_gain >= gain and (other_cost, other_gain) != (cost, gain)
+            for other_cost, other_gain in points
+        )
+        for cost, gain in points
+    ]

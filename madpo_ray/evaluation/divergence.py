@@ -1,0 +1,173 @@
+"""KL(policy || reference) along the policy's own samples.
+
+Legend: N response tokens, n of a chunk of them, V vocabulary, P rows of a table.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from madpo_ray.columns import PROMPT_IDS
+from madpo_ray.config import ModelConfig
+from madpo_ray.data.batching import MicroBatch
+from madpo_ray.errors import UserError
+from madpo_ray.models.loading import load_policy
+from madpo_ray.models.logprobs import ResponseLogps, sum_per_response
+from madpo_ray.models.reading import find_reading
+from madpo_ray.scoring.batches import Batches, Layout
+
+
+class PolicyFiles(NamedTuple):
+    """Where a policy is."""
+
+    folder: Path
+    base: Path  # the model that it was trained on, if it is an adapter
+
+
+class Sampled(NamedTuple):
+    """Samples of a policy at a temperature of decoding; 0 is greedy."""
+
+    policy: str
+    temperature: float
+
+    @property
+    def text(self) -> str:
+        """Column of the decoded responses."""
+        return f"{self.policy}@{self.temperature:g}"
+
+    @property
+    def ids(self) -> str:
+        """Column of their token ids."""
+        return f"{self.text}_ids"
+
+    @property
+    def reward(self) -> str:
+        """Column of their rewards."""
+        return f"{self.text}_reward"
+
+    @property
+    def kl(self) -> str:
+        """Column of the divergence along them, in nats per response."""
+        return f"{self.text}_kl"
+
+    @property
+    def logratio(self) -> str:
+        """Column of their log-prob under the policy less that under the reference, in nats."""
+        return f"{self.text}_logratio"
+
+
+class Divergences:
+    """A scorer of samples: `kl` and `logratio` of each.
+
+    The policy is as it was sampled from, at its temperature; the reference is at temperature 1. The
+    sum over positions of the exact divergence of the next token's distributions has the same mean
+    as the log-ratio of the samples, and less noise.
+
+    Args:
+        sampled: which samples, of `policies`.
+    """
+
+    def __init__(
+        self,
+        sampled: Sequence[Sampled],
+        policies: dict[str, PolicyFiles],
+        reference: PolicyFiles,
+        model: ModelConfig,
+        *,
+        batch_size: int,
+        max_tokens: int | None = None,
+    ) -> None:
+        self._sampled = sampled
+        self._policies = policies
+        self._reference_files = reference
+        self._model_config = model
+        self._limits = (batch_size, max_tokens)
+        self.reads = (PROMPT_IDS, *(one.ids for one in sampled))
+        self.columns = tuple(name for one in sampled for name in (one.kl, one.logratio))
+
+    def load(self, device: torch.device) -> None:
+        self._device = device
+        self._reference, self._packed = self._load(self._reference_files)
+        self._modules: dict[str, ResponseLogps] = {}
+        for name in dict.fromkeys(one.policy for one in self._sampled):
+            self._modules[name], is_packed = self._load(self._policies[name])
+            self._packed = self._packed and is_packed
+
+    def _load(self, files: PolicyFiles) -> tuple[ResponseLogps, bool]:
+        policy = load_policy(files.folder, self._model_config, base=files.base)
+        module = ResponseLogps(policy).to(self._device)
+        return module, find_reading(module, self._device, self._model_config).packed
+
+    @torch.no_grad()
+    def __call__(self, rows: pa.Table) -> np.ndarray:
+        """(C, P), float64."""
+        scores = np.full((len(self.columns), rows.num_rows), np.nan)
+        for number, one in enumerate(self._sampled):
+            layout = Layout((one.ids,), *self._limits, self._packed)
+            for members, batch in Batches().micro_batches(rows, layout):
+                found = self._of_batch(one, batch.to(self._device))
+                scores[2 * number : 2 * number + 2, members] = found.double().cpu().numpy()
+        return scores
+
+    def _of_batch(self, one: Sampled, batch: MicroBatch) -> Tensor:
+        """Divergence and log-ratio of each response, (2, R * B)."""
+        policy = self._modules[one.policy].response_logits(batch)
+        reference = self._reference.response_logits(batch)
+        pieces = [
+            token_divergence(ours, theirs, targets, one.temperature)
+            for (ours, targets), (theirs, _) in zip(policy, reference, strict=True)
+        ]
+        of_tokens = torch.cat(pieces, dim=1)  # (2, N)
+        return torch.stack([sum_per_response(values, batch) for values in of_tokens])
+
+
+def token_divergence(
+    policy: Tensor, reference: Tensor, targets: Tensor, temperature: float
+) -> Tensor:
+    """Exact divergence and log-ratio of the targets, at each token, (2, n).
+
+    Args:
+        policy, reference: logits (n, V).
+        targets: (n,).
+        temperature: of the policy; at 0 all its probability is on the likeliest token.
+
+    Raises:
+        UserError: the vocabularies differ.
+    """
+    if policy.shape != reference.shape:
+        raise UserError(
+            f"a policy has logits for {policy.shape[-1]} tokens and the reference for "
+            f"{reference.shape[-1]}: they cannot be compared"
+        )
+    theirs = reference.log_softmax(-1)
+    targets = targets[:, None]
+    if temperature == 0:
+        likeliest = policy.argmax(-1, keepdim=True)
+        found = [-theirs.gather(-1, likeliest)[:, 0], -theirs.gather(-1, targets)[:, 0]]
+    else:
+        ours = (policy / temperature).log_softmax(-1)
+        gaps = ours - theirs
+        found = [(ours.exp() * gaps).sum(-1), gaps.gather(-1, targets)[:, 0]]
+    return torch.stack(found)
+
+
+def divergence(samples: pa.Table, one: Sampled) -> dict[str, Any]:
+    """Mean KL(policy || reference) in nats per response, with its standard error.
+
+    And that of the mean log-ratio, for comparison.
+    """
+    exact = samples[one.kl].to_numpy()
+    ratios = samples[one.logratio].to_numpy()
+    count = len(exact)
+    return {
+        "kl": float(exact.mean()),
+        "kl_standard_error": float(exact.std(ddof=1) / np.sqrt(count)),
+        "logratio": float(ratios.mean()),
+        "logratio_standard_error": float(ratios.std(ddof=1) / np.sqrt(count)),
+        "kl_samples": count,
+    }

@@ -1,0 +1,42 @@
+"""Rewards of samples, from a judge that reads texts."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from madpo_ray.columns import PROMPT
+from madpo_ray.data.messages import Content, from_text
+from madpo_ray.evaluation.divergence import Sampled
+from madpo_ray.scoring.judges import TextScorer
+
+
+class JudgedSamples:
+    """A scorer of samples: the judge's reward of each.
+
+    A sample is a text after a prompt that is a text, and an assistant's message after messages.
+    """
+
+    def __init__(self, sampled: Sequence[Sampled], judge: TextScorer) -> None:
+        self._sampled = sampled
+        self._judge = judge
+        self.reads = (PROMPT, *(one.text for one in sampled))
+        self.columns = tuple(one.reward for one in sampled)
+
+    def load(self, device: torch.device) -> None:
+        self._judge.load(device)
+
+    def __call__(self, rows: pa.Table) -> np.ndarray:
+        """(C, P), float64."""
+        prompts = [from_text(text) for text in rows[PROMPT].to_pylist()]
+        scores = []
+        for one in self._sampled:
+            texts = rows[one.text].to_pylist()
+            completions = [_after(*both) for both in zip(prompts, texts, strict=True)]
+            scores.append(self._judge.rewards(prompts, completions))
+        return np.stack(scores)
+
+
+def _after(prompt: Content, text: str) -> Content:
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
