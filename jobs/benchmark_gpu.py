@@ -2,7 +2,7 @@
 
 A random Llama of 1.1 B parameters in bfloat16, eight pairs per step, ZeRO-1, no gradient
 checkpointing. Each measurement is a process of its own: ours, TRL in autocast with its own
-defaults, and, if flash-attn is installed, TRL with it. Steps after the warm-up count, of which the
+defaults, and, if flash-attn is installed, TRL with it. Only steps after the warm-up count: the
 first ones on a GPU are slow. The last line is one JSON object.
 """
 
@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +49,10 @@ def measure_ours(work: Path, shape: str, steps: int) -> list[float]:
     }
     job = dataclasses.replace(job, settings=job.settings.model_copy(update=batches))
     run_rank(job, LocalSite(job))
-    return step_seconds(job)
+    return step_seconds(job, WARM_UP)
 
 
 def measure_trl(work: Path, shape: str, steps: int, attention: str) -> list[float]:
-    import time
-
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -96,7 +95,7 @@ def measure_trl(work: Path, shape: str, steps: int, attention: str) -> list[floa
         callbacks=[Clock()],
     )
     trainer.train()
-    return seconds
+    return seconds[WARM_UP:]
 
 
 def child(arguments: argparse.Namespace) -> None:
@@ -110,7 +109,7 @@ def child(arguments: argparse.Namespace) -> None:
         attention = "flash_attention_2" if arguments.measure == "trl-flash" else "sdpa"
         seconds = measure_trl(work, shape, steps, attention)
     peak = torch.cuda.max_memory_allocated()
-    print("\n" + json.dumps({"seconds": seconds[WARM_UP:], "peak_bytes": peak}))
+    print("\n" + json.dumps({"seconds": seconds, "peak_bytes": peak}))
 
 
 def measure(work: Path, side: str, shape: str, steps: int) -> Numbers | None:
@@ -145,6 +144,8 @@ def main() -> None:
     for internal in ("--measure", "--shape", "--work"):
         parser.add_argument(internal, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.steps <= WARM_UP:
+        parser.error(f"--steps has to be above {WARM_UP}, which do not count")
     if arguments.measure:
         child(arguments)
         return

@@ -169,13 +169,13 @@ def our_job(
     )
 
 
-def step_seconds(job: Any) -> list[float]:
+def step_seconds(job: Any, warm_up: int = WARM_UP) -> list[float]:
     """Seconds of each step after the warm-up."""
     from madpo_ray.training.metrics import read_metrics
 
     lines = read_metrics(job.metrics / "metrics.jsonl")
     rates = [line["pairs_per_second"] for line in lines if "pairs_per_second" in line]
-    return [job.settings.global_batch_size / rate for rate in rates[WARM_UP:]]
+    return [job.settings.global_batch_size / rate for rate in rates[warm_up:]]
 
 
 def measure_ours(work: Path, shape: str, steps: int, threads: int, dtype: Dtype) -> Numbers:

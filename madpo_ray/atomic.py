@@ -19,6 +19,11 @@ def write_text(path: Path, text: str) -> None:
     """Writes a UTF-8 text file."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
+    replace_file(partial, path)
+
+
+def replace_file(partial: Path, path: Path) -> None:
+    """Moves a complete file into its place."""
     sync(partial)
     os.replace(partial, path)
     sync(path.parent)

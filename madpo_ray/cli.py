@@ -194,7 +194,7 @@ def _plan(
         int | None, typer.Option(min=1, help="of each pair; default: half of data.max_length")
     ] = None,
     response_tokens: Annotated[
-        int | None, typer.Option(min=1, help="of each response; default: the other half")
+        int | None, typer.Option(min=1, help="of each response; default: the rest")
     ] = None,
     utilisation: Annotated[
         float, typer.Option(min=0.01, max=1, help="share of a GPU's peak that is reached")
@@ -203,14 +203,12 @@ def _plan(
     with exit_codes():
         loaded = load_config(config, overrides)
         # Torch and transformers take seconds to import.
-        from madpo_ray.sizing.footprint import Lengths
         from madpo_ray.sizing.gpus import Cluster, find_gpu
-        from madpo_ray.sizing.plan import default_lengths, find_needs
+        from madpo_ray.sizing.plan import choose_lengths, find_needs
         from madpo_ray.sizing.terminal import needs_tables
 
         cluster = Cluster(find_gpu(gpu), gpu, gpus_per_node, nodes, utilisation)
-        default = default_lengths(loaded)
-        lengths = Lengths(prompt_tokens or default.prompt, response_tokens or default.response)
+        lengths = choose_lengths(loaded, prompt_tokens, response_tokens)
         for part in needs_tables(find_needs(loaded, cluster, lengths), cluster):
             say(part)
 

@@ -13,6 +13,7 @@ from madpo_ray.data.sources import list_files, open_source
 from madpo_ray.pipeline import check
 from madpo_ray.stages import pairs, reward, sft, train, tune
 from madpo_ray.stages.stage import Stage
+from madpo_ray.training.schedule import count_turns
 
 
 @dataclass(frozen=True)
@@ -127,11 +128,11 @@ def _steps(settings: TrainingConfig, num_pairs: int) -> int:
 def _idle(settings: TrainingConfig, num_workers: int) -> str:
     if settings.max_tokens_per_device is not None:  # the cut follows the lengths
         return ""
-    micro_batches = math.ceil(settings.global_batch_size / settings.per_device_train_batch_size)
-    turns = math.ceil(micro_batches / num_workers) * num_workers
+    per_device = settings.per_device_train_batch_size
+    micro_batches, turns = count_turns(settings.global_batch_size, per_device, num_workers)
     if micro_batches == turns:
         return ""
-    fitting = num_workers * settings.per_device_train_batch_size
+    fitting = num_workers * per_device
     return (
         f"{turns - micro_batches} of {turns} micro-batches of a step are empty; "
         f"a multiple of {fitting} pairs fills all"

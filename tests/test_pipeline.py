@@ -370,4 +370,4 @@ def test_dpo_needs_no_reward_model(model_folder: Path, tmp_path: Path, ray_local
     assert not any(name.startswith(("margin/", "weight/")) for line in lines for name in line)
     results = json.loads((evaluate.STAGE.folder(config) / "evaluation.json").read_text())
     assert "reward_model" not in results
-    assert results["sampling"][0]["kl_samples"] == 4
+    assert results["sampling"][0]["samples"] == 4

@@ -114,8 +114,10 @@ class EvaluateConfig(Section):
     @field_validator("temperatures")
     @classmethod
     def _check_temperatures(cls, value: tuple[float, ...]) -> tuple[float, ...]:
-        if min(value) < 0 or len(set(value)) < len(value):
-            raise ValueError("temperatures must be different, and none below 0")
+        if any(one != 0 and not 0.01 <= one <= 100 for one in value):
+            raise ValueError("a temperature is 0 or between 0.01 and 100")
+        if len({f"{one:g}" for one in value}) < len(value):
+            raise ValueError("temperatures must differ, in their first six digits")
         return value
 
     @field_validator("judge")

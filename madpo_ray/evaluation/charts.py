@@ -101,14 +101,14 @@ def draw_frontier(entries: Sequence[dict[str, Any]], file: Path) -> None:
     figure, axes = _figure("Reward against divergence")
     for name, own in _by_policy(entries).items():
         means, errors = _means(own)
-        at = [entry.get("kl", 0.0) for entry in own]
+        at = [entry["kl"] for entry in own]
         axes.errorbar(at, means, errors, label=name, marker="o", linestyle="none", capsize=3)
         for x, y, entry in zip(at, means, own, strict=True):
             axes.annotate(f" {entry['temperature']:g}", (x, y), fontsize=8)
-    best = sorted(
-        (entry.get("kl", 0.0), entry["reward"]["mean"]) for entry in entries if entry["on_frontier"]
-    )
-    axes.plot(*zip(*best, strict=True), color=GRAY, linewidth=1, zorder=0)
+    best = sorted((e for e in entries if e["on_frontier"]), key=lambda e: float(e["kl"]))
+    kls = [entry["kl"] for entry in best]
+    rewards = [entry["reward"]["mean"] for entry in best]
+    axes.plot(kls, rewards, color=GRAY, linewidth=1, zorder=0)
     axes.set_xlabel("KL(policy || reference), nats per response; numbers: temperature")
     axes.set_ylabel("reward, 95 % interval over prompts")
     axes.legend()
@@ -126,7 +126,8 @@ def _by_policy(entries: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, An
 def _means(entries: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
     """Mean rewards, and how far their intervals go below and above."""
     means = np.array([entry["reward"]["mean"] for entry in entries])
-    low, high = np.array([entry["reward"]["interval"] for entry in entries]).T
+    intervals = [entry["reward"]["interval"] or [entry["reward"]["mean"]] * 2 for entry in entries]
+    low, high = np.array(intervals).T
     return means, np.maximum([means - low, high - means], 0)
 
 

@@ -1,4 +1,4 @@
-"""Samples of a policy in numbers: rewards, win rates, lengths, variety, and what they cost in KL.
+"""Samples of a policy in numbers: rewards, win rates, lengths, diversity, and the frontier.
 
 Legend: Q prompts, K samples of each. Samples of one prompt are alike, so every interval is over
 prompts: their means are drawn again with replacement.
@@ -8,10 +8,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 from scipy.special import expit
 from scipy.stats import bootstrap
+
+from madpo_ray.scoring.calibration import interval
 
 RESAMPLES = 2000
 # Keeps the slope of the length finite if lengths alone separate wins from losses.
@@ -20,10 +23,21 @@ SLOPE_PENALTY = 1e-3
 Values = NDArray[np.float64]
 
 
+def by_prompt(column: pa.ChunkedArray, num_prompts: int) -> Values:
+    """Values of samples, all prompts once and then again, as (Q, K)."""
+    values: Values = column.to_numpy().astype(np.float64).reshape(-1, num_prompts).T
+    return values
+
+
 def mean_with_interval(values: Values) -> dict[str, Any]:
-    """Mean of values (Q, K), Q > 0, and its 95 % percentile bootstrap interval over prompts."""
+    """Mean of values (Q, K), Q > 0, and its 95 % percentile bootstrap interval over prompts.
+
+    No interval for a single prompt.
+    """
     per_prompt = values.mean(axis=1)
     mean = float(per_prompt.mean())
+    if len(per_prompt) < 2:
+        return {"mean": mean, "interval": None}
     if np.ptp(per_prompt) == 0:
         return {"mean": mean, "interval": (mean, mean)}
     found = bootstrap(
@@ -33,8 +47,15 @@ def mean_with_interval(values: Values) -> dict[str, Any]:
 
 
 def win_rate(ours: Values, theirs: Values) -> dict[str, Any]:
-    """How often our rewards (Q, K) are above theirs, with its interval. A tie counts one half."""
-    return mean_with_interval(wins_of(ours, theirs))
+    """How often our rewards (Q, K) are above theirs, with its interval. A tie counts one half.
+
+    If all prompts agree, nothing would vary in a bootstrap: Wilson's interval.
+    """
+    wins = wins_of(ours, theirs)
+    found = mean_with_interval(wins)
+    if len(wins) > 1 and np.ptp(wins.mean(axis=1)) == 0:
+        found["interval"] = interval(found["mean"] * len(wins), len(wins))
+    return found
 
 
 def wins_of(ours: Values, theirs: Values) -> Values:
@@ -68,7 +89,7 @@ def length_controlled_win_rate(wins: Values, longer_by: Values) -> float:
     return float(expit(minimize(loss, np.zeros(2)).x[0]))
 
 
-def distinct(responses: Sequence[Sequence[int]], n: int) -> float:
+def distinct_ngrams(responses: Sequence[Sequence[int]], n: int) -> float:
     """Share of different n-grams among all n-grams of token ids (Li et al. 2016); 0 without any."""
     grams = [tuple(ids[i : i + n]) for ids in responses for i in range(max(0, len(ids) - n + 1))]
     return len(set(grams)) / len(grams) if grams else 0.0

@@ -4,8 +4,7 @@ Legend: N response tokens, n of a chunk of them, V vocabulary, P rows of a table
 """
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,52 +15,15 @@ from madpo_ray.columns import PROMPT_IDS
 from madpo_ray.config import ModelConfig
 from madpo_ray.data.batching import MicroBatch
 from madpo_ray.errors import UserError
+from madpo_ray.evaluation.comparisons import Values, by_prompt
+from madpo_ray.evaluation.sample_sets import PolicyFiles, SampleSet
 from madpo_ray.models.loading import load_policy
 from madpo_ray.models.logprobs import ResponseLogps, sum_per_response
 from madpo_ray.models.reading import find_reading
 from madpo_ray.scoring.batches import Batches, Layout
 
 
-class PolicyFiles(NamedTuple):
-    """Where a policy is."""
-
-    folder: Path
-    base: Path  # the model that it was trained on, if it is an adapter
-
-
-class Sampled(NamedTuple):
-    """Samples of a policy at a temperature of decoding; 0 is greedy."""
-
-    policy: str
-    temperature: float
-
-    @property
-    def text(self) -> str:
-        """Column of the decoded responses."""
-        return f"{self.policy}@{self.temperature:g}"
-
-    @property
-    def ids(self) -> str:
-        """Column of their token ids."""
-        return f"{self.text}_ids"
-
-    @property
-    def reward(self) -> str:
-        """Column of their rewards."""
-        return f"{self.text}_reward"
-
-    @property
-    def kl(self) -> str:
-        """Column of the divergence along them, in nats per response."""
-        return f"{self.text}_kl"
-
-    @property
-    def logratio(self) -> str:
-        """Column of their log-prob under the policy less that under the reference, in nats."""
-        return f"{self.text}_logratio"
-
-
-class Divergences:
+class DivergenceScorer:
     """A scorer of samples: `kl` and `logratio` of each.
 
     The policy is as it was sampled from, at its temperature; the reference is at temperature 1. The
@@ -74,7 +36,7 @@ class Divergences:
 
     def __init__(
         self,
-        sampled: Sequence[Sampled],
+        sampled: Sequence[SampleSet],
         policies: dict[str, PolicyFiles],
         reference: PolicyFiles,
         model: ModelConfig,
@@ -95,7 +57,11 @@ class Divergences:
         self._reference, self._packed = self._load(self._reference_files)
         self._modules: dict[str, ResponseLogps] = {}
         for name in dict.fromkeys(one.policy for one in self._sampled):
-            self._modules[name], is_packed = self._load(self._policies[name])
+            files = self._policies[name]
+            if files == self._reference_files:
+                self._modules[name] = self._reference
+                continue
+            self._modules[name], is_packed = self._load(files)
             self._packed = self._packed and is_packed
 
     def _load(self, files: PolicyFiles) -> tuple[ResponseLogps, bool]:
@@ -114,7 +80,7 @@ class Divergences:
                 scores[2 * number : 2 * number + 2, members] = found.double().cpu().numpy()
         return scores
 
-    def _of_batch(self, one: Sampled, batch: MicroBatch) -> Tensor:
+    def _of_batch(self, one: SampleSet, batch: MicroBatch) -> Tensor:
         """Divergence and log-ratio of each response, (2, R * B)."""
         policy = self._modules[one.policy].response_logits(batch)
         reference = self._reference.response_logits(batch)
@@ -156,18 +122,24 @@ def token_divergence(
     return torch.stack(found)
 
 
-def divergence(samples: pa.Table, one: Sampled) -> dict[str, Any]:
-    """Mean KL(policy || reference) in nats per response, with its standard error.
+def describe_divergence(samples: pa.Table, one: SampleSet, num_prompts: int) -> dict[str, Any]:
+    """Mean KL(policy || reference) in nats per response, with its standard error over prompts.
 
-    And that of the mean log-ratio, for comparison.
+    And those of the mean log-ratio, for comparison.
     """
-    exact = samples[one.kl].to_numpy()
-    ratios = samples[one.logratio].to_numpy()
-    count = len(exact)
+    kl, kl_error = _mean_with_error(by_prompt(samples[one.kl], num_prompts))
+    logratio, logratio_error = _mean_with_error(by_prompt(samples[one.logratio], num_prompts))
     return {
-        "kl": float(exact.mean()),
-        "kl_standard_error": float(exact.std(ddof=1) / np.sqrt(count)),
-        "logratio": float(ratios.mean()),
-        "logratio_standard_error": float(ratios.std(ddof=1) / np.sqrt(count)),
-        "kl_samples": count,
+        "kl": kl,
+        "kl_standard_error": kl_error,
+        "logratio": logratio,
+        "logratio_standard_error": logratio_error,
     }
+
+
+def _mean_with_error(values: Values) -> tuple[float, float | None]:
+    """Of values (Q, K): samples of one prompt are alike, so prompts are the observations."""
+    per_prompt = values.mean(axis=1)
+    if len(per_prompt) < 2:
+        return float(per_prompt.mean()), None
+    return float(per_prompt.mean()), float(per_prompt.std(ddof=1) / np.sqrt(len(per_prompt)))

@@ -8,7 +8,7 @@ import torch
 
 from madpo_ray.columns import PROMPT
 from madpo_ray.data.messages import Content, from_text
-from madpo_ray.evaluation.divergence import Sampled
+from madpo_ray.evaluation.sample_sets import SampleSet
 from madpo_ray.scoring.judges import TextScorer
 
 
@@ -18,7 +18,7 @@ class JudgedSamples:
     A sample is a text after a prompt that is a text, and an assistant's message after messages.
     """
 
-    def __init__(self, sampled: Sequence[Sampled], judge: TextScorer) -> None:
+    def __init__(self, sampled: Sequence[SampleSet], judge: TextScorer) -> None:
         self._sampled = sampled
         self._judge = judge
         self.reads = (PROMPT, *(one.text for one in sampled))
@@ -33,7 +33,9 @@ class JudgedSamples:
         scores = []
         for one in self._sampled:
             texts = rows[one.text].to_pylist()
-            completions = [_after(*both) for both in zip(prompts, texts, strict=True)]
+            completions = [
+                _after(prompt, text) for prompt, text in zip(prompts, texts, strict=True)
+            ]
             scores.append(self._judge.rewards(prompts, completions))
         return np.stack(scores)
 

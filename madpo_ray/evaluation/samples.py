@@ -10,99 +10,100 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from madpo_ray.evaluation.comparisons import (
-    Values,
-    distinct,
+    by_prompt,
+    distinct_ngrams,
     length_controlled_win_rate,
     mean_with_interval,
     on_frontier,
     win_rate,
     wins_of,
 )
-from madpo_ray.evaluation.divergence import Sampled, divergence
+from madpo_ray.evaluation.divergence import describe_divergence
+from madpo_ray.evaluation.sample_sets import POLICY, REFERENCE, SampleSet
 
 NGRAMS = (1, 2)
 
 
 def describe_samples(
-    samples: pa.Table, sampled: Sequence[Sampled], *, reference: str, num_prompts: int
+    samples: pa.Table, sample_sets: Sequence[SampleSet], *, num_prompts: int
 ) -> list[dict[str, Any]]:
-    """Length, variety, divergence and, if they were judged, rewards of each policy's samples.
+    """Length, diversity, divergence and, if they were judged, rewards of each policy's samples.
 
     Win rates are against the reference's samples for the same prompts, at the same temperature.
     """
     entries = []
-    for one in sampled:
+    for one in sample_sets:
         ids = samples[one.ids].to_pylist()
         entry: dict[str, Any] = {
             "policy": one.policy,
             "temperature": one.temperature,
             "samples": samples.num_rows,
             "tokens": float(np.mean([len(response) for response in ids])),
-            **{f"distinct_{n}": distinct(ids, n) for n in NGRAMS},
+            **{f"distinct_{n}": _mean_distinct(ids, n, num_prompts) for n in NGRAMS},
+            **describe_divergence(samples, one, num_prompts),
         }
-        if one.kl in samples.column_names:
-            entry |= divergence(samples, one)
         if one.reward in samples.column_names:
-            rewards = _by_prompt(samples[one.reward], num_prompts)
-            entry["reward"] = mean_with_interval(rewards)
-            if one.policy != reference:
-                other = Sampled(reference, one.temperature)
-                entry |= _against(samples, one, other, num_prompts)
+            entry["reward"] = mean_with_interval(by_prompt(samples[one.reward], num_prompts))
+            if one.policy != REFERENCE:
+                reference = SampleSet(REFERENCE, one.temperature)
+                entry |= _compare(samples, one, reference, num_prompts)
         entries.append(entry)
 
-    # What no other entry is better than, in reward and divergence. The reference costs nothing.
+    # Entries on the Pareto frontier of reward and divergence.
     judged = [entry for entry in entries if "reward" in entry]
-    costs = [entry.get("kl", 0.0) for entry in judged]
-    gains = [entry["reward"]["mean"] for entry in judged]
-    for entry, is_best in zip(judged, on_frontier(costs, gains), strict=True):
+    kls = [entry["kl"] for entry in judged]
+    rewards = [entry["reward"]["mean"] for entry in judged]
+    for entry, is_best in zip(judged, on_frontier(kls, rewards), strict=True):
         entry["on_frontier"] = is_best
     return entries
 
 
-def compare_policies(
-    samples: pa.Table, sampled: Sequence[Sampled], *, policy: str, num_prompts: int
+def _mean_distinct(ids: list[list[int]], n: int, num_prompts: int) -> float:
+    """Over one sample of each prompt at a time: greedy samples of a prompt are all the same."""
+    starts = range(0, len(ids), num_prompts)
+    shares = [distinct_ngrams(ids[start : start + num_prompts], n) for start in starts]
+    return float(np.mean(shares))
+
+
+def compare_with_others(
+    samples: pa.Table, sample_sets: Sequence[SampleSet], *, num_prompts: int
 ) -> list[dict[str, Any]]:
-    """The policy against each other one, paired by prompt, at each temperature; if judged.
+    """The policy against those of other runs, paired by prompt, at each temperature; if judged.
 
     `reward_difference` is the policy's mean reward less the other's.
     """
     found = []
-    for other in sampled:
-        one = Sampled(policy, other.temperature)
-        if other.policy == policy or other.reward not in samples.column_names:
+    for other in sample_sets:
+        if other.policy in (POLICY, REFERENCE) or other.reward not in samples.column_names:
             continue
-        ours, theirs = (_by_prompt(samples[s.reward], num_prompts) for s in (one, other))
+        policy = SampleSet(POLICY, other.temperature)
         found.append(
             {
-                "policy": policy,
                 "against": other.policy,
                 "temperature": other.temperature,
-                "reward_difference": mean_with_interval(ours - theirs),
-                **_against(samples, one, other, num_prompts),
+                **_compare(samples, policy, other, num_prompts),
             }
         )
     return found
 
 
-def _against(samples: pa.Table, one: Sampled, other: Sampled, num_prompts: int) -> dict[str, Any]:
-    ours, theirs = (_by_prompt(samples[s.reward], num_prompts) for s in (one, other))
+def _compare(
+    samples: pa.Table, one: SampleSet, other: SampleSet, num_prompts: int
+) -> dict[str, Any]:
+    """One set of samples against another for the same prompts."""
+    ours, theirs = (by_prompt(samples[s.reward], num_prompts) for s in (one, other))
     our_lengths, their_lengths = (
-        _by_prompt(pa.array([len(ids) for ids in samples[s.ids].to_pylist()]), num_prompts)
-        for s in (one, other)
+        by_prompt(pc.list_value_length(samples[s.ids]), num_prompts) for s in (one, other)
     )
     controlled = length_controlled_win_rate(wins_of(ours, theirs), our_lengths - their_lengths)
     return {
+        "reward_difference": mean_with_interval(ours - theirs),
         "win_rate": win_rate(ours, theirs),
         "length_controlled_win_rate": controlled,
     }
-
-
-def _by_prompt(column: pa.ChunkedArray, num_prompts: int) -> Values:
-    """Values of samples as (Q, K)."""
-    values: Values = column.to_numpy().astype(np.float64).reshape(-1, num_prompts).T
-    return values
 
 
 def write_csv(file: Path, entries: list[dict[str, Any]]) -> None:
@@ -120,7 +121,7 @@ def _flat(entry: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in entry.items():
         if isinstance(value, dict):
             found[name] = value["mean"]
-            found[f"{name}_low"], found[f"{name}_high"] = value["interval"]
+            found[f"{name}_low"], found[f"{name}_high"] = value["interval"] or (None, None)
         else:
             found[name] = value
     return found

@@ -1,4 +1,4 @@
-"""Sampled responses, from Ray Data actors."""
+"""SampleSet responses, from Ray Data actors."""
 
 import itertools
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ import torch
 
 from madpo_ray.columns import PROMPT_IDS
 from madpo_ray.config import ActorPool, ModelConfig
-from madpo_ray.evaluation.divergence import PolicyFiles, Sampled
+from madpo_ray.evaluation.sample_sets import PolicyFiles, SampleSet
 from madpo_ray.models.devices import use_device
 from madpo_ray.models.loading import load_policy, load_tokenizer
 from madpo_ray.passes import BatchNotes, pool_options, received
@@ -22,7 +22,7 @@ INDEX = "index"
 
 
 class Sampler:
-    """Adds token ids and texts of samples to tables of prompts, in the columns of `Sampled`.
+    """Adds token ids and texts of samples to tables of prompts, in the columns of `SampleSet`.
 
     Samples from the model's full distribution; its generation config is ignored. The seed of a
     batch follows from its first row's index, so samples do not depend on which actor draws them.
@@ -32,7 +32,7 @@ class Sampler:
         self,
         *,
         policies: dict[str, PolicyFiles],
-        temperatures: Sequence[float] = (1.0,),
+        temperatures: Sequence[float],
         model: ModelConfig,
         max_new_tokens: int,
         seed: int,
@@ -82,11 +82,24 @@ class Sampler:
                 **_decoding(temperature),
             )
             responses = [self._until_end(row) for row in generated[:, width:].tolist()]
-            texts = self._tokenizer.batch_decode(responses, skip_special_tokens=True)
-            one = Sampled(name, temperature)
-            ids = pa.array(responses, type=pa.list_(pa.int32()))
-            table = table.append_column(one.ids, ids).append_column(one.text, pa.array(texts))
+            texts = [
+                self._decode(prompt, response)
+                for prompt, response in zip(prompts, responses, strict=True)
+            ]
+            one = SampleSet(name, temperature)
+            response_ids = pa.array(responses, type=pa.list_(pa.int32()))
+            table = table.append_column(one.ids, response_ids)
+            table = table.append_column(one.text, pa.array(texts))
         return table
+
+    def _decode(self, prompt: list[int], response: list[int]) -> str:
+        """The response's text. Decoded without its prompt it could lose a space at its start."""
+        before, both = self._tokenizer.batch_decode(
+            [prompt, prompt + response], skip_special_tokens=True
+        )
+        if both.startswith(before):
+            return str(both[len(before) :])
+        return str(self._tokenizer.decode(response, skip_special_tokens=True))
 
     def _until_end(self, ids: list[int]) -> list[int]:
         """The response up to its first end token, included."""

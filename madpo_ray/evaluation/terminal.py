@@ -46,18 +46,19 @@ def evaluation_tables(results: Mapping[str, Any]) -> list[Table]:
 def _with_interval(value: Mapping[str, Any] | None) -> str:
     if value is None:
         return "-"
+    if value["interval"] is None:
+        return f"{value['mean']:.3f}"
     low, high = value["interval"]
     return f"{value['mean']:.3f} ({low:.3f} to {high:.3f})"
 
 
 def _kl(entry: Mapping[str, Any]) -> str:
-    if "kl" not in entry:
-        return "-"
-    return f"{entry['kl']:.3f} ± {entry['kl_standard_error']:.3f}"
+    error = entry["kl_standard_error"]
+    return f"{entry['kl']:.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
-SAMPLE_COLUMNS: tuple[tuple[str, Callable[[Mapping[str, Any]], str]], ...] = (
-    ("policy", lambda entry: str(entry["policy"])),
+SAMPLE_COLUMNS: tuple[tuple[str, Callable[[Mapping[str, Any]], str | Text]], ...] = (
+    ("policy", lambda entry: printable(entry["policy"])),
     ("temperature", lambda entry: f"{entry['temperature']:g}"),
     ("reward", lambda entry: _with_interval(entry.get("reward"))),
     ("wins against reference", lambda entry: _with_interval(entry.get("win_rate"))),
@@ -69,15 +70,14 @@ SAMPLE_COLUMNS: tuple[tuple[str, Callable[[Mapping[str, Any]], str]], ...] = (
 
 def _comparison_table(comparisons: Sequence[Mapping[str, Any]]) -> list[Table]:
     """The policy against other runs, if there are any."""
-    rows = [one for one in comparisons if one["against"] != "reference"]
-    if not rows:
+    if not comparisons:
         return []
     table = Table(title="This policy against others, on the same prompts")
     for heading in ("against", "temperature", "reward difference", "wins", "at equal length"):
         table.add_column(heading)
-    for one in rows:
+    for one in comparisons:
         table.add_row(
-            one["against"],
+            printable(one["against"]),
             f"{one['temperature']:g}",
             _with_interval(one["reward_difference"]),
             _with_interval(one["win_rate"]),

@@ -8,14 +8,20 @@ from madpo_ray.errors import UserError
 from madpo_ray.models.source import read_json
 
 
-def check_lengths(folder: Path, max_length: int) -> None:
-    """Raises UserError if a model cannot read `max_length` tokens, or not always alike."""
+def check_lengths(
+    folder: Path, max_length: int, *, key: str = "data.max_length", before: int = 0
+) -> None:
+    """Raises UserError if a model cannot read `max_length` tokens, or not always alike.
+
+    Args:
+        key: of the config, which sets how many follow after the first `before` of them.
+    """
     architecture = _text_config(folder)
     positions = architecture.get("max_position_embeddings") or architecture.get("n_positions")
     if positions is not None and max_length > positions:
         raise UserError(
-            f"data.max_length: {max_length} is more than the model's {positions} positions: "
-            "lower data.max_length"
+            f"{key}: {max_length} is more than the model's {positions} positions: lower {key} to "
+            f"{positions - before}"
         )
 
     # These scale positions by the longest row of a batch once it exceeds the original length: a
@@ -30,14 +36,20 @@ def check_lengths(folder: Path, max_length: int) -> None:
         original = original or architecture.get("original_max_position_embeddings") or positions
         if original is not None and max_length > original:
             raise UserError(
-                f"data.max_length: the model's {kind} positions depend on the longest pair of a "
-                f"batch beyond {original} tokens: lower data.max_length to {original}"
+                f"{key}: the model's {kind} positions depend on the longest pair of a batch beyond "
+                f"{original} tokens: lower {key} to {original - before}"
             )
+
+
+def count_embeddings(folder: Path) -> int | None:
+    """How many tokens the model has embeddings for."""
+    size: int | None = _text_config(folder).get("vocab_size")
+    return size
 
 
 def check_vocabulary(folder: Path, token_ids: Mapping[str, int]) -> None:
     """Raises UserError if the tokenizer has a token that the model has no embedding for."""
-    size = _text_config(folder).get("vocab_size")
+    size = count_embeddings(folder)
     beyond = [token for token, number in token_ids.items() if size and number >= size]
     if beyond:
         raise UserError(

@@ -24,6 +24,10 @@ REWARD_HEAD = "score.weight"
 # What a reward model has no use for of a language model: its head.
 LM_HEADS = {"lm_head.weight", "lm_head.bias", "embed_out.weight"}
 
+# In the config of reward models that are trained here: texts without a chat template end with the
+# end of sequence, where the reward is read.
+READS_END = "reads_end_of_sequence"
+
 TaskType = Literal["CAUSAL_LM", "SEQ_CLS"]  # peft's names
 AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -209,6 +213,12 @@ def check_weights(folder: Path, model: ModelConfig, *, task_type: TaskType) -> N
         raise
     except Exception as error:
         raise UserError(f"{folder} cannot be loaded: {type(error).__name__}: {error}") from None
+
+
+def check_classifier(folder: Path, model: ModelConfig) -> None:
+    """Raises UserError if the folder is no classifier with one label. Reads no weights."""
+    eager = model.model_copy(update={"attn_implementation": "eager"})
+    _load("SEQ_CLS", folder, eager, device_map="meta", dtype="auto", num_labels=1)
 
 
 def _four_bits(model: ModelConfig) -> dict[str, Any]:

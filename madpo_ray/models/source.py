@@ -35,12 +35,17 @@ COMMIT = re.compile("[0-9a-f]{40}")
 TOKENIZER_MARKS = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tokenizer_config.json")
 
 
-def check_model(model: ModelConfig, task_type: "TaskType" = "CAUSAL_LM") -> None:
+def check_model(
+    model: ModelConfig, task_type: "TaskType" = "CAUSAL_LM", key: str | None = None
+) -> None:
     """Raises UserError if the model, or a file or package that it needs, is missing.
 
     Loads nothing.
+
+    Args:
+        key: of the config, which names the model; None: the usual one of its kind.
     """
-    where = KEYS[task_type]
+    where = key or KEYS[task_type]
     path = Path(model.model_name_or_path)
     template = model.chat_template_path
     if template is not None:
@@ -54,15 +59,9 @@ def check_model(model: ModelConfig, task_type: "TaskType" = "CAUSAL_LM") -> None
             if stream.read(4) != b"GGUF":
                 raise UserError(f"{where}: {path} is not a GGUF file")
         _check_package("gguf", f"{path.name} needs the package gguf: pip install gguf")
-        _check_code(path.parent, model)
     elif path.is_absolute():
-        _check_folder(path, task_type)
-        _check_code(path, model)
-    elif model.trust_remote_code and not COMMIT.fullmatch(model.model_revision):
-        raise UserError(
-            f"model.model_revision: {model.model_revision} can change, and model.trust_remote_code "
-            "runs what it brings: give the 40 digits of a commit that you have read"
-        )
+        _check_folder(path, task_type, where)
+    check_code(model)
 
     # Packages for what the config asks for.
     if model.load_in_4bit:
@@ -79,9 +78,23 @@ def check_model(model: ModelConfig, task_type: "TaskType" = "CAUSAL_LM") -> None
         _check_package("flash_attn", message)
 
 
-def _check_folder(path: Path, task_type: "TaskType") -> None:
+def check_code(model: ModelConfig) -> None:
+    """Raises UserError if the code that the model brings, and that is run, could change."""
+    path = Path(model.model_name_or_path)
+    if path.suffix == ".gguf":
+        _check_code(path.parent, model)
+    elif path.is_absolute():
+        _check_code(path, model)
+    elif model.trust_remote_code and not COMMIT.fullmatch(model.model_revision):
+        raise UserError(
+            f"model.model_revision: {model.model_revision} can change, and model.trust_remote_code "
+            "runs what it brings: give the 40 digits of a commit that you have read"
+        )
+
+
+def _check_folder(path: Path, task_type: "TaskType", key: str) -> None:
     """Raises UserError if a folder is not a model of the kind, with its tokenizer."""
-    where = f"{KEYS[task_type]}: {path}"
+    where = f"{key}: {path}"
     if (path / "adapter_config.json").is_file():
         base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
         raise UserError(
@@ -148,13 +161,16 @@ def _check_package(name: str, message: str) -> None:
 
 
 @functools.cache
-def fetch_model(model: ModelConfig, task_type: "TaskType" = "CAUSAL_LM") -> Path:
+def fetch_model(
+    model: ModelConfig, task_type: "TaskType" = "CAUSAL_LM", key: str | None = None
+) -> Path:
     """The local folder, or .gguf file, of a model.
 
     A hub name is downloaded (safetensors only) into the hub's cache, once per process, so that all
     stages of a run use the same revision.
     """
-    check_model(model, task_type)
+    check_model(model, task_type, key)
+    where = key or KEYS[task_type]
     path = Path(model.model_name_or_path)
     if path.is_absolute():
         return path
@@ -176,19 +192,21 @@ def fetch_model(model: ModelConfig, task_type: "TaskType" = "CAUSAL_LM") -> Path
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
-            f"{KEYS[task_type]}: {model.model_name_or_path} is neither a local path nor "
+            f"{where}: {model.model_name_or_path} is neither a local path nor "
             f"reachable on the hub ({type(error).__name__}); check the name, the network, and "
             "HF_TOKEN for gated models"
         ) from None
     # What a hub name leads to is known only now.
-    _check_folder(Path(folder), task_type)
+    _check_folder(Path(folder), task_type, where)
     _check_code(Path(folder), model)
     return Path(folder)
 
 
-def model_inputs(model: ModelConfig, task_type: "TaskType" = "CAUSAL_LM") -> Inputs:
+def model_inputs(
+    model: ModelConfig, task_type: "TaskType" = "CAUSAL_LM", key: str | None = None
+) -> Inputs:
     """What identifies a model: the content of its files and of the chat template."""
-    source = fetch_model(model, task_type)
+    source = fetch_model(model, task_type, key)
     hashes = {source.name: hash_file(source)} if source.is_file() else hash_files(source)
     template = model.chat_template_path
     template_hash = hash_file(Path(template)) if template else None

@@ -1,7 +1,7 @@
 """Whether a model can be trained as the settings say: its architecture, without its weights."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -10,13 +10,28 @@ from madpo_ray.errors import UserError, did_you_mean
 from madpo_ray.models.attention import load_architecture
 from madpo_ray.models.loading import AUTO_CLASSES, TaskType, with_lora
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 # transformers' model classes take seconds to import: they are imported inside functions.
 
 
 def check_trainable(
     folder: Path, model: ModelConfig, settings: TrainingConfig, *, task_type: TaskType
 ) -> None:
-    """Checks a model's architecture, without its weights.
+    """Checks a model's architecture, without its weights. Raises as `check_architecture` does."""
+    architecture = load_architecture(folder, trust_remote_code=model.trust_remote_code)
+    check_architecture(architecture, model, settings, task_type=task_type)
+
+
+def check_architecture(
+    architecture: "PretrainedConfig",
+    model: ModelConfig,
+    settings: TrainingConfig,
+    *,
+    task_type: TaskType,
+) -> None:
+    """Checks transformers' config of a model.
 
     Raises:
         UserError: transformers has no such model with this head and attention, or LoRA's settings
@@ -24,7 +39,6 @@ def check_trainable(
     """
     import transformers
 
-    architecture = load_architecture(folder, trust_remote_code=model.trust_remote_code)
     kernel: str | None = model.attn_implementation
     if kernel == "flash_attention_2":
         kernel = None  # checked on the workers; the driver may have no GPU

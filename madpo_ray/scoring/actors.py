@@ -186,14 +186,17 @@ def score_table(
 ) -> pa.Table:
     """A table of tokenised rows with the scorers' columns added.
 
-    Raises as `score_rows` does, and RuntimeError if a scorer fails for one of the rows.
+    Raises as `score_rows` does, and UserError if a scorer fails for one of the rows.
     """
     dataset = ray.data.from_arrow(table)
     ids = table[PAIR_ID]
     scored = _score(dataset, ids, scorers, actors, batch_size=batch_size, notes=notes)
     failed = scored.filter(pc.is_valid(scored[REASON]))
     if failed.num_rows:
-        raise RuntimeError(f"{failed.num_rows} rows have no scores: {failed[REASON][0]}")
+        raise UserError(
+            f"{failed.num_rows} of {table.num_rows} rows could not be scored, such as "
+            f"{failed[PAIR_ID][0]}: {failed[REASON][0]}"
+        )
     for name in scored.column_names:
         if name not in (PAIR_ID, REASON):
             table = table.append_column(name, scored[name])

@@ -18,7 +18,7 @@ from madpo_ray.columns import CHOSEN, PROMPT, REJECTED, REWARDS, TEXT_COLUMNS
 from madpo_ray.config import ModelConfig
 from madpo_ray.data.messages import Content, from_text
 from madpo_ray.errors import UserError
-from madpo_ray.models.loading import load_classifier, load_tokenizer
+from madpo_ray.models.loading import READS_END, load_classifier, load_tokenizer
 from madpo_ray.scoring.batches import cut
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class FunctionReward(TextScorer):
         key: of the config, for messages.
     """
 
-    def __init__(self, name: str, key: str = "reward.source") -> None:
+    def __init__(self, name: str, *, key: str) -> None:
         self._name = name
         self._key = key
 
@@ -79,7 +79,7 @@ class FunctionReward(TextScorer):
         return rewards
 
 
-def find_function(name: str, key: str = "reward.source") -> Callable[..., Any]:
+def find_function(name: str, key: str) -> Callable[..., Any]:
     """The function that `module:function` names.
 
     Raises:
@@ -111,7 +111,7 @@ class ClassifierReward(TextScorer):
         *,
         batch_size: int,
         max_tokens: int | None = None,
-        key: str = "reward.source",
+        key: str,
     ) -> None:
         self._key = key
         self._folder = folder
@@ -123,6 +123,7 @@ class ClassifierReward(TextScorer):
         self._tokenizer = load_tokenizer(self._folder, self._model_config)
         model: Any = load_classifier(self._folder, self._model_config)
         self._model = model.to(device).eval()
+        self._end = self._tokenizer.eos_token_id
         config: Any = self._model.config.get_text_config()
         self._max_tokens = getattr(config, "max_position_embeddings", None)
         self._padding = self._find_padding(config)
@@ -160,6 +161,8 @@ class ClassifierReward(TextScorer):
         tokenizer = self._tokenizer
         if isinstance(prompt, str) and isinstance(completion, str):
             ids: list[int] = tokenizer(prompt + completion)["input_ids"]
+            if getattr(self._model.config, READS_END, False) and ids[-1:] != [self._end]:
+                ids.append(self._end)
         else:
             assert isinstance(prompt, list)
             assert isinstance(completion, list)
@@ -173,7 +176,7 @@ class ClassifierReward(TextScorer):
         if self._max_tokens is not None and len(ids) > self._max_tokens:
             raise UserError(
                 f"{self._key}: a pair has {len(ids)} tokens for {self._folder}, which reads "
-                f"{self._max_tokens}: lower data.max_length"
+                f"{self._max_tokens}: lower data.max_length, or for samples evaluate.max_new_tokens"
             )
         return ids
 

@@ -1,6 +1,6 @@
 """What gives numbers to pairs or responses. A scorer knows no Ray; actors load it once each.
 
-Legend: R responses per row (2: chosen and rejected, or 1), P rows of a table.
+Legend: R responses per row (chosen and rejected), P rows of a table.
 """
 
 import abc
@@ -76,11 +76,13 @@ def score_or_explain(scorer: Scorer, rows: pa.Table) -> tuple[np.ndarray, list[s
 
 
 class ModelScorer(abc.ABC):
-    """A scorer that reads token ids with a transformers model.
+    """A scorer that reads token ids of pairs with a transformers model.
 
     Attributes:
         batches: what the model reads; `share_batches` gives all models of an actor the same.
     """
+
+    reads = (PROMPT_IDS, *RESPONSE_IDS)
 
     def __init__(
         self,
@@ -90,14 +92,11 @@ class ModelScorer(abc.ABC):
         columns: tuple[str, ...],
         batch_size: int,
         max_tokens: int | None = None,
-        responses: tuple[str, ...] = RESPONSE_IDS,
     ) -> None:
         self.columns = columns
-        self.reads = (PROMPT_IDS, *responses)
         self._folder = folder
         self._model_config = model
         self._limits = (batch_size, max_tokens)
-        self._responses = responses
         self.batches = Batches()
 
     def load(self, device: torch.device) -> None:
@@ -110,12 +109,12 @@ class ModelScorer(abc.ABC):
         # The device is waited for at the end only.
         order: list[int] = []
         values = []
-        layout = Layout(self._responses, *self._limits, self._reading.packed)
+        layout = Layout(RESPONSE_IDS, *self._limits, self._reading.packed)
         for members, batch in self.batches.micro_batches(rows, layout):
             outputs = self._module(batch.to(self._device))
-            values.append(self._values(outputs).view(len(self._responses), -1))
+            values.append(self._values(outputs).view(len(RESPONSE_IDS), -1))
             order += members
-        scores = np.full((len(self._responses), rows.num_rows), np.nan)
+        scores = np.full((len(RESPONSE_IDS), rows.num_rows), np.nan)
         scores[:, order] = torch.cat(values, dim=1).double().cpu().numpy()
         return scores
 

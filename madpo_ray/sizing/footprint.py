@@ -6,7 +6,7 @@ The model is built and run on PyTorch's fake tensors, which have shapes and no m
 import contextlib
 import copy
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -35,7 +35,7 @@ from madpo_ray.models.logprobs import TOKENS_PER_CHUNK, ResponseLogps, ResponseR
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-# Memory and FLOPs of a model with more layers follow from these two numbers of layers: every layer
+# The activations of a deeper model are extrapolated from these two numbers of layers: every layer
 # adds the same.
 FEW_LAYERS = 2
 MORE_LAYERS = 4
@@ -56,7 +56,14 @@ class Lengths(NamedTuple):
     response: int
 
     def count(self, num_responses: int) -> int:
+        """Tokens of a pair in a packed row."""
         return self.prompt + num_responses * self.response
+
+    def shape(self, num_pairs: int, max_tokens: int | None, *, num_responses: int = 2) -> Shape:
+        """A micro-batch of `num_pairs`, or of as many as a budget of tokens has room for."""
+        if max_tokens is not None:
+            num_pairs = max(1, max_tokens // self.count(num_responses))
+        return Shape(num_pairs, self.prompt, self.response)
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,7 @@ class Footprint:
     trained: int  # elements
     largest: int  # elements of the largest tensor
     in_four_bits: int  # elements of the weights that model.load_in_4bit shrinks
-    activations: int  # bytes beside weights and their gradients, at the peak of a micro-batch
+    activations: int  # bytes at the peak of a micro-batch, without weights and their gradients
     flops: float  # of a micro-batch
     tokens: int  # that the model reads for a micro-batch
 
@@ -94,43 +101,61 @@ def measure_footprint(
     """
     architecture = copy.deepcopy(architecture)
     text = architecture.get_text_config()
-    if any("experts" in name and value for name, value in text.to_dict().items()):
+    if _has_experts(text.to_dict()):
         raise UserError(
             f"a {architecture.model_type} model cannot be planned: it is a mixture of experts, and "
             "which of them compute is known only while it runs"
         )
     text.use_cache = False
     batch = _micro_batch(shape, responses, packed=may_pack(model, architecture))
+    tokens_per_chunk = TOKENS_PER_CHUNK["cuda" if on_gpu else "cpu"]
 
     def build(num_layers: int) -> Any:
         shortened = _with_layers(architecture, num_layers)
         with torch.device("meta"):
-            chunk = TOKENS_PER_CHUNK["cuda" if on_gpu else "cpu"]
-            return _module(shortened, model, task_type, settings, chunk)
+            return _module(shortened, model, task_type, settings, tokens_per_chunk)
 
-    def peak_of(module: Any) -> int:
+    def peak_of(num_layers: int) -> int:
         with assumed_gpu() if on_gpu else contextlib.nullcontext():
-            return _peak_bytes(module, batch)
+            return _peak_bytes(build(num_layers), batch)
 
-    num_layers = text.num_hidden_layers
-    complete = build(num_layers)
-    if num_layers <= MORE_LAYERS:
-        activations = peak_of(complete)
-    else:
-        few = peak_of(build(FEW_LAYERS))
-        more = peak_of(build(MORE_LAYERS))
-        per_layer = (more - few) / (MORE_LAYERS - FEW_LAYERS)
-        activations = round(few + per_layer * (num_layers - FEW_LAYERS))
+    complete = build(text.num_hidden_layers)
+    is_quantized = model.load_in_4bit and task_type == "CAUSAL_LM"
     sizes = [(p.numel(), p.requires_grad) for p in complete.parameters()]
     return Footprint(
         parameters=sum(size for size, _ in sizes),
         trained=sum(size for size, is_trained in sizes if is_trained),
         largest=max(size for size, _ in sizes),
-        in_four_bits=_count_quantized(complete.model) if model.load_in_4bit else 0,
-        activations=activations,
+        in_four_bits=_count_quantized(complete.model) if is_quantized else 0,
+        activations=_extrapolated(peak_of, text, settings),
         flops=ModelFlops(complete.model)(batch),
         tokens=batch.input_ids.numel(),
     )
+
+
+def _extrapolated(
+    peak_of: Callable[[int], int], text: "PretrainedConfig", settings: TrainingConfig | None
+) -> int:
+    """The peak of all layers; if all add the same, from those of the first few."""
+    num_layers: int = text.num_hidden_layers
+    types = set(getattr(text, "layer_types", None) or [])
+    layers_differ = not types <= {"full_attention", "sliding_attention"}
+    if settings is not None and settings.lora_layers_to_transform:
+        layers_differ = True
+    if num_layers <= MORE_LAYERS or layers_differ:
+        return peak_of(num_layers)
+    few = peak_of(FEW_LAYERS)
+    per_layer = (peak_of(MORE_LAYERS) - few) / (MORE_LAYERS - FEW_LAYERS)
+    return round(few + per_layer * (num_layers - FEW_LAYERS))
+
+
+def _has_experts(settings: dict[str, Any]) -> bool:
+    for name, value in settings.items():
+        if isinstance(value, dict) and _has_experts(value):
+            return True
+        if "experts" in str(name) and value:
+            return True
+    return False
 
 
 def _with_layers(architecture: "PretrainedConfig", num_layers: int) -> "PretrainedConfig":
@@ -182,12 +207,13 @@ def _module(
         dtype=DTYPES[model.dtype],
         attn_implementation="sdpa" if model.attn_implementation != "eager" else "eager",
         trust_remote_code=model.trust_remote_code,
+        **({"code_revision": model.model_revision} if model.trust_remote_code else {}),
     )
     if settings is None:
         loaded.requires_grad_(False)
     else:
         loaded = prepare_for_training(loaded, settings, task_type=task_type)
-        loaded.to(DTYPES[model.dtype])  # as DeepSpeed does with LoRA's adapters
+        loaded.to(DTYPES[model.dtype])  # peft gives adapters the model's dtype, but not on meta
     if task_type == "SEQ_CLS":
         return ResponseRewards(loaded).train(settings is not None)
     return ResponseLogps(loaded, tokens_per_chunk=tokens_per_chunk).train(settings is not None)
@@ -196,7 +222,7 @@ def _module(
 def _peak_bytes(module: Any, batch: MicroBatch) -> int:
     """The peak of a forward and backward (a forward, if nothing is trained), without the weights.
 
-    Gradients of weights are freed one by one, as ranks do that share them.
+    Gradients of weights are freed one by one, as under ZeRO-2 and 3.
     """
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         module.to_empty(device="cpu")

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 from madpo_ray.config import TrainingConfig
 from madpo_ray.sizing.footprint import Footprint
+from madpo_ray.training.engine import ADAM_BYTES
 
 BYTES = {"float32": 4, "bfloat16": 2}
-MOMENTS = 8  # bytes of Adam's two moments, in float32
+MOMENTS = ADAM_BYTES
 FOUR_BITS = 4.127 / 8  # bytes of a weight in NF4 with double quantisation (Dettmers et al. 2023)
 MASTER = 4  # of a weight that the optimizer keeps in float32, and of its gradient in a step
 
@@ -60,10 +61,8 @@ def rank_memory(
         live = max(settings.stage3_max_live_parameters, footprint.largest)
         gathered = min(footprint.parameters, live) * size
 
-    # Adam's moments, and float32 copies of the weights; stages 1 and 2 copy float32, too.
-    has_copies = dtype == "bfloat16" or stage in (1, 2)
-    per_weight = MOMENTS + (MASTER if has_copies else 0)
-    optimizer = per_weight * (share if stage else trained)
+    # Adam's moments, and float32 copies of the weights.
+    optimizer = _optimizer_bytes(dtype, stage) * (share if stage else trained)
 
     # Gradients: sums of the step's micro-batches, and their float32 copy in the step.
     gradients = share * MASTER if stage >= 2 else trained * size
@@ -101,6 +100,12 @@ def weight_bytes(footprint: Footprint, dtype: str) -> int:
     return (footprint.parameters - quantized) * size + round(quantized * FOUR_BITS) + unpacked
 
 
-def checkpoint_bytes(footprint: Footprint, *, dtype: str) -> int:
-    """Of one checkpoint, all ranks' parts together: what is trained, twice, and Adam's moments."""
-    return footprint.trained * (BYTES[dtype] + MASTER + MOMENTS)
+def _optimizer_bytes(dtype: str, stage: int) -> int:
+    """Of a trained weight. Stages 1 and 2 copy float32 weights, too."""
+    has_copies = dtype == "bfloat16" or stage in (1, 2)
+    return MOMENTS + (MASTER if has_copies else 0)
+
+
+def checkpoint_bytes(footprint: Footprint, *, dtype: str, zero_stage: int) -> int:
+    """Of one checkpoint, all ranks' parts together: trained weights, their copies and moments."""
+    return footprint.trained * (BYTES[dtype] + _optimizer_bytes(dtype, zero_stage))

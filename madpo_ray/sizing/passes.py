@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from madpo_ray.config import Config
+from madpo_ray.config import Config, ModelConfig
 from madpo_ray.models.loading import TaskType
-from madpo_ray.sizing.footprint import Footprint, Lengths, Shape, measure_footprint
+from madpo_ray.sizing.footprint import Footprint, Lengths, measure_footprint
 from madpo_ray.sizing.gpus import Cluster
 from madpo_ray.sizing.memory import BYTES, weight_bytes
 from madpo_ray.stages import evaluate, margins, reward
@@ -32,51 +32,48 @@ class PassNeeds:
 def pass_needs(
     config: Config, architecture: "PretrainedConfig", cluster: Cluster, lengths: Lengths
 ) -> Iterator[PassNeeds]:
-    """Of stages margins and evaluate."""
-    dtype = config.model.dtype
+    """Scoring of stage margins and sampling of stage evaluate.
+
+    Not counted: classifiers and functions of others, and the passes that score samples.
+    """
     scoring = config.scoring
-    num_pairs = scoring.per_device_batch_size
-    if scoring.max_tokens_per_device is not None:
-        num_pairs = max(1, scoring.max_tokens_per_device // lengths.count(2))
-    shape = Shape(num_pairs, lengths.prompt, lengths.response)
+    shape = lengths.shape(scoring.per_device_batch_size, scoring.max_tokens_per_device)
 
-    def footprint(task_type: TaskType) -> Footprint:
-        return measure_footprint(
-            architecture,
-            config.model,
-            shape,
-            task_type=task_type,
-            settings=None,
-        )
+    def footprint(model: ModelConfig, task_type: TaskType) -> Footprint:
+        return measure_footprint(architecture, model, shape, task_type=task_type, settings=None)
 
-    # One pass has all models that are scored with. A merged reward model is float32.
-    reference = footprint("CAUSAL_LM")
+    # One pass has all models that are scored with, and reads each pair with the reference and, of
+    # several folds, one reward model. A merged one is float32.
+    dtype = config.model.dtype
+    reference = footprint(config.model, "CAUSAL_LM")
     reference_bytes = weight_bytes(reference, dtype)
-    models = [(reference, reference_bytes)]
+    weights = reference_bytes
+    activations = reference.activations
+    seconds = reference.flops / cluster.speed(dtype)
     if reward.STAGE.is_wanted(config):
-        classifier = footprint("SEQ_CLS")
-        size = weight_bytes(classifier, "float32" if config.reward.use_peft else dtype)
-        models += [(classifier, size)] * config.reward.folds
-    scored_with = models[:2]  # of several folds a pair is read by one
-    yield PassNeeds(
-        margins.STAGE.name,
-        weights=sum(size for _, size in models),
-        activations=max(one.activations for one, _ in models),
-        pairs_per_second=shape.pairs
-        * cluster.speed(dtype)
-        / sum(one.flops for one, _ in scored_with),
-    )
+        reward_dtype = "float32" if config.reward.use_peft else dtype
+        model = config.model.model_copy(update={"dtype": reward_dtype, "load_in_4bit": False})
+        classifier = footprint(model, "SEQ_CLS")
+        weights += config.reward.folds * weight_bytes(classifier, reward_dtype)
+        activations = max(activations, classifier.activations)
+        seconds += classifier.flops / cluster.speed(reward_dtype)
+    yield PassNeeds(margins.STAGE.name, weights, activations, shape.pairs / seconds)
 
-    # Samples of policy and reference, with their keys and values.
+    # Samples of all policies, with the keys and values of one at a time.
     evaluated = config.evaluate
-    text = architecture.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    channels = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    tokens = lengths.prompt + evaluated.max_new_tokens
-    cached = 2 * text.num_hidden_layers * heads * channels * BYTES[dtype] * tokens
-    yield PassNeeds(
-        evaluate.STAGE.name,
-        weights=2 * reference_bytes,
-        activations=cached * evaluated.generation_batch_size,
-        pairs_per_second=None,
+    num_policies = 2 + len(evaluated.compare_with)
+    cache = evaluated.generation_batch_size * _cache_bytes(
+        architecture, dtype, lengths.prompt + evaluated.max_new_tokens
     )
+    yield PassNeeds(f"{evaluate.STAGE.name}: sampling", num_policies * reference_bytes, cache, None)
+
+
+def _cache_bytes(architecture: "PretrainedConfig", dtype: str, num_tokens: int) -> int:
+    """Keys and values of one sequence."""
+    text = architecture.get_text_config()
+    num_heads = getattr(text, "num_attention_heads", None)
+    if not num_heads:  # no attention
+        return 0
+    heads = getattr(text, "num_key_value_heads", None) or num_heads
+    channels = getattr(text, "head_dim", None) or text.hidden_size // num_heads
+    return 2 * int(text.num_hidden_layers * heads * channels) * BYTES[dtype] * num_tokens

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from madpo_ray.columns import CHOSEN_IDS, RESPONSE_IDS
 from madpo_ray.config import Config, ModelConfig
 from madpo_ray.errors import UserError
+from madpo_ray.models.source import check_code
 from madpo_ray.sizing.footprint import Lengths
 from madpo_ray.sizing.gpus import Cluster
 from madpo_ray.sizing.passes import PassNeeds, pass_needs
@@ -29,10 +30,23 @@ class Needs:
     passes: list[PassNeeds]
 
 
-def default_lengths(config: Config) -> Lengths:
-    """Half of data.max_length for the prompt, and half for each response."""
-    prompt = config.data.max_length // 2
-    return Lengths(prompt, config.data.max_length - prompt)
+def choose_lengths(
+    config: Config, prompt_tokens: int | None = None, response_tokens: int | None = None
+) -> Lengths:
+    """Half of data.max_length for the prompt, and the rest for each response, unless given.
+
+    Raises:
+        UserError: the prompt leaves no token for a response.
+    """
+    max_length = config.data.max_length
+    prompt = prompt_tokens or max_length // 2
+    response = response_tokens or max_length - prompt
+    if response < 1:
+        raise UserError(
+            f"--prompt-tokens: {prompt} leaves no response within data.max_length {max_length}: "
+            "lower it, or give --response-tokens"
+        )
+    return Lengths(prompt, response)
 
 
 def find_needs(config: Config, cluster: Cluster, lengths: Lengths) -> Needs:
@@ -41,6 +55,7 @@ def find_needs(config: Config, cluster: Cluster, lengths: Lengths) -> Needs:
     Raises:
         UserError: the model is not found, or cannot be planned.
     """
+    check_code(config.model)
     architecture = load_planned_architecture(config.model)
     return Needs(
         model_type=architecture.model_type,
@@ -64,22 +79,26 @@ def load_planned_architecture(model: ModelConfig) -> "PretrainedConfig":
     if path.suffix == ".gguf":
         name, options["gguf_file"] = str(path.parent), path.name
     elif not path.is_absolute():
-        options["revision"] = model.model_revision
+        options["revision"] = options["code_revision"] = model.model_revision
     try:
-        return AutoConfig.from_pretrained(name, **options)
+        architecture = AutoConfig.from_pretrained(name, **options)
     # A folder, a file and the hub can fail in as many ways as they have parts.
     except Exception as error:
         raise UserError(
             f"model.model_name_or_path: the config.json of {path} cannot be read "
             f"({type(error).__name__}: {error})"
         ) from None
+    if not isinstance(getattr(architecture.get_text_config(), "num_hidden_layers", None), int):
+        raise UserError(f"{path}: a {architecture.model_type} model cannot be planned: no layers")
+    return architecture
 
 
 def _trainings(config: Config) -> Iterator[Training]:
     if config.sft is not None:
-        yield Training(sft.STAGE.name, config.sft, "CAUSAL_LM", (CHOSEN_IDS,), config.sft.use_peft)
+        merges = config.sft.use_peft
+        yield Training(sft.STAGE.name, config.sft, "CAUSAL_LM", (CHOSEN_IDS,), 1, merges)
     if reward.STAGE.is_wanted(config):
-        merged = config.reward.use_peft
-        yield Training(reward.STAGE.name, config.reward, "SEQ_CLS", RESPONSE_IDS, merged)
-    merged = config.train.use_peft and config.train.merge_adapter
-    yield Training(train.STAGE.name, config.train, "CAUSAL_LM", RESPONSE_IDS, merged)
+        folds, merges = config.reward.folds, config.reward.use_peft
+        yield Training(reward.STAGE.name, config.reward, "SEQ_CLS", RESPONSE_IDS, folds, merges)
+    merges = config.train.use_peft and config.train.merge_adapter
+    yield Training(train.STAGE.name, config.train, "CAUSAL_LM", RESPONSE_IDS, 1, merges)

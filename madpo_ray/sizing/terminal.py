@@ -6,7 +6,6 @@ from typing import Any
 from rich.table import Table
 
 from madpo_ray.sizing.gpus import Cluster
-from madpo_ray.sizing.memory import RankMemory
 from madpo_ray.sizing.passes import PassNeeds
 from madpo_ray.sizing.plan import Needs
 from madpo_ray.sizing.trainings import Choice, TrainingNeeds
@@ -23,9 +22,11 @@ def needs_tables(needs: Needs, cluster: Cluster) -> Iterator[str | Table]:
         f"tokens and responses of {lengths.response}"
     )
     yield (
-        f"GPUs: {cluster.nodes} x {cluster.gpus_per_node} {cluster.name}, of which "
-        f"{_gib(cluster.limit)} GiB each are planned with"
+        f"GPUs: {cluster.nodes} x {cluster.gpus_per_node} {cluster.name}, planned with "
+        f"{_gib(cluster.limit)} GiB of each"
     )
+    if needs.dtype == "float32":
+        yield "float32 is the dtype: set cluster.use_gpu, or model.dtype, for bfloat16"
     for training in needs.trainings:
         yield _training_table(training, cluster)
         yield from _training_lines(training, cluster)
@@ -48,8 +49,8 @@ def _training_table(training: TrainingNeeds, cluster: Cluster) -> Table:
         table.add_row(
             str(stage),
             *(_gib(size) for size in (*parts, memory.activations)),
-            _peak(memory, cluster),
-            _peak(recomputed, cluster),
+            _peak(memory.peak, cluster),
+            _peak(recomputed.peak, cluster),
         )
     table.caption = f"recomputed: peak with gradient_checkpointing; * does not fit {cluster.name}"
     return table
@@ -73,6 +74,13 @@ def _training_lines(training: TrainingNeeds, cluster: Cluster) -> Iterator[str]:
         f"{name}: {tokens:,.0f} tokens/s, {speed:.1f} pairs/s at {cluster.utilisation:.0%} of the "
         f"GPUs' peak; {PAIRS:,} pairs take {_hours(speed)} hours"
     )
+    if training.times > 1:
+        yield f"{name}: it trains {training.times} times (folds), each without a fold of the pairs"
+    if training.idle:
+        yield (
+            f"{name}: GPUs are idle for {training.idle:.0%} of that: global_batch_size has too few "
+            "micro-batches for all of them"
+        )
 
 
 def _pass_table(passes: list[PassNeeds], cluster: Cluster) -> Table:
@@ -81,17 +89,19 @@ def _pass_table(passes: list[PassNeeds], cluster: Cluster) -> Table:
         table.add_column(heading, justify="right")
     table.add_column(f"hours for {PAIRS:,} pairs", justify="right")
     for one in passes:
-        mark = "" if one.peak <= cluster.limit else " *"
         hours = "-" if one.pairs_per_second is None else _hours(one.pairs_per_second)
         table.add_row(
-            one.name, _gib(one.weights), _gib(one.activations), _gib(one.peak) + mark, hours
+            one.name, _gib(one.weights), _gib(one.activations), _peak(one.peak, cluster), hours
         )
-    table.caption = f"* does not fit {cluster.name}"
+    table.caption = (
+        "not counted: judges and reward models of others, and passes that score samples; "
+        f"* does not fit {cluster.name}"
+    )
     return table
 
 
-def _peak(memory: RankMemory, cluster: Cluster) -> str:
-    return _gib(memory.peak) + ("" if memory.peak <= cluster.limit else " *")
+def _peak(size: int, cluster: Cluster) -> str:
+    return _gib(size) + ("" if size <= cluster.limit else " *")
 
 
 def _needed(choice: Choice) -> str:
@@ -102,7 +112,8 @@ def _needed(choice: Choice) -> str:
 
 
 def _settings(changes: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key}: {str(value).lower()}" for key, value in changes.items())
+    shown = [f"{key}: {str(value).lower()}" for key, value in changes.items()]
+    return ", ".join(shown) or "as they are"
 
 
 def _gib(size: float) -> str:

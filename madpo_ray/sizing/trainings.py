@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from madpo_ray.config import Config, TrainingConfig
 from madpo_ray.models.loading import TaskType
+from madpo_ray.models.trainable import check_architecture
 from madpo_ray.sizing.footprint import Footprint, Lengths, Shape, measure_footprint
 from madpo_ray.sizing.gpus import Cluster
 from madpo_ray.sizing.memory import MASTER, RankMemory, checkpoint_bytes, rank_memory
+from madpo_ray.training.schedule import count_turns
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -17,7 +19,8 @@ if TYPE_CHECKING:
 # An allowance for the libraries of a process, with CUDA's.
 PROCESS_BYTES = 2 * 2**30
 
-# From the fastest settings to those that need the least memory.
+# What is tried in turn: first more sharding, then recomputation, then the host's memory. Only then
+# fewer pairs per forward.
 LADDER: tuple[dict[str, Any], ...] = (
     {"zero_stage": 0},
     {"zero_stage": 1},
@@ -47,6 +50,7 @@ class Training(NamedTuple):
     settings: TrainingConfig
     task_type: TaskType
     responses: tuple[str, ...]
+    times: int  # how often it trains
     is_merged: bool  # whether rank 0 loads the model again, to merge LoRA
 
 
@@ -54,7 +58,7 @@ class Training(NamedTuple):
 class Choice:
     """Settings, and what they need."""
 
-    changes: Mapping[str, Any]  # to the section of the training
+    changes: Mapping[str, Any]  # keys that differ from the section of the training
     memory: RankMemory
     host: int  # bytes per node
 
@@ -72,6 +76,8 @@ class TrainingNeeds:
     fitting: Choice | None  # the first settings that fit; None if none do
     checkpoint: int  # bytes, over all ranks
     pairs_per_second: float
+    times: int  # how often it trains
+    idle: float  # share of the GPUs' time for which a step has no micro-batches
 
 
 class _Sizer:
@@ -91,7 +97,11 @@ class _Sizer:
         self._cluster = cluster
         self._lengths = lengths
         self._footprints: dict[tuple[int, bool], Footprint] = {}
-        self.shape = _shape(training.settings, lengths, len(training.responses))
+        self.shape = lengths.shape(
+            training.settings.per_device_train_batch_size,
+            training.settings.max_tokens_per_device,
+            num_responses=len(training.responses),
+        )
 
     def footprint(self, num_pairs: int, is_recomputed: bool) -> Footprint:
         key = (num_pairs, is_recomputed)
@@ -127,12 +137,16 @@ class _Sizer:
 
     def first_that_fits(self) -> Choice | None:
         """The first of the ladder's settings, with as many pairs per forward as possible."""
+        # ZeRO-3 cannot shard 4-bit weights.
+        most = 2 if self._model.load_in_4bit else 3
+        ladder = [changes for changes in LADDER if changes["zero_stage"] <= most]
         num_pairs = self.shape.pairs
         while num_pairs:
-            for changes in LADDER:
-                memory = self.memory({**_ALL_OFF, **changes}, num_pairs)
+            for changes in ladder:
+                settings = {**_ALL_OFF, **changes}
+                memory = self.memory(settings, num_pairs)
                 if memory.peak <= self._cluster.limit:
-                    return self.choice({**changes, **self._batch_setting(num_pairs)}, memory)
+                    return self.choice({**settings, **self._batch_setting(num_pairs)}, memory)
             num_pairs //= 2
         return None
 
@@ -142,7 +156,9 @@ class _Sizer:
         tokens = self._lengths.count(len(self._training.responses))
         return {"max_tokens_per_device": num_pairs * tokens}
 
-    def choice(self, changes: Mapping[str, Any], memory: RankMemory) -> Choice:
+    def choice(self, settings: Mapping[str, Any], memory: RankMemory) -> Choice:
+        current = self._training.settings
+        changes = {key: value for key, value in settings.items() if getattr(current, key) != value}
         host = self._cluster.gpus_per_node * (memory.host + PROCESS_BYTES)
         if self._training.is_merged:
             host += self.footprint(self.shape.pairs, False).parameters * MASTER
@@ -156,11 +172,16 @@ def training_needs(
     cluster: Cluster,
     lengths: Lengths,
 ) -> TrainingNeeds:
+    """What a training needs. Raises UserError if its settings do not suit the model."""
+    check_architecture(architecture, config.model, training.settings, task_type=training.task_type)
     sizer = _Sizer(training, config, architecture, cluster, lengths)
     dtype = config.model.dtype
+    settings = training.settings
     shape = sizer.shape
-    footprint = sizer.footprint(shape.pairs, training.settings.gradient_checkpointing)
-    micro_batches_per_second = cluster.speed(dtype) / footprint.flops
+    footprint = sizer.footprint(shape.pairs, settings.gradient_checkpointing)
+    # Some GPUs are idle if a step has too few micro-batches.
+    busy, turns = count_turns(settings.global_batch_size, shape.pairs, cluster.num_gpus)
+    micro_batches_per_second = cluster.speed(dtype) / footprint.flops * busy / turns
     return TrainingNeeds(
         stage=training.stage,
         shape=shape,
@@ -169,13 +190,8 @@ def training_needs(
         by_zero_stage=sizer.by_zero_stage(is_recomputed=False),
         recomputed=sizer.by_zero_stage(is_recomputed=True),
         fitting=sizer.first_that_fits(),
-        checkpoint=checkpoint_bytes(footprint, dtype=dtype),
+        checkpoint=checkpoint_bytes(footprint, dtype=dtype, zero_stage=settings.zero_stage),
+        times=training.times,
+        idle=1 - busy / turns,
         pairs_per_second=shape.pairs * micro_batches_per_second,
     )
-
-
-def _shape(settings: TrainingConfig, lengths: Lengths, num_responses: int) -> Shape:
-    num_pairs = settings.per_device_train_batch_size
-    if settings.max_tokens_per_device is not None:
-        num_pairs = max(1, settings.max_tokens_per_device // lengths.count(num_responses))
-    return Shape(num_pairs, lengths.prompt, lengths.response)

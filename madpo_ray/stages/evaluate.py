@@ -1,48 +1,46 @@
 """Stage evaluate: what the training did, on the test split."""
 
-import inspect
-import itertools
-import math
-import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from madpo_ray import columns
-from madpo_ray.artifacts.hashes import hash_file
 from madpo_ray.artifacts.tables import column_names, read_split
 from madpo_ray.atomic import write_json
-from madpo_ray.config import Config, ModelConfig, kind_of
+from madpo_ray.config import Config
+from madpo_ray.data.messages import from_text
 from madpo_ray.errors import UserError
-from madpo_ray.models.source import check_model, fetch_model, model_inputs
+from madpo_ray.models.limits import check_lengths
+from madpo_ray.models.source import base_model
 from madpo_ray.stages import margins, pairs, train
-from madpo_ray.stages.other_runs import (
-    check_runs,
-    open_run,
-    require_same_tokens,
-    run_names,
-    runs_content,
-)
+from madpo_ray.stages.judge_source import JudgeSource
+from madpo_ray.stages.other_runs import check_runs, require_same_tokens, runs_content
+from madpo_ray.stages.policy_samples import SAMPLES_PER_PROMPT, draw_samples, policies_of
 from madpo_ray.stages.sft import initial_policy, stages_before_policy
 from madpo_ray.stages.stage import Build, Description, Stage
 
 if TYPE_CHECKING:
-    from madpo_ray.evaluation.divergence import PolicyFiles, Sampled
-    from madpo_ray.scoring.judges import TextScorer
+    from madpo_ray.evaluation.sample_sets import PolicyFiles, SampleSet
     from madpo_ray.scoring.scorers import Scorer
 
 # Torch, Ray Data and scipy are imported inside functions: they take seconds, and neither
 # `--help` nor a wrong config should wait.
 
-SAMPLES_PER_PROMPT = 2
-POLICY = "policy"
-REFERENCE = "reference"
-
 
 def _settings(config: Config) -> dict[str, Any]:
-    return {"seed": config.run.seed, "evaluate": config.evaluate.fingerprinted()}
+    # The content of a judge and of other runs counts, not where they are.
+    evaluated = config.evaluate.fingerprinted()
+    for name in ("judge", "judge_revision", "compare_with"):
+        del evaluated[name]
+    judge = _judge(config)
+    return {
+        "seed": config.run.seed,
+        "evaluate": evaluated,
+        "judge": None if judge is None else judge.settings(),
+    }
 
 
 def _upstream(config: Config) -> tuple[Stage, ...]:
@@ -51,46 +49,62 @@ def _upstream(config: Config) -> tuple[Stage, ...]:
 
 def _content(config: Config) -> dict[str, Any]:
     """Hashes of the judge and of the other runs' policies."""
-    found = runs_content(config)
-    judge = config.evaluate.judge
-    if judge is not None and kind_of(judge) == "classifier":
-        found["judge"] = model_inputs(_classifier(config), "SEQ_CLS").fingerprint
-    elif judge is not None:
-        from madpo_ray.scoring.judges import find_function
-
-        file = inspect.getsourcefile(inspect.unwrap(find_function(judge, "evaluate.judge")))
-        found["judge"] = hash_file(Path(file)) if file else None
+    found: dict[str, Any] = dict(runs_content(config))
+    judge = _judge(config)
+    if judge is not None:
+        found["judge"] = judge.content()
     return found
 
 
+def _names(config: Config) -> dict[str, Any]:
+    """Where the config finds them."""
+    return config.evaluate.model_dump(
+        mode="json", include={"judge", "judge_revision", "compare_with"}
+    )
+
+
+def _judge(config: Config) -> JudgeSource | None:
+    """What rewards samples."""
+    evaluated = config.evaluate
+    if evaluated.judge is None:
+        return None
+    return JudgeSource(evaluated.judge, evaluated.judge_revision, key="evaluate.judge")
+
+
 def _check(config: Config) -> None:
-    """Raises UserError if there are no pairs to evaluate on, as early as that is known, or a judge
-    or another run is not there.
+    """Raises UserError if a judge or another run is not there, or there are no pairs to evaluate
+    on, as early as that is known.
     """
     data = config.data
     is_empty = data.split_column is None and data.test_fraction == 0
-    if pairs.STAGE.exists(config) and pairs.STAGE.is_finished(config):
+    is_known = pairs.STAGE.exists(config) and pairs.STAGE.is_finished(config)
+    if is_known:
         is_empty = pairs.STAGE.require(config)["pairs"][columns.TEST] == 0
     if is_empty:
         raise UserError(
             "split test has no pairs to evaluate on: set data.test_fraction or data.split_column"
         )
-
-    judge = config.evaluate.judge
-    if judge is not None and kind_of(judge) == "classifier":
-        check_model(_classifier(config), "SEQ_CLS")
-    elif judge is not None:
-        from madpo_ray.scoring.judges import find_function
-
-        find_function(judge, "evaluate.judge")
+    judge = _judge(config)
+    if judge is not None:
+        judge.check()
     check_runs(config)
+    if is_known:
+        _check_prompts(config, judge)
 
 
-def _classifier(config: Config) -> ModelConfig:
-    """The judge, if it is a model."""
-    judge = config.evaluate.judge
-    assert judge is not None
-    return ModelConfig(model_name_or_path=judge, model_revision=config.evaluate.judge_revision)
+def _check_prompts(config: Config, judge: JudgeSource | None) -> None:
+    """Raises UserError if model or judge cannot read samples of the test split's prompts."""
+    length = columns.LENGTHS[columns.PROMPT_IDS]
+    test = read_split(pairs.STAGE.rows(config), columns.TEST, (columns.PROMPT, length))
+    longest = pc.max(test[length]).as_py()
+    check_lengths(
+        base_model(config.model, config.run),
+        longest + config.evaluate.max_new_tokens,
+        key="evaluate.max_new_tokens",
+        before=longest,
+    )
+    if judge is not None:
+        judge.check_reads(from_text(test[columns.PROMPT][0].as_py()))
 
 
 def make(build: Build) -> dict[str, Any]:
@@ -116,7 +130,9 @@ STAGE = Stage(
     settings=_settings,
     upstream=_upstream,
     content=_content,
+    names=_names,
     check=_check,
+    check_upstream=require_same_tokens,
     make=make,
     describe=describe,
 )
@@ -160,116 +176,53 @@ def _samples(build: Build) -> dict[str, Any]:
     """Samples of all policies in numbers, and some of two of them to read."""
     import pyarrow.parquet as pq
 
-    from madpo_ray.evaluation.divergence import Sampled
-    from madpo_ray.evaluation.samples import compare_policies, describe_samples, write_csv
+    from madpo_ray.evaluation.sample_sets import POLICY, REFERENCE, SampleSet
+    from madpo_ray.evaluation.samples import compare_with_others, describe_samples, write_csv
     from madpo_ray.scoring.actors import score_table
 
     # Draw them.
     config = build.config
-    require_same_tokens(config)
-    policies = _policies(config)
-    sampled = list(
-        itertools.starmap(Sampled, itertools.product(policies, config.evaluate.temperatures))
-    )
-    prompts = _prompts(config)
-    table = _draw(prompts, policies, build)
+    policies = policies_of(config)
+    temperatures = config.evaluate.temperatures
+    sets = [SampleSet(policy, temperature) for policy in policies for temperature in temperatures]
+    table = draw_samples(policies, build)
 
     # Score them.
-    scorers = _scorers(config, sampled, policies)
+    scorers = _scorers(config, sets, policies)
     batch_size = config.scoring.batch_size
     table = score_table(table, scorers, config.actors, batch_size=batch_size, notes=build.notes)
 
-    # Count.
+    # Numbers, tables and pictures.
     num_prompts = table.num_rows // SAMPLES_PER_PROMPT
-    entries = describe_samples(table, sampled, reference=REFERENCE, num_prompts=num_prompts)
+    entries = describe_samples(table, sets, num_prompts=num_prompts)
     pq.write_table(table, build.folder / "samples.parquet")
     write_csv(build.folder / "samples.csv", entries)
     _draw_pictures(build.folder / "pictures", entries)
-    first = config.evaluate.temperatures[0]
     shown = table.slice(0, config.evaluate.num_shown)
+    before, after = (SampleSet(name, temperatures[0]).text for name in (REFERENCE, POLICY))
     return {
         "sampling": entries,
-        "comparisons": compare_policies(table, sampled, policy=POLICY, num_prompts=num_prompts),
-        "samples": {
-            when: shown[Sampled(name, first).text].to_pylist()
-            for when, name in (("before", REFERENCE), ("after", POLICY))
-        },
+        "comparisons": compare_with_others(table, sets, num_prompts=num_prompts),
+        "samples": {"before": shown[before].to_pylist(), "after": shown[after].to_pylist()},
     }
-
-
-def _policies(config: Config) -> dict[str, "PolicyFiles"]:
-    """Whose samples are compared, by name."""
-    from madpo_ray.evaluation.divergence import PolicyFiles
-
-    initial = initial_policy(config)
-    found = {
-        POLICY: PolicyFiles(train.STAGE.model(config), initial),
-        REFERENCE: PolicyFiles(initial, initial),
-    }
-    for name, folder in run_names(config).items():
-        other = open_run(folder)
-        found[name] = PolicyFiles(train.STAGE.model(other), initial_policy(other))
-    return found
-
-
-def _prompts(config: Config) -> pa.Table:
-    """Prompts of the test split drawn at random: all once, then all again."""
-    test = _test_pairs(config).select([columns.PAIR_ID, columns.PROMPT, columns.PROMPT_IDS])
-    rng = random.Random(config.run.seed)
-    count = math.ceil(config.evaluate.num_samples / SAMPLES_PER_PROMPT)
-    drawn = [rng.randrange(test.num_rows) for _ in range(count)]
-    return test.take(drawn * SAMPLES_PER_PROMPT)
-
-
-def _draw(prompts: pa.Table, policies: dict[str, "PolicyFiles"], build: Build) -> pa.Table:
-    from madpo_ray.evaluation.sampling import sample_responses
-
-    config = build.config
-    return sample_responses(
-        prompts,
-        config.actors,
-        batch_size=config.evaluate.generation_batch_size,
-        notes=build.notes,
-        model=config.model,
-        policies=policies,
-        temperatures=config.evaluate.temperatures,
-        max_new_tokens=config.evaluate.max_new_tokens,
-        seed=config.run.seed,
-    )
 
 
 def _scorers(
-    config: Config, sampled: list["Sampled"], policies: dict[str, "PolicyFiles"]
+    config: Config, sets: list["SampleSet"], policies: dict[str, "PolicyFiles"]
 ) -> list["Scorer"]:
     """What gives numbers to samples: their divergence and, if there is a judge, their reward."""
-    from madpo_ray.evaluation.divergence import Divergences
+    from madpo_ray.evaluation.divergence import DivergenceScorer
     from madpo_ray.evaluation.judged import JudgedSamples
+    from madpo_ray.evaluation.sample_sets import REFERENCE
 
-    scorers: list[Scorer] = [
-        Divergences(
-            [one for one in sampled if one.policy != REFERENCE],
-            policies,
-            policies[REFERENCE],
-            config.model,
-            **config.scoring.forward_limits,
-        )
-    ]
-    if config.evaluate.judge is not None:
-        scorers.append(JudgedSamples(sampled, _judge(config)))
-    return scorers
-
-
-def _judge(config: Config) -> "TextScorer":
-    from madpo_ray.scoring.judges import ClassifierReward, FunctionReward
-
-    judge = config.evaluate.judge
-    assert judge is not None
-    if kind_of(judge) == "function":
-        return FunctionReward(judge, "evaluate.judge")
-    classifier = _classifier(config)
-    folder = fetch_model(classifier, "SEQ_CLS")
     limits = config.scoring.forward_limits
-    return ClassifierReward(folder, classifier, key="evaluate.judge", **limits)
+    scorers: list[Scorer] = [
+        DivergenceScorer(sets, policies, policies[REFERENCE], config.model, **limits)
+    ]
+    judge = _judge(config)
+    if judge is not None:
+        scorers.append(JudgedSamples(sets, judge.scorer(**limits)))
+    return scorers
 
 
 def _draw_pictures(folder: Path, entries: list[dict[str, Any]]) -> None:

@@ -1,25 +1,35 @@
 """Other finished runs, whose policies are compared with this one's."""
 
+import hashlib
+import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from madpo_ray.config import Config, load_config
+from madpo_ray.artifacts.manifest import damage, model_folder, read_manifest
+from madpo_ray.config import Config, ModelConfig, load_config
 from madpo_ray.errors import UserError
-from madpo_ray.stages import train
+from madpo_ray.models.limits import count_embeddings
+from madpo_ray.models.source import fetch_model
+from madpo_ray.stages import sft, train
 from madpo_ray.stages.sft import initial_policy
 
+if TYPE_CHECKING:
+    from madpo_ray.evaluation.sample_sets import PolicyFiles
+
 KEY = "evaluate.compare_with"
+# Names of this run's own policies in tables.
+TAKEN = {"policy", "reference"}
 
 
-def run_names(config: Config) -> dict[str, Path]:
-    """The other runs' folders, by the names that tables show.
+def run_folders(config: Config) -> dict[str, Path]:
+    """The other runs, by the names that tables show.
 
     Raises:
         UserError: two have the same name.
     """
     folders = [Path(folder) for folder in config.evaluate.compare_with]
     names = {folder.name: folder for folder in folders}
-    if len(names) < len(folders) or {"policy", "reference"} & set(names):
+    if len(names) < len(folders) or TAKEN & set(names):
         raise UserError(
             f"{KEY}: folders need different names, other than policy and reference: "
             f"{', '.join(folder.name for folder in folders)}"
@@ -27,49 +37,88 @@ def run_names(config: Config) -> dict[str, Path]:
     return names
 
 
-def open_run(folder: Path) -> Config:
-    """The config of a run, at the place where the run is now.
+def check_runs(config: Config) -> None:
+    """Raises UserError if another run has no complete policy. Reads no weights."""
+    for folder in run_folders(config).values():
+        find_policy(folder, config)
+
+
+def find_policy(folder: Path, config: Config) -> "PolicyFiles":
+    """The policy of another run, wherever that run is now.
 
     Raises:
-        UserError: the folder is not a run.
+        UserError: the training is not finished or not complete, or an adapter's base is gone or
+            has other bits than this config's.
     """
-    file = folder / "config.yaml"
-    if not file.is_file():
-        raise UserError(f"{KEY}: {folder} has no config.yaml: it is not the folder of a run")
-    config = load_config(file)
-    run = config.run.model_copy(update={"name": folder.name, "storage_path": str(folder.parent)})
-    return config.model_copy(update={"run": run})
+    from madpo_ray.evaluation.sample_sets import PolicyFiles
+
+    trained = folder / train.STAGE.name
+    if read_manifest(trained) is None:
+        raise UserError(f"{KEY}: {folder} has no finished training: give the folder of a run")
+    if lost := damage(trained):
+        raise UserError(f"{KEY}: {trained} is damaged: {'; '.join(lost)}")
+    policy = model_folder(trained)
+    if not (policy / "adapter_config.json").exists():
+        return PolicyFiles(policy, policy)
+    return PolicyFiles(policy, _base_of(folder, config))
 
 
-def check_runs(config: Config) -> None:
-    """Raises UserError if another run has no policy."""
-    for folder in run_names(config).values():
-        train.STAGE.require(open_run(folder))
+def _base_of(folder: Path, own: Config) -> Path:
+    """The model that a run's adapter was trained on. What the adapter names is not trusted."""
+    config_file = folder / "config.yaml"
+    if not config_file.is_file():
+        raise UserError(
+            f"{KEY}: {folder} has an adapter and no config.yaml that names its base: "
+            "`madpo-ray run` writes one"
+        )
+    config = load_config(config_file)
+    if config.model.load_in_4bit != own.model.load_in_4bit:
+        raise UserError(f"{KEY}: model.load_in_4bit of {folder} differs from this config's")
+    if config.sft is not None:
+        return model_folder(folder / sft.STAGE.name)
+    if (folder / "model").is_dir():  # converted, or with another chat template
+        return folder / "model"
+    return fetch_model(config.model, key=f"{KEY}: {folder.name}")
+
+
+def runs_content(config: Config) -> dict[str, str]:
+    """What the other policies are: hashes of what they were made from, and of their files."""
+    found = {}
+    for name, folder in run_folders(config).items():
+        manifest = read_manifest(folder / train.STAGE.name)
+        if manifest is None:
+            raise UserError(f"{KEY}: {folder} has no finished training: give the folder of a run")
+        parts = json.dumps([manifest["inputs"], manifest["files"]], sort_keys=True)
+        found[f"run {name}"] = hashlib.sha256(parts.encode()).hexdigest()
+    return found
 
 
 def require_same_tokens(config: Config) -> None:
-    """Raises UserError if a policy of another run has another tokenizer or chat template."""
-    own = _tokens_of(initial_policy(config), config)
-    for name, folder in run_names(config).items():
-        other = open_run(folder)
-        if _tokens_of(train.STAGE.model(other), other) != own:
+    """Raises UserError if a policy of another run reads or writes other tokens."""
+    if not config.evaluate.compare_with:
+        return
+    initial = initial_policy(config)
+    own = _tokens_of(initial, initial, config.model)
+    for name, folder in run_folders(config).items():
+        policy, base = find_policy(folder, config)
+        if _tokens_of(policy, base, config.model) != own:
             raise UserError(
-                f"{KEY}: {name} has another tokenizer or chat template: its policy would read "
-                "these prompts wrongly"
+                f"{KEY}: {name} has another tokenizer, chat template or number of embeddings: its "
+                "policy would read these prompts wrongly"
             )
 
 
-def _tokens_of(folder: Path, config: Config) -> tuple[dict[str, int], str | None]:
-    """What turns texts into tokens: the vocabulary and the template."""
+class _Tokens(NamedTuple):
+    """What turns texts into tokens."""
+
+    vocabulary: dict[str, int]
+    template: Any
+    num_embeddings: int | None
+
+
+def _tokens_of(policy: Path, base: Path, model: ModelConfig) -> _Tokens:
     from madpo_ray.models.loading import load_tokenizer
 
-    tokenizer = load_tokenizer(folder, config.model)
-    return tokenizer.get_vocab(), tokenizer.chat_template
-
-
-def runs_content(config: Config) -> dict[str, Any]:
-    """What the other policies were made from."""
-    return {
-        f"run {name}": train.STAGE.inputs(open_run(folder)).fingerprint
-        for name, folder in run_names(config).items()
-    }
+    tokenizer = load_tokenizer(policy, model)
+    template = tokenizer.chat_template
+    return _Tokens(tokenizer.get_vocab(), template, count_embeddings(base))

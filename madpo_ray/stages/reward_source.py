@@ -3,21 +3,20 @@
 Several classifiers and functions, and the trained model, may be one source: an ensemble.
 """
 
-import inspect
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from madpo_ray import columns
-from madpo_ray.artifacts.hashes import hash_file
-from madpo_ray.config import Config, ModelConfig, kind_of
-from madpo_ray.models.source import fetch_model, model_inputs
+from madpo_ray.config import Config, kind_of
 from madpo_ray.stages import reward
+from madpo_ray.stages.judge_source import JudgeSource
 from madpo_ray.stages.reward import uses_rewards
 
 if TYPE_CHECKING:
     from madpo_ray.scoring.scorers import Scorer
 
 # What imports torch is imported inside functions.
+
+JUDGES = ("classifier", "function")
 
 
 def settings(config: Config) -> dict[str, Any]:
@@ -47,22 +46,14 @@ def content(config: Config) -> dict[str, Any]:
 
 
 def _content_of(source: str, config: Config) -> str | None:
-    match kind_of(source):
-        case "classifier":
-            return model_inputs(_classifier(source, config), "SEQ_CLS").fingerprint
-        case "function":
-            from madpo_ray.scoring.judges import find_function
-
-            file = inspect.getsourcefile(inspect.unwrap(find_function(source)))
-            return hash_file(Path(file)) if file else None
-    return None
+    return _judge(source, config).content() if kind_of(source) in JUDGES else None
 
 
-def _classifier(source: str, config: Config) -> ModelConfig:
-    """The sequence classifier that gives the rewards."""
+def _judge(source: str, config: Config) -> JudgeSource:
+    """A classifier or function that gives the rewards."""
     is_first = source == config.reward.source
     revision = config.reward.source_revision if is_first else "main"
-    return ModelConfig(model_name_or_path=source, model_revision=revision)
+    return JudgeSource(source, revision, key="reward.source" if is_first else "reward.ensemble")
 
 
 def scorer(config: Config) -> "Scorer":
@@ -75,17 +66,11 @@ def scorer(config: Config) -> "Scorer":
 
 
 def _member(source: str, config: Config) -> "Scorer":
-    from madpo_ray.scoring.judges import ClassifierReward, FunctionReward
     from madpo_ray.scoring.scorers import CrossFittedReward, TrainedReward
 
     limits = config.scoring.forward_limits
-    match kind_of(source):
-        case "classifier":
-            classifier = _classifier(source, config)
-            folder = fetch_model(classifier, "SEQ_CLS")
-            return ClassifierReward(folder, classifier, **limits)
-        case "function":
-            return FunctionReward(source)
+    if kind_of(source) in JUDGES:
+        return _judge(source, config).scorer(**limits)
     trained = [
         TrainedReward(folder, config.model, columns=columns.REWARDS, **limits)
         for folder in reward.models(config)

@@ -15,6 +15,7 @@ from madpo_ray.config import ModelConfig, PolicyConfig, RewardConfig, TrainingCo
 from madpo_ray.data.order import OrderSpec
 from madpo_ray.models.attention import load_architecture, may_pack
 from madpo_ray.models.loading import (
+    READS_END,
     TaskType,
     load_policy,
     load_policy_float32,
@@ -281,4 +282,5 @@ class RewardTask:
     def _classifier(self, job: TrainingJob, model_config: ModelConfig) -> nn.Module:
         model: Any = new_reward_model(job.base_folder, model_config)
         model.config.pad_token_id = self.tokenizer(job).pad_token_id
+        setattr(model.config, READS_END, True)
         return model  # type: ignore[no-any-return]

@@ -81,3 +81,9 @@ class Schedule:
 
 def _is_multiple(step: int, interval: int | None) -> bool:
     return interval is not None and step % interval == 0
+
+
+def count_turns(num_pairs: int, pairs_per_forward: int, num_workers: int) -> tuple[int, int]:
+    """Micro-batches of a step of `num_pairs`, and how many could be read in the same time."""
+    num_micro_batches = math.ceil(num_pairs / pairs_per_forward)
+    return num_micro_batches, math.ceil(num_micro_batches / num_workers) * num_workers

@@ -46,7 +46,7 @@ def test_pictures_of_samples_are_drawn(tmp_path: Path) -> None:
             "temperature": temperature,
             "reward": {"mean": mean, "interval": (mean - 0.5, mean + 0.5)},
             "on_frontier": mean > 1,
-            **({"kl": 2.0} if policy == "policy" else {}),
+            "kl": 2.0 if policy == "policy" else 0.0,
         }
         for policy, temperature, mean in (
             ("policy", 1.0, 2.0),

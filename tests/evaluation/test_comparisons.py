@@ -5,13 +5,14 @@ import pytest
 from scipy.special import expit
 
 from madpo_ray.evaluation.comparisons import (
-    distinct,
+    distinct_ngrams,
     length_controlled_win_rate,
     mean_with_interval,
     on_frontier,
     win_rate,
     wins_of,
 )
+from madpo_ray.scoring.calibration import interval
 
 
 def test_mean_of_prompts_with_interval() -> None:
@@ -32,7 +33,14 @@ def test_samples_of_a_prompt_are_one_observation() -> None:
 
 def test_equal_values_have_no_interval() -> None:
     assert mean_with_interval(np.ones((3, 2))) == {"mean": 1.0, "interval": (1.0, 1.0)}
-    assert mean_with_interval(np.ones((1, 2)))["interval"] == (1.0, 1.0)
+    assert mean_with_interval(np.ones((1, 2)))["interval"] is None  # one prompt
+
+
+def test_wins_everywhere_are_not_certain() -> None:
+    """Sixteen of sixteen: Wilson's interval."""
+    found = win_rate(np.ones((16, 2)), np.zeros((16, 2)))
+    assert found == {"mean": 1.0, "interval": interval(16, 16)}
+    assert found["interval"][0] < 0.82
 
 
 def test_ties_are_half_a_win() -> None:
@@ -66,9 +74,9 @@ def test_lengths_may_separate_wins_from_losses() -> None:
 
 def test_distinct_ngrams() -> None:
     """Unigrams 1 2 1 2: two of four; bigrams 12 21 12: two of three."""
-    assert distinct([[1, 2, 1, 2]], 1) == 0.5
-    assert distinct([[1, 2, 1, 2]], 2) == pytest.approx(2 / 3)
-    assert distinct([[1]], 2) == 0.0
+    assert distinct_ngrams([[1, 2, 1, 2]], 1) == 0.5
+    assert distinct_ngrams([[1, 2, 1, 2]], 2) == pytest.approx(2 / 3)
+    assert distinct_ngrams([[1]], 2) == 0.0
 
 
 def test_frontier() -> None:

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from madpo_ray.errors import UserError
-from madpo_ray.evaluation.divergence import Sampled, divergence, token_divergence
+from madpo_ray.evaluation.divergence import describe_divergence, token_divergence
+from madpo_ray.evaluation.sample_sets import SampleSet
 
 # Probabilities of three tokens.
 POLICY = torch.tensor([[0.5, 0.25, 0.25]]).log()
@@ -55,9 +56,20 @@ def test_other_vocabulary_is_refused() -> None:
 
 
 def test_means_with_standard_errors() -> None:
-    one = Sampled("policy", 1.0)
+    one = SampleSet("policy", 1.0)
     table = pa.table({one.kl: [1.0, 2.0, 3.0], one.logratio: [0.0, 2.0, 4.0]})
-    found = divergence(table, one)
-    assert (found["kl"], found["logratio"], found["kl_samples"]) == (2.0, 2.0, 3)
+    found = describe_divergence(table, one, num_prompts=3)
+    assert (found["kl"], found["logratio"]) == (2.0, 2.0)
     assert found["kl_standard_error"] == pytest.approx(1 / 3**0.5)
     assert found["logratio_standard_error"] == pytest.approx(2 / 3**0.5)
+
+
+def test_samples_of_a_prompt_make_nothing_more_certain() -> None:
+    """Greedy samples are all the same."""
+    one = SampleSet("policy", 0.0)
+    table = pa.table({one.kl: [1.0, 2.0, 3.0] * 2, one.logratio: [0.0] * 6})
+    assert describe_divergence(table, one, num_prompts=3)["kl_standard_error"] == pytest.approx(
+        1 / 3**0.5
+    )
+    single = describe_divergence(table.slice(0, 1), one, num_prompts=1)
+    assert single["kl_standard_error"] is None

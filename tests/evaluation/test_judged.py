@@ -8,15 +8,17 @@ import pyarrow as pa
 import torch
 
 from madpo_ray.data.messages import Content
-from madpo_ray.evaluation.divergence import Sampled
 from madpo_ray.evaluation.judged import JudgedSamples
+from madpo_ray.evaluation.sample_sets import SampleSet
 from madpo_ray.scoring.judges import FunctionReward, TextScorer
 
-ONE, OTHER = Sampled("policy", 1.0), Sampled("policy", 0.0)
+ONE, OTHER = SampleSet("policy", 1.0), SampleSet("policy", 0.0)
 
 
 def test_each_sample_has_a_reward() -> None:
-    scorer = JudgedSamples([ONE, OTHER], FunctionReward("support.judges:count_kind_words"))
+    scorer = JudgedSamples(
+        [ONE, OTHER], FunctionReward("support.judges:count_kind_words", key="evaluate.judge")
+    )
     scorer.load(torch.device("cpu"))
     table = pa.table(
         {"prompt": ["a", "b"], ONE.text: ["good", "bad"], OTHER.text: ["bad dog", "great dog"]}

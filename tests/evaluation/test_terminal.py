@@ -14,7 +14,7 @@ def results(sample: str) -> dict[str, Any]:
     return {
         "test_pairs": 4,
         "reference": ranking,
-        "policy": {**ranking, "rank_correlation": 0.25},
+        "policy": {**ranking, "rank_correlation": 0.321},
         "implicit": ranking,
         "sampling": [
             {
@@ -26,11 +26,19 @@ def results(sample: str) -> dict[str, Any]:
                 "kl_standard_error": 0.5,
                 "reward": {"mean": 2.0, "interval": (1.5, 2.5)},
             },
-            {"policy": "reference", "temperature": 0.7, "tokens": 3.0, "distinct_2": 0.25},
+            {
+                "policy": "reference",
+                "temperature": 0.7,
+                "tokens": 3.0,
+                "distinct_2": 0.25,
+                "kl": 0.875,
+                "kl_standard_error": None,
+                "reward": {"mean": 1.0, "interval": None},
+            },
         ],
         "comparisons": [
             {
-                "against": "other-run",
+                "against": "other[/y]run",
                 "temperature": 0.7,
                 "reward_difference": {"mean": -0.125, "interval": (-0.5, 0.25)},
                 "win_rate": {"mean": 0.375, "interval": (0.25, 0.5)},
@@ -53,10 +61,11 @@ def test_shows_what_there_is() -> None:
     text = shown("fine")
     assert "policy, by log-prob" in text
     assert "0.400 to 0.600" in text
-    assert "0.250" in text
+    assert "0.321" in text
+    assert "0.875" in text
     assert "1.000 ± 0.500" in text
     assert "2.000 (1.500 to 2.500)" in text
-    assert "other-run" in text
+    assert "other[/y]run" in text
     assert "-0.125 (-0.500 to 0.250)" in text
     assert "reward model" not in text
 

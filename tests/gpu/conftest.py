@@ -19,7 +19,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     outcome = yield
     report = outcome.get_result()  # type: ignore[attr-defined]
-    if report.when == "call" or report.skipped:
+    if report.when == "call" or report.outcome != "passed":
         seconds = f"{report.duration:.0f}"
         OUTCOMES.append((item.nodeid.partition("::")[2], report.outcome, seconds))
 

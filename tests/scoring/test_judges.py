@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 from madpo_ray.config import ModelConfig
 from madpo_ray.data.messages import as_text
 from madpo_ray.errors import UserError
+from madpo_ray.models.loading import READS_END
 from madpo_ray.passes import BatchNotes
 from madpo_ray.scoring.actors import REFUSAL, ScoringActor
 from madpo_ray.scoring.judges import ClassifierReward, FunctionReward, find_function
@@ -41,7 +42,7 @@ def save(folder: Path, model: Any = None, **config: Any) -> Path:
 
 def scorer_of(folder: Path, batch_size: int = 4) -> ClassifierReward:
     model = ModelConfig(model_name_or_path=str(folder))
-    return ClassifierReward(folder, model, batch_size=batch_size)
+    return ClassifierReward(folder, model, batch_size=batch_size, key="reward.source")
 
 
 def own_rewards(folder: Path, rows: list[dict[str, Any]]) -> np.ndarray:
@@ -132,7 +133,7 @@ def too_few(prompts: list[Any], completions: list[Any]) -> list[float]:
 @pytest.mark.parametrize("conversational", [False, True])
 def test_function_gets_texts_or_messages(conversational: bool) -> None:
     """With TRL's signature."""
-    scorer = FunctionReward(f"{__name__}:length_reward")
+    scorer = FunctionReward(f"{__name__}:length_reward", key="reward.source")
     scorer.load(CPU)
     scores = scorer(table(conversational=conversational))
     rows = make_rows(7, conversational=conversational)
@@ -141,7 +142,7 @@ def test_function_gets_texts_or_messages(conversational: bool) -> None:
 
 
 def test_function_gives_a_reward_for_each(tmp_path: Path) -> None:
-    scorer = FunctionReward(f"{__name__}:too_few")
+    scorer = FunctionReward(f"{__name__}:too_few", key="reward.source")
     scorer.load(CPU)
     with pytest.raises(UserError, match="gave 1 rewards for 7 completions"):
         scorer(table(conversational=False))
@@ -157,4 +158,18 @@ def test_function_gives_a_reward_for_each(tmp_path: Path) -> None:
 )
 def test_function_that_is_not_there_is_named(name: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        find_function(name)
+        find_function(name, "reward.source")
+
+
+def test_models_trained_here_read_the_end_of_a_text(tmp_path: Path) -> None:
+    """Their rewards were trained there; those of others read what they are given."""
+    rewards = []
+    for name, config in (("ours", {READS_END: True}), ("theirs", {})):
+        scorer = scorer_of(save(tmp_path / name, **config))
+        scorer.load(torch.device("cpu"))
+        rewards.append(
+            [scorer.rewards(["say 1:"], [text])[0] for text in ("good", "good<|im_end|>")]
+        )
+    ours, theirs = rewards
+    assert ours[0] == ours[1] == theirs[1]
+    assert theirs[0] != theirs[1]

@@ -1,4 +1,4 @@
-"""Scorers of pairs and of single responses."""
+"""Scorers of pairs."""
 
 import math
 from pathlib import Path
@@ -91,20 +91,6 @@ def test_forwards_keep_to_the_tokens(
     assert sum(pairs for pairs, _ in sizes) == len(PAIRS)
     assert all(tokens <= 80 for pairs, tokens in sizes if pairs > 1)
     assert any(pairs > 1 for pairs, _ in sizes)
-
-
-def test_scores_single_responses(model: ModelConfig, model_folder: Path) -> None:
-    """What KL and judges need: no sample has to pose as a pair."""
-    scorer = loaded(
-        PolicyLogps(model_folder, model, columns=("logps",), batch_size=2, responses=("sampled",))
-    )
-    rows = [{"prompt_ids": p["prompt_ids"], "sampled": p["rejected_ids"]} for p in PAIRS]
-    scores = scorer(pa.Table.from_pylist(rows))
-    plain = make_model()
-    with torch.no_grad():
-        expected = [float(separate_logp(plain, row["prompt_ids"], row["sampled"])) for row in rows]
-    assert scores.shape == (1, len(PAIRS))
-    np.testing.assert_allclose(scores[0], expected, atol=1e-4)
 
 
 def test_scores_rewards(model: ModelConfig, tmp_path: Path) -> None:

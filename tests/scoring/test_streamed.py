@@ -84,6 +84,8 @@ def test_without_rewards_there_are_no_margins(tmp_path: Path) -> None:
 
 def test_texts_come_if_a_scorer_reads_them(tmp_path: Path) -> None:
     tokens = StreamedScores(tmp_path, ACTORS, 8, (reference(tmp_path),))
-    texts = StreamedScores(tmp_path, ACTORS, 8, (reference(tmp_path), FunctionReward("a:b")))
+    texts = StreamedScores(
+        tmp_path, ACTORS, 8, (reference(tmp_path), FunctionReward("a:b", key="reward.source"))
+    )
     assert tokens.text_columns == ()
     assert texts.text_columns == ("prompt", "chosen", "rejected")

@@ -67,15 +67,24 @@ def test_layers_add_equal_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert extrapolated == measured(architecture)
 
 
-def test_settings_of_each_layer_are_shortened() -> None:
+def test_settings_of_each_layer_are_shortened(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gemma 3 names the attention of each layer."""
     architecture = make_model("gemma3_text").config
     architecture.num_hidden_layers = 6
     architecture.layer_types = ["sliding_attention"] * 5 + ["full_attention"]
-    assert measured(architecture).activations > 0
+    extrapolated = measured(architecture)
+    monkeypatch.setattr(footprint, "MORE_LAYERS", 6)
+    assert extrapolated.activations == pytest.approx(measured(architecture).activations, rel=0.1)
 
 
-def test_forward_alone_keeps_nothing() -> None:
+def test_lora_of_some_layers_is_not_extrapolated() -> None:
+    architecture = make_model("llama").config
+    architecture.num_hidden_layers = 6
+    some = {"lora_target_modules": ("q_proj",), "lora_layers_to_transform": (5,)}
+    assert measured(architecture, use_peft=True, **some).trained > 0
+
+
+def test_forward_only_footprint() -> None:
     architecture = make_model("llama").config
     forward = measured(architecture, trains=False)
     trained = measured(architecture)

@@ -56,7 +56,7 @@ def test_parts(stage: int, dtype: str, expected: tuple[int, ...]) -> None:
     assert memory(dtype, zero_stage=stage) == expected
 
 
-def test_overlap_takes_a_second_bucket() -> None:
+def test_overlap_doubles_buckets() -> None:
     assert memory(zero_stage=2, overlap_comm=True)[3] == 2 * memory(zero_stage=2)[3]
 
 
@@ -85,4 +85,6 @@ def test_peak_is_the_larger_of_backward_and_step() -> None:
 
 
 def test_checkpoint_has_weights_copies_and_moments() -> None:
-    assert checkpoint_bytes(FOOTPRINT, dtype="bfloat16") == 400 * (2 + 4 + 8)
+    assert checkpoint_bytes(FOOTPRINT, dtype="bfloat16", zero_stage=0) == 400 * (2 + 4 + 8)
+    assert checkpoint_bytes(FOOTPRINT, dtype="float32", zero_stage=2) == 400 * (4 + 4 + 8)
+    assert checkpoint_bytes(FOOTPRINT, dtype="float32", zero_stage=3) == 400 * (4 + 8)

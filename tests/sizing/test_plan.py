@@ -8,8 +8,8 @@ import pytest
 from madpo_ray.config import Config, parse_config
 from madpo_ray.errors import UserError
 from madpo_ray.sizing.footprint import Lengths
-from madpo_ray.sizing.gpus import GPU, Cluster
-from madpo_ray.sizing.plan import default_lengths, find_needs
+from madpo_ray.sizing.gpus import GPU, USABLE, Cluster
+from madpo_ray.sizing.plan import choose_lengths, find_needs
 from madpo_ray.sizing.trainings import TrainingNeeds
 from support.models import make_model
 
@@ -31,7 +31,7 @@ def config(tmp_path: Path) -> Config:
 
 
 def cluster_of(memory: int, nodes: int = 1) -> Cluster:
-    return Cluster(GPU(memory, 1e12), "test", gpus_per_node=2, nodes=nodes, utilisation=0.5)
+    return Cluster(GPU(memory, 1e12, 1e11), "test", gpus_per_node=2, nodes=nodes, utilisation=0.5)
 
 
 def policy_needs(config: Config, memory: int, nodes: int = 1) -> TrainingNeeds:
@@ -46,7 +46,7 @@ def settings_that_fit(needs: TrainingNeeds) -> dict[str, Any]:
 def test_covers_every_training_and_pass(config: Config) -> None:
     needs = find_needs(config, cluster_of(2**40), LENGTHS)
     assert [one.stage for one in needs.trainings] == ["sft", "reward", "train"]
-    assert [one.name for one in needs.passes] == ["margins", "evaluate"]
+    assert [one.name for one in needs.passes] == ["margins", "evaluate: sampling"]
     # SFT reads one response of a pair.
     assert [one.footprint.tokens // one.shape.pairs for one in needs.trainings] == [24, 32, 32]
 
@@ -56,9 +56,9 @@ def test_fastest_settings_that_fit(config: Config) -> None:
     dpo = config.train.model_copy(update={"loss_type": "sigmoid"})  # no reward model
     config = config.model_copy(update={"sft": None, "train": dpo})
     roomy = policy_needs(config, 2**40)
-    assert settings_that_fit(roomy) == {"zero_stage": 0, "per_device_train_batch_size": 4}
-    tighter = policy_needs(config, int(roomy.by_zero_stage[0].peak / 0.92) - 1)
-    assert settings_that_fit(tighter) == {"zero_stage": 1, "per_device_train_batch_size": 4}
+    assert settings_that_fit(roomy) == {"zero_stage": 0}
+    tighter = policy_needs(config, int(roomy.by_zero_stage[0].peak / USABLE) - 1)
+    assert settings_that_fit(tighter) == {"zero_stage": 1}
     assert policy_needs(config, 1000).fitting is None
 
 
@@ -89,7 +89,28 @@ def test_each_fold_has_a_model_in_every_actor(config: Config) -> None:
 
 
 def test_lengths_fill_max_length(config: Config) -> None:
-    assert default_lengths(config).count(1) == config.data.max_length
+    assert choose_lengths(config).count(1) == config.data.max_length
+    assert choose_lengths(config, 1000) == (1000, 24)
+    assert choose_lengths(config, 1000, 50) == (1000, 50)
+    with pytest.raises(UserError, match="1024 leaves no response"):
+        choose_lengths(config, 1024)
+
+
+def test_idle_gpus_take_time(config: Config) -> None:
+    """A step of 4 pairs is one micro-batch for two GPUs."""
+    speeds = []
+    for global_batch_size in (32, 4):
+        train = config.train.model_copy(update={"global_batch_size": global_batch_size})
+        needs = policy_needs(config.model_copy(update={"train": train}), 2**40)
+        speeds.append((needs.pairs_per_second, needs.idle))
+    assert speeds[1] == (pytest.approx(speeds[0][0] / 2), 0.5)
+
+
+def test_wrong_target_of_lora_is_refused(config: Config) -> None:
+    changes = {"use_peft": True, "lora_target_modules": ("q_prj",)}
+    train = config.train.model_copy(update=changes)
+    with pytest.raises(UserError, match="did you mean 'q_proj'"):
+        policy_needs(config.model_copy(update={"train": train}), 2**40)
 
 
 def test_unreadable_model(config: Config, tmp_path: Path) -> None:

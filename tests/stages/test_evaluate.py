@@ -12,18 +12,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from pyarrow import feather
 
 from madpo_ray import pipeline
 from madpo_ray.artifacts.tables import read_split
 from madpo_ray.config import Config, parse_config
 from madpo_ray.errors import UserError
-from madpo_ray.evaluation.divergence import PolicyFiles
 from madpo_ray.evaluation.measures import preference_metrics
+from madpo_ray.evaluation.sample_sets import PolicyFiles
 from madpo_ray.evaluation.sampling import Sampler, end_tokens
 from madpo_ray.models.loading import load_policy
 from madpo_ray.stages import evaluate, margins, pairs, sft, train
 from support.judges import count_kind_words
-from support.models import make_model
+from support.models import make_model, make_reward_model, make_tokenizer
 from support.pairs import make_rows, write_jsonl
 from support.reference import with_reference
 
@@ -75,11 +76,16 @@ def test_samples_are_judged_at_each_temperature(finished_run: Run) -> None:
     for (policy, temperature), one in entries.items():
         texts = samples[f"{policy}@{temperature:g}"].to_pylist()
         assert one["reward"]["mean"] == pytest.approx(np.mean(count_kind_words([], texts)))
-        assert ("win_rate" in one) is ("kl" in one) is (policy == "policy")
+        assert ("win_rate" in one) is (policy == "policy")
+        assert (one["kl"] < 1e-6) is (policy == "reference" and temperature == 1)
     # Greedy samples of a prompt are alike.
     greedy = samples["policy@0"].to_pylist()
     assert greedy[:2] == greedy[2:]
-    assert [one["against"] for one in found["comparisons"]] == ["reference", "reference"]
+    assert found["comparisons"] == []
+    # Two prompts, each sampled twice.
+    assert [pair_id[-1] for pair_id in samples["pair_id"].to_pylist()] == ["0", "0", "1", "1"]
+    assert samples["prompt"].to_pylist()[:2] == samples["prompt"].to_pylist()[2:]
+    assert len(set(samples["prompt"].to_pylist())) == 2
     lines = (folder / "samples.csv").read_text().splitlines()
     assert len(lines) == 5
     assert "reward,reward_low,reward_high" in lines[0]
@@ -131,24 +137,85 @@ def test_runs_are_compared(finished_run: Run, tmp_path: Path) -> None:
         assert one["win_rate"]["mean"] == one["length_controlled_win_rate"] == 0.5
 
 
-def test_what_is_no_run_is_refused(config: Config, tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    for folders, message in (
-        (["empty"], "it is not the folder of a run"),
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        (["empty"], "empty has no finished training"),
         (["a/x", "b/x"], "folders need different names"),
         (["policy"], "folders need different names"),
+    ],
+)
+def test_rejects_bad_compare_with(
+    folders: list[str], message: str, config: Config, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    raw = config.model_dump(mode="json")
+    raw["evaluate"]["compare_with"] = [str(tmp_path / folder) for folder in folders]
+    with pytest.raises(UserError, match=message):
+        evaluate.STAGE.check(parse_config(raw))
+
+
+def test_rejects_missing_judge(config: Config, tmp_path: Path) -> None:
+    raw = config.model_dump(mode="json")
+    for judge, message in (
+        ("support.judges:nobody", r"evaluate\.judge: support.judges:nobody cannot be"),
+        (str(tmp_path / "gone"), r"evaluate\.judge: .*gone is not a folder with a config\.json"),
     ):
-        raw = config.model_dump(mode="json")
-        raw["evaluate"]["compare_with"] = [str(tmp_path / folder) for folder in folders]
+        raw["evaluate"]["judge"] = judge
         with pytest.raises(UserError, match=message):
             evaluate.STAGE.check(parse_config(raw))
 
 
-def test_judge_that_is_not_there_is_refused(config: Config) -> None:
+def test_rejects_judge_with_two_labels(config: Config, tmp_path: Path) -> None:
+    """At the start, not after the policies were sampled."""
+    model = make_reward_model(num_labels=2)
+    model.save_pretrained(tmp_path / "judge")
+    make_tokenizer().save_pretrained(tmp_path / "judge")
     raw = config.model_dump(mode="json")
-    raw["evaluate"]["judge"] = "support.judges:nobody"
-    with pytest.raises(UserError, match=r"evaluate\.judge: support.judges:nobody cannot be"):
+    raw["evaluate"]["judge"] = str(tmp_path / "judge")
+    with pytest.raises(UserError, match=r"weights are of another shape \(score.weight\)"):
         evaluate.STAGE.check(parse_config(raw))
+
+
+def test_rejects_samples_beyond_the_models_positions(finished_run: Run) -> None:
+    raw = finished_run[0].model_dump(mode="json")
+    raw["evaluate"]["max_new_tokens"] = 256
+    with pytest.raises(UserError, match=r"evaluate\.max_new_tokens: .* 256 positions"):
+        evaluate.STAGE.check(parse_config(raw))
+
+
+def test_moved_judge_is_the_same_judge(finished_run: Run, tmp_path: Path) -> None:
+    raw = finished_run[0].model_dump(mode="json")
+    fingerprints = []
+    for name in ("here", "there"):
+        folder = tmp_path / name / "judge"
+        make_reward_model().save_pretrained(folder)
+        make_tokenizer().save_pretrained(folder)
+        raw["evaluate"]["judge"] = str(folder)
+        fingerprints.append(evaluate.STAGE.inputs(parse_config(raw)).fingerprint)
+    assert fingerprints[0] == fingerprints[1]
+
+
+def test_samples_are_kept_if_the_judge_fails(finished_run: Run, tmp_path: Path) -> None:
+    """Another judge gets the same samples, which are not drawn again."""
+    config, _ = finished_run
+    shutil.copytree(config.run.folder, tmp_path / config.run.name)
+    raw = config.model_dump(mode="json")
+    raw["run"]["storage_path"] = str(tmp_path)
+    raw["evaluate"]["judge"] = "support.judges:fail_always"
+    with pytest.raises(UserError, match=r"4 of 4 rows could .*: nothing suits"):
+        pipeline.run_stage(parse_config(raw), evaluate.STAGE, say=lambda what: None)
+    (kept,) = (tmp_path / config.run.name / "ray").glob("evaluate-*/kept/samples.arrow")
+    marked = feather.read_table(kept)
+    marked = marked.set_column(
+        marked.column_names.index("policy@1"), "policy@1", pa.array(["good"] * 4)
+    )
+    feather.write_feather(marked, kept)
+    raw["evaluate"]["judge"] = "support.judges:count_kind_words"
+    mended = parse_config(raw)
+    pipeline.run_stage(mended, evaluate.STAGE, say=lambda what: None)
+    assert evaluation(mended)["sampling"][0]["reward"]["mean"] == 1.0
+    assert not kept.exists()
 
 
 def test_empty_test_split_is_refused_early(raw_config: dict[str, Any]) -> None:
@@ -177,6 +244,7 @@ def sampler(config: Config, seed: int = 0) -> Sampler:
     return Sampler(
         policies={"sampled": PolicyFiles(folder, folder)},
         model=config.model,
+        temperatures=[1.0],
         max_new_tokens=12,
         seed=seed,
         num_threads=1,
@@ -211,6 +279,7 @@ def test_samples_are_of_the_models_distribution(config: Config) -> None:
     one = Sampler(
         policies={"sampled": PolicyFiles(folder, folder)},
         model=config.model,
+        temperatures=[1.0],
         max_new_tokens=1,
         seed=0,
         num_threads=1,

@@ -17,3 +17,7 @@ def fail_for_one(prompts: list[Any], completions: list[Any], **others: Any) -> l
     if any(prompt.startswith(VICTIM) for prompt in prompts):
         raise ValueError("this judge does not like sevens")
     return count_kind_words(prompts, completions)
+
+
+def fail_always(prompts: list[Any], completions: list[Any], **others: Any) -> list[float]:
+    raise ValueError("nothing suits this judge")

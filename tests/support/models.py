@@ -127,13 +127,13 @@ def make_model(
     return model.eval()
 
 
-def make_reward_model() -> Any:
-    """A sequence classifier with one label and a random head."""
+def make_reward_model(num_labels: int = 1) -> Any:
+    """A sequence classifier with a random head."""
     from transformers import AutoModelForSequenceClassification
 
     torch.manual_seed(0)
     return AutoModelForSequenceClassification.from_config(
-        tiny_config("llama", num_labels=1), attn_implementation="sdpa"
+        tiny_config("llama", num_labels=num_labels), attn_implementation="sdpa"
     ).eval()
 
 

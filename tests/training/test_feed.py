@@ -79,7 +79,9 @@ def test_only_the_first_epoch_is_scored_on_its_way(
     order = Order(policy_job("epochs", max_steps=max_steps).order_spec(2))
     assert order.steps_per_epoch == 10
     notes = BatchNotes(tmp_path)
-    streamed = StreamedScores(tmp_path, ActorPool(1, 1, 1.0, 0.0), 8, (FunctionReward("a:b"),))
+    streamed = StreamedScores(
+        tmp_path, ActorPool(1, 1, 1.0, 0.0), 8, (FunctionReward("a:b", key="reward.source"),)
+    )
     assert list(datasets_of(order, start_step, notes, streamed)) == expected
     assert list(datasets_of(order, start_step, notes, None)) == ["train"]
     nothing_to_score = dataclasses.replace(streamed, scorers=())
