@@ -8,7 +8,7 @@ import argparse
 import time
 
 from madpo_ray import pipeline
-from madpo_ray.cli import exit_codes, print_plan, say
+from madpo_ray.cli import exit_codes, print_preview, say
 from madpo_ray.config import load_config
 
 STAGES = {stage.name: stage for stage in pipeline.STAGES}
@@ -33,7 +33,7 @@ def main() -> None:
         last = STAGES.get(arguments.until)
         stages = pipeline.wanted_stages(config, last)
         if arguments.dry_run:
-            print_plan(config, stages)
+            print_preview(config, stages)
             return
 
         # Each stage reads the results of earlier ones from their folders and writes its own. What

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.console import Console
 
-from madpo_ray import pipeline, planner
+from madpo_ray import pipeline
 from madpo_ray.config import Config, load_config
 from madpo_ray.config.files import dump_config
 from madpo_ray.errors import ExitCode, Stopped, UserError
+from madpo_ray.preview import preview
 from madpo_ray.stages import export, margins
 from madpo_ray.stages.stage import Stage
 
@@ -97,7 +98,7 @@ def _perform(
     with exit_codes():
         loaded = load_config(config, overrides)
         if dry_run:
-            print_plan(loaded, stages(loaded))
+            print_preview(loaded, stages(loaded))
             return
         action(loaded, loaded.run.deadline(began))
 
@@ -126,11 +127,11 @@ def exit_codes() -> Iterator[None]:
         raise SystemExit(ExitCode.INTERRUPTED) from None
 
 
-def print_plan(config: Config, stages: list[Stage]) -> None:
+def print_preview(config: Config, stages: list[Stage]) -> None:
     """The resolved config, and what the stages would do."""
-    plan = planner.plan(config, stages)  # first, since it may refuse the config
+    found = preview(config, stages)  # first, since it may refuse the config
     say(dump_config(config))
-    for line in plan.lines():
+    for line in found.lines():
         say(line)
 
 

@@ -100,8 +100,8 @@ class EvaluateConfig(Section):
     )
     judge: str | None = Field(
         None,
-        description="what rewards samples: the folder or hub name of a classifier with one label, "
-        "or module:function. null: samples are not rewarded",
+        description="what gives samples rewards: the folder or hub name of a classifier with one "
+        "label, or module:function. null: they get none",
     )
     judge_revision: str = Field("main", description="of a judge on the hub")
     compare_with: Strings = Field(

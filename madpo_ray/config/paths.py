@@ -14,7 +14,7 @@ def with_absolute_paths(config: Config) -> Config:
     """Ray changes the working directory of its workers, so every path is made absolute once.
 
     Raises:
-        UserError: a path or URI is none.
+        UserError: a path or URI is not valid.
     """
     _check_name("model.model_name_or_path", config.model.model_name_or_path)
     storage_path = _absolute("run.storage_path", config.run.storage_path)
@@ -34,7 +34,7 @@ def with_absolute_paths(config: Config) -> Config:
     if template is not None:
         template = _absolute("model.chat_template_path", template)
 
-    # So may a judge's.
+    # A judge's name, too.
     evaluate = config.evaluate
     judge = evaluate.judge
     if judge is not None:
@@ -90,7 +90,7 @@ def _absolute(key: str, path: str) -> str:
 
 
 def _check_name(key: str, path: str) -> None:
-    """Raises UserError for what no file system has as a path."""
+    """Raises UserError if no file system allows the path."""
     if not path:
         raise UserError(f"{key}: the path is empty")
     if "://" in path:

@@ -12,6 +12,7 @@ from scipy.stats import spearmanr
 
 from madpo_ray.columns import MARGIN, POLICY_LOGPS, REF_LOGPS
 from madpo_ray.scoring.calibration import count_right, interval
+from madpo_ray.scoring.report import accuracy_by_margin
 
 BINS = 5
 
@@ -49,7 +50,7 @@ def preference_metrics(scored: pa.Table, score_columns: Sequence[str] = ()) -> d
             metrics[name] |= rank_correlation(differences, true_margin)
     if MARGIN in scored.column_names:
         margins = scored[MARGIN].to_numpy()
-        metrics["implicit"]["by_margin"] = accuracy_by_margin_size(policy - reference, margins)
+        metrics["implicit"]["by_margin"] = accuracy_by_margin(margins, policy - reference, BINS)
     return metrics
 
 
@@ -63,31 +64,6 @@ def rank_correlation(differences: np.ndarray, true_margin: np.ndarray) -> dict[s
     if np.ptp(known) == 0 or np.ptp(true) == 0:
         return {**result, "rank_correlation": None, "reason": "all pairs have the same value"}
     return {**result, "rank_correlation": float(spearmanr(known, true).statistic)}
-
-
-def accuracy_by_margin_size(
-    differences: np.ndarray, margins: np.ndarray, bins: int = BINS
-) -> list[dict[str, Any]]:
-    """How often differences (P,) are positive, for equally many pairs by |margin|.
-
-    The smallest margins first. Of each bin: bounds of |margin|, pairs, accuracy and its 95 %
-    interval.
-    """
-    sizes = np.abs(margins)
-    order = np.argsort(sizes, kind="stable")
-    found = []
-    for part in np.array_split(order, min(bins, len(order))):
-        num_right = count_right(differences[part])
-        found.append(
-            {
-                "from": float(sizes[part].min()),
-                "to": float(sizes[part].max()),
-                "pairs": len(part),
-                "accuracy": num_right / len(part),
-                "interval": interval(num_right, len(part)),
-            }
-        )
-    return found
 
 
 def _difference(table: pa.Table, names: Sequence[str]) -> np.ndarray:

@@ -41,27 +41,32 @@ def describe_weights(weights: Margins) -> dict[str, float]:
     }
 
 
-def accuracy_by_margin(margins: Margins, bins: int = MARGIN_BINS) -> list[dict[str, Any]]:
+def accuracy_by_margin(
+    margins: Margins, differences: Margins | None = None, bins: int = MARGIN_BINS
+) -> list[dict[str, Any]]:
     """How often the sign is right, for equally many pairs by |margin|, the smallest first.
 
     Of each bin: bounds of |margin|, pairs, accuracy with its 95 % interval, and the accuracy that
     calibrated margins would have.
+
+    Args:
+        differences: whose sign is counted, (N,); None: the margins' own.
     """
+    signs = margins if differences is None else differences
     order = np.argsort(np.abs(margins), kind="stable")
     found = []
     for part in np.array_split(order, min(bins, len(margins)) or 1):
-        own = margins[part]
-        if len(own) == 0:
+        if len(part) == 0:
             continue
-        num_right = count_right(own)
-        sizes = np.abs(own)
+        num_right = count_right(signs[part])
+        sizes = np.abs(margins[part])
         found.append(
             {
                 "from": float(sizes.min()),
                 "to": float(sizes.max()),
-                "pairs": len(own),
-                "accuracy": num_right / len(own),
-                "interval": interval(num_right, len(own)),
+                "pairs": len(part),
+                "accuracy": num_right / len(part),
+                "interval": interval(num_right, len(part)),
                 "expected": float(expit(sizes).mean()),
             }
         )

@@ -151,12 +151,15 @@ def test_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         {
             "model": {"model_name_or_path": "./m", "chat_template_path": "~/t.jinja"},
             "data": {"files": ["a.jsonl", "$DATA/b.jsonl", "${DATA}/c.jsonl"]},
+            "evaluate": {"judge": "./judge", "compare_with": ["runs/other"]},
         }
     )
     assert config.model.model_name_or_path == str(tmp_path / "m")
     assert config.model.chat_template_path == str(Path.home() / "t.jinja")
     assert config.data.files == (str(tmp_path / "a.jsonl"), "/data/b.jsonl", "/data/c.jsonl")
     assert config.run.folder == tmp_path / "runs" / "madpo"
+    assert config.evaluate.judge == str(tmp_path / "judge")
+    assert config.evaluate.compare_with == (str(tmp_path / "runs" / "other"),)
 
 
 @pytest.mark.parametrize("path", ["$NOT_SET/x", "${NOT_SET}/x"])
@@ -167,6 +170,8 @@ def test_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ("run", "storage_path"),
         ("model", "model_name_or_path"),
         ("model", "chat_template_path"),
+        ("evaluate", "judge"),
+        ("evaluate", "compare_with"),
     ],
 )
 def test_refuses_unset_variables(

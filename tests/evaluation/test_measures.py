@@ -6,7 +6,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from madpo_ray.evaluation.measures import accuracy_by_margin_size, preference_metrics
+from madpo_ray.evaluation.measures import preference_metrics
+from madpo_ray.scoring.report import accuracy_by_margin
 
 TABLE = pa.table(
     {
@@ -79,8 +80,8 @@ def test_without_margins_there_is_no_reward_model() -> None:
 
 def test_accuracy_by_size_of_the_margin() -> None:
     """Margins 3, 2, 1, -1 in two bins; implicit differences 1, 3, 1, -3."""
-    small, large = accuracy_by_margin_size(
-        np.array([1.0, 3.0, 1.0, -3.0]), np.array([3.0, 2.0, 1.0, -1.0]), bins=2
+    small, large = accuracy_by_margin(
+        np.array([3.0, 2.0, 1.0, -1.0]), np.array([1.0, 3.0, 1.0, -3.0]), bins=2
     )
     assert (small["from"], small["to"], small["accuracy"]) == (1.0, 1.0, 0.5)
     assert (large["from"], large["to"], large["accuracy"]) == (2.0, 3.0, 1.0)

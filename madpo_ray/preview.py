@@ -17,7 +17,7 @@ from madpo_ray.training.schedule import count_turns
 
 
 @dataclass(frozen=True)
-class TrainingPlan:
+class TrainingPreview:
     """One training of a run."""
 
     stage: str
@@ -26,19 +26,19 @@ class TrainingPlan:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Preview:
     """What a command would do."""
 
     rows: dict[str, int]  # by file
     pairs: dict[str, int] | None  # by split; None until stage pairs is done
-    trainings: list[TrainingPlan] = field(default_factory=list)
+    trainings: list[TrainingPreview] = field(default_factory=list)
     workers: str = ""
     trials: str = ""
     stages: list[str] = field(default_factory=list)  # to do
     needed: list[str] = field(default_factory=list)  # to do before those
 
     def lines(self) -> Iterator[str]:
-        """The plan for a terminal."""
+        """The preview for a terminal."""
         yield f"rows: {self.rows}"
         if self.pairs is None:
             yield "pairs: known after stage pairs; the steps are estimates from the rows"
@@ -56,7 +56,7 @@ class Plan:
             yield f"needed before: {', '.join(self.needed)} (or use madpo-ray run)"
 
 
-def plan(config: Config, stages: Sequence[Stage]) -> Plan:
+def preview(config: Config, stages: Sequence[Stage]) -> Preview:
     """What running these stages would do.
 
     Raises UserError as the stages themselves would.
@@ -65,7 +65,7 @@ def plan(config: Config, stages: Sequence[Stage]) -> Plan:
     rows = {file: open_source(file).count() for file in list_files(config.data.files)}
     counts = _pairs_by_split(config)
     num_pairs = counts[columns.TRAIN] if counts else _estimate_pairs(config, sum(rows.values()))
-    return Plan(
+    return Preview(
         rows=rows,
         pairs=counts,
         trainings=list(_trainings(config, stages, num_pairs)),
@@ -77,7 +77,7 @@ def plan(config: Config, stages: Sequence[Stage]) -> Plan:
 
 
 def _is_local(config: Config) -> bool:
-    """Whether the model is here; a hub name is not looked up for a plan."""
+    """Whether the model is here; a hub name is not looked up for a preview."""
     return Path(config.model.model_name_or_path).is_absolute()
 
 
@@ -97,7 +97,9 @@ def _estimate_pairs(config: Config, num_rows: int) -> int:
     return math.floor(num_rows * (1 - held_out))
 
 
-def _trainings(config: Config, stages: Sequence[Stage], num_pairs: int) -> Iterator[TrainingPlan]:
+def _trainings(
+    config: Config, stages: Sequence[Stage], num_pairs: int
+) -> Iterator[TrainingPreview]:
     sections: dict[str, TrainingConfig | None] = {
         sft.STAGE.name: config.sft,
         reward.STAGE.name: config.reward,
@@ -113,7 +115,7 @@ def _trainings(config: Config, stages: Sequence[Stage], num_pairs: int) -> Itera
         if stage is reward.STAGE and (folds := config.reward.folds) > 1:
             name = f"each of {folds} trainings of {stage.name}"
             num_read = num_pairs * (folds - 1) // folds
-        yield TrainingPlan(
+        yield TrainingPreview(
             name,
             _steps(settings, num_read),
             _idle(settings, config.cluster.num_workers),
