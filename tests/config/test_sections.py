@@ -15,12 +15,14 @@ from madpo_ray.config import (
     PolicyConfig,
     RewardConfig,
     SFTConfig,
+    TrainingConfig,
     parse_config,
 )
 from madpo_ray.config.inputs import RunConfig
 from madpo_ray.data.batching import collate
 from madpo_ray.errors import UserError
 from madpo_ray.training.objectives import PolicyObjective, RewardObjective, SFTObjective
+from madpo_ray.training.protocols import Terms
 from support.pairs import Edit
 from support.synthetic import synthetic
 
@@ -192,7 +194,7 @@ def test_metrics_that_a_config_may_name_are_measured() -> None:
     single = collate([{"prompt_ids": [1], "chosen_ids": [2]}], packed=False, responses=CHOSEN)
     one = {"logps": torch.zeros(1), "entropy": torch.zeros(1)}
     policy = PolicyObjective(PolicyConfig(loss_type="sigmoid"), 0)
-    measured = {
+    measured: dict[type[TrainingConfig], Terms] = {
         PolicyConfig: policy(outputs, batch, training=False),
         RewardConfig: RewardObjective(RewardConfig())(rewards, batch, training=False),
         SFTConfig: SFTObjective()(one, single, training=False),

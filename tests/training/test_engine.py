@@ -29,7 +29,7 @@ SETTINGS: dict[str, Any] = {
     "adam_beta2": 0.8,
     "adam_epsilon": 1e-4,
 }
-SCHEDULES = {
+SCHEDULES: dict[str, list[float]] = {
     "cosine": [0, 0.5, 1, *(0.5 * (1 + math.cos(math.pi * i / 4)) for i in (1, 2, 3))],
     "linear": [0, 0.5, 1, 0.75, 0.5, 0.25],
     "constant_with_warmup": [0, 0.5, 1, 1, 1, 1],
@@ -115,9 +115,9 @@ def test_steps_are_those_of_plain_torch(
     weights, losses, norms = train_with_torch(job, factors)
     assert min(norms) > 0.4, norms
 
-    assert logged(job, "learning_rate").tolist() == pytest.approx(
-        [SETTINGS["learning_rate"] * f for f in factors]
-    )
+    peak = SETTINGS["learning_rate"]
+    expected = [peak * float(factor) for factor in factors]
+    assert logged(job, "learning_rate").tolist() == pytest.approx(expected)
     assert logged(job).tolist() == pytest.approx(losses, rel=1e-5)
     assert logged(job, "grad_norm").tolist() == pytest.approx(norms, rel=1e-4)
     trained = weights_of(job)
