@@ -45,8 +45,8 @@ def _prompts(config: Config) -> pa.Table:
     """Different prompts of the test split drawn at random: all once, then all again."""
     names = (columns.PAIR_ID, columns.PROMPT, columns.PROMPT_IDS)
     test = read_split(margins.STAGE.rows(config), columns.TEST, names)
-    first_with = {tuple(ids): row for row, ids in enumerate(test[columns.PROMPT_IDS].to_pylist())}
-    rows = list(first_with.values())
+    row_of = {tuple(ids): row for row, ids in enumerate(test[columns.PROMPT_IDS].to_pylist())}
+    rows = list(row_of.values())
     count = math.ceil(config.evaluate.num_samples / SAMPLES_PER_PROMPT)
     drawn = random.Random(config.run.seed).sample(rows, min(count, len(rows)))
     prompts = test.take(drawn * SAMPLES_PER_PROMPT)

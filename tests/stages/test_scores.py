@@ -42,6 +42,7 @@ def unscored(finished_run: Run, tmp_path: Path) -> dict[str, Any]:
     return raw
 
 
+@pytest.mark.slow
 def test_streamed_run_equals_a_stored_one(unscored: dict[str, Any]) -> None:
     """Over two epochs: losses, and the margins that are left; every pair is scored once."""
     unscored["train"] |= {"max_steps": -1, "num_train_epochs": 2}
