@@ -211,10 +211,10 @@ def test_samples_are_kept_if_the_judge_fails(finished_run: Run, tmp_path: Path) 
         marked.column_names.index("policy@1"), "policy@1", pa.array(["good"] * 4)
     )
     feather.write_feather(marked, kept)
-    raw["evaluate"]["judge"] = "support.judges:count_kind_words"
-    mended = parse_config(raw)
-    pipeline.run_stage(mended, evaluate.STAGE, say=lambda what: None)
-    assert evaluation(mended)["sampling"][0]["reward"]["mean"] == 1.0
+    raw["evaluate"]["judge"] = "support.judges:want_good"
+    corrected = parse_config(raw)
+    pipeline.run_stage(corrected, evaluate.STAGE, say=lambda what: None)
+    assert evaluation(corrected)["sampling"][0]["reward"]["mean"] == 1.0
     assert not kept.exists()
 
 

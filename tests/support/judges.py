@@ -21,3 +21,7 @@ def fail_for_one(prompts: list[Any], completions: list[Any], **others: Any) -> l
 
 def fail_always(prompts: list[Any], completions: list[Any], **others: Any) -> list[float]:
     raise ValueError("nothing suits this judge")
+
+
+def want_good(prompts: list[Any], completions: list[Any], **others: Any) -> list[float]:
+    return [float(completion == "good") for completion in completions]
