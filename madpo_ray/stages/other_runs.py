@@ -3,22 +3,18 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from madpo_ray.artifacts.manifest import damage, model_folder, read_manifest
 from madpo_ray.config import Config, ModelConfig, load_config
 from madpo_ray.errors import UserError
+from madpo_ray.evaluation.sample_sets import POLICY, REFERENCE, PolicyFiles
 from madpo_ray.models.limits import count_embeddings
 from madpo_ray.models.source import fetch_model
 from madpo_ray.stages import sft, train
 from madpo_ray.stages.sft import initial_policy
 
-if TYPE_CHECKING:
-    from madpo_ray.evaluation.sample_sets import PolicyFiles
-
 KEY = "evaluate.compare_with"
-# Names of this run's own policies in tables.
-TAKEN = {"policy", "reference"}
 
 
 def run_folders(config: Config) -> dict[str, Path]:
@@ -29,9 +25,9 @@ def run_folders(config: Config) -> dict[str, Path]:
     """
     folders = [Path(folder) for folder in config.evaluate.compare_with]
     names = {folder.name: folder for folder in folders}
-    if len(names) < len(folders) or TAKEN & set(names):
+    if len(names) < len(folders) or {POLICY, REFERENCE} & set(names):
         raise UserError(
-            f"{KEY}: folders need different names, other than policy and reference: "
+            f"{KEY}: folders need different names, other than {POLICY} and {REFERENCE}: "
             f"{', '.join(folder.name for folder in folders)}"
         )
     return names
@@ -43,15 +39,13 @@ def check_runs(config: Config) -> None:
         find_policy(folder, config)
 
 
-def find_policy(folder: Path, config: Config) -> "PolicyFiles":
+def find_policy(folder: Path, config: Config) -> PolicyFiles:
     """The policy of another run, wherever that run is now.
 
     Raises:
         UserError: the training is not finished or not complete, or an adapter's base is gone or
             has other bits than this config's.
     """
-    from madpo_ray.evaluation.sample_sets import PolicyFiles
-
     trained = folder / train.STAGE.name
     if read_manifest(trained) is None:
         raise UserError(f"{KEY}: {folder} has no finished training: give the folder of a run")
