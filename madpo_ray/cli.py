@@ -19,7 +19,7 @@ from madpo_ray.config import Config, load_config
 from madpo_ray.config.files import dump_config
 from madpo_ray.errors import ExitCode, Stopped, UserError
 from madpo_ray.preview import preview
-from madpo_ray.stages import export, margins
+from madpo_ray.stages import export, margins, tune
 from madpo_ray.stages.stage import Stage
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ def _run(
 
 
 for _stage in pipeline.STAGES:
-    if _stage is not margins.STAGE:
+    if _stage not in (margins.STAGE, tune.STAGE):
         _add_command(_stage.name, _stage.help, _only(_stage), _run_stages(_stage))
 
 
@@ -182,6 +182,24 @@ def _margins(
 ) -> None:
     stages = (margins.STAGE,) if export_to is None else (margins.STAGE, export.STAGE)
     _perform(config, overrides, dry_run, _only(*stages), _run_stages(*stages))
+
+
+@app.command(tune.STAGE.name, help=tune.STAGE.help)
+def _tune(
+    config: ConfigFile,
+    overrides: Overrides = [],  # noqa: B006 (typer's way)
+    dry_run: DryRun = False,
+    retrain: Annotated[
+        bool, typer.Option("--retrain", help="then train and evaluate with the best settings")
+    ] = False,
+) -> None:
+    def action(config: Config, deadline: float | None) -> None:
+        pipeline.run_stage(config, tune.STAGE, say=say, deadline=deadline)
+        if retrain:
+            best = load_config(tune.STAGE.folder(config) / tune.BEST)
+            pipeline.run_all(best, say=say, deadline=deadline)
+
+    _perform(config, overrides, dry_run, _only(tune.STAGE), action)
 
 
 @app.command("plan", help="What a config needs on given GPUs: memory, settings that fit, hours.")
@@ -220,6 +238,17 @@ def _verify(
 ) -> None:
     with exit_codes():
         pipeline.verify(run, say=say)
+
+
+@app.command("report", help="One HTML page about a run, or several side by side.")
+def _report(
+    runs: Annotated[list[Path], typer.Argument(help="folders run.storage_path/run.name")],
+    out: Annotated[
+        Path | None, typer.Option(help="the page; default: report.html in the first run's folder")
+    ] = None,
+) -> None:
+    with exit_codes():
+        pipeline.report(runs, say=say, file=out)
 
 
 def script_main(name: str) -> Callable[[], None]:

@@ -22,6 +22,7 @@ from madpo_ray.signals import on_sigterm
 LOCAL_EXTRA_CPUS = 2
 # What Ray Data needs next to the workers: a read task, and the actor that builds micro-batches.
 DATA_CPUS = 1.5
+READ_CPUS = 1  # of one task that reads
 IF_NODES_COME = ", or set cluster.autoscaling: true if nodes will be added"
 
 
@@ -78,7 +79,7 @@ def _ready_for_passes(
     import ray.exceptions
 
     check_workers_fit(cluster, actors, streams=streams)
-    _configure_data(cluster)
+    configure_data(cluster)
     try:
         yield
     except ray.exceptions.GetTimeoutError as error:
@@ -161,6 +162,20 @@ def check_workers_fit(
         check_actors(nodes, actors)
 
 
+def count_trainings(cluster: ClusterConfig) -> int | None:
+    """How many trainings the connected nodes have room for at a time; None if nodes may come."""
+    import ray
+
+    if cluster.autoscaling:
+        return None
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    places = sum(_places_on(node, cluster.worker_resources) for node in nodes)
+    cpus = sum(node.get("CPU", 0) for node in nodes)
+    cpus_each = cluster.num_workers * cluster.cpus_per_worker + DATA_CPUS
+    by_cpus: int = math.floor(cpus / cpus_each)
+    return min(places // cluster.num_workers, by_cpus)
+
+
 def check_nodes(
     nodes: Sequence[Mapping[str, float]],
     cluster: ClusterConfig,
@@ -216,6 +231,16 @@ def check_actors(nodes: Sequence[Mapping[str, float]], actors: ActorPool) -> Non
             + IF_NODES_COME
         )
 
+    # With a CPU left for the tasks that read: they would wait for ever.
+    available = sum(node.get("CPU", 0) for node in nodes)
+    needed = actors.min_size * actors.num_cpus + READ_CPUS
+    if needed > available:
+        raise UserError(
+            f"scoring.min_actors: {actors.min_size} actors of {actors.num_cpus:g} CPUs leave "
+            f"none of the cluster's {available:g} CPUs to read pairs with. Lower min_actors or "
+            "cpus_per_actor" + IF_NODES_COME
+        )
+
 
 def _places_on(node: Mapping[str, float], resources: Mapping[str, float]) -> int:
     """How many workers or actors with such resources fit on one node."""
@@ -236,7 +261,7 @@ def _explain_too_many(cluster: ClusterConfig, reason: str) -> str:
     )
 
 
-def _configure_data(cluster: ClusterConfig) -> None:
+def configure_data(cluster: ClusterConfig) -> None:
     """Rows keep their order; actors that find no place are an error; bars are for terminals."""
     import ray.data
 

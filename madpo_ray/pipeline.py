@@ -46,6 +46,8 @@ STAGES = (
     export.STAGE,
 )
 
+REPORT_FILE = "report.html"
+
 Say = Callable[["str | Table"], None]  # where progress and results are printed
 
 
@@ -107,6 +109,7 @@ def run_all(
     has_leftovers = any(stage.has_leftovers(config) for stage in stages)
     if not has_leftovers and not pending(config, until) and _holds(config_file, config):
         say(nothing_to_do)
+        _report_if_missing(folder, say)
         return
 
     with stopping_on_disk_errors(folder), locked(folder, "run", say=say):
@@ -119,6 +122,7 @@ def run_all(
         save_config(config, config_file)
         if not todo:
             say(nothing_to_do)
+            _report_if_missing(folder, say)
             return
 
         streams = any(stage.streams(config) for stage in todo)
@@ -129,6 +133,29 @@ def run_all(
                     check(config, stages)  # again, with what this result shows
                 else:
                     say(f"{stage.name}: done already")
+        report([folder], say=say)
+
+
+def _report_if_missing(folder: Path, say: Say) -> None:
+    """A command may have ended before it wrote the report."""
+    if not (folder / REPORT_FILE).exists():
+        report([folder], say=say)
+
+
+def report(runs: Sequence[Path], *, say: Say, file: Path | None = None) -> None:
+    """Writes one HTML page about finished stages of some runs, and prints its path.
+
+    Args:
+        file: by default `report.html` in the folder of the first run.
+
+    Raises:
+        UserError: a folder has no finished stage.
+    """
+    from madpo_ray.report.page import write_report  # takes seconds to import
+
+    file = runs[0] / REPORT_FILE if file is None else file
+    write_report(runs, STAGES, file)
+    say(f"report: {file}")
 
 
 def run_stage(config: Config, stage: Stage, *, say: Say, deadline: float | None = None) -> None:

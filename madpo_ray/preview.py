@@ -11,6 +11,7 @@ from madpo_ray.config import Config, TrainingConfig
 from madpo_ray.data.order import count_steps
 from madpo_ray.data.sources import list_files, open_source
 from madpo_ray.pipeline import check
+from madpo_ray.search.space import count_trials
 from madpo_ray.stages import pairs, reward, sft, train, tune
 from madpo_ray.stages.stage import Stage
 from madpo_ray.training.schedule import count_turns
@@ -149,7 +150,10 @@ def _workers(config: Config) -> str:
 def _trials(config: Config) -> str:
     keys = ", ".join(config.search_space)
     settings = config.tune
-    return f"{settings.num_samples} over {keys}, {settings.max_concurrent_trials} at a time"
+    number = count_trials(config)
+    at_a_time = settings.max_concurrent_trials
+    pace = "as many at a time as fit" if at_a_time is None else f"{at_a_time} at a time"
+    return f"{number} over {keys}, {pace}"
 
 
 def _to_do(config: Config, stages: Sequence[Stage]) -> list[str]:

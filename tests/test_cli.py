@@ -53,7 +53,7 @@ def test_dry_run_of_one_command(raw_config: dict[str, Any], tmp_path: Path) -> N
     assert "stages to do: train\nneeded before: sft, margins (or use madpo-ray run)\n" in train
     assert "steps of reward" not in train
     tune = call(raw_config, tmp_path, "tune", "--dry-run").output
-    assert "trials: 8 over beta, c_min, c_max, 1 at a time" in tune
+    assert "trials: 8 over train.beta, train.c_min, train.c_max, as many at a time as fit" in tune
     assert "stages to do: tune\nneeded before: sft, margins" in tune
 
 

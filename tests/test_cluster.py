@@ -111,6 +111,13 @@ def test_share_of_a_gpu_is_of_one_gpu() -> None:
         check_nodes([node], shared)
 
 
+def test_actors_leave_a_cpu_to_read_with() -> None:
+    """Reading tasks would wait for ever."""
+    check_actors([{"CPU": 3.0}], ActorPool(2, 2, 1.0, 0.0))
+    with pytest.raises(UserError, match="leave none of the cluster's 2 CPUs to read pairs with"):
+        check_actors([{"CPU": 1.0}, {"CPU": 1.0}], ActorPool(2, 2, 1.0, 0.0))
+
+
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_local")
 def test_refuses_more_workers_than_the_cluster_has() -> None:

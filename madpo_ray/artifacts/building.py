@@ -10,6 +10,7 @@ import os
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ def building(
     discard(partial)
     partial.mkdir(parents=True)
 
+    began = time.monotonic()
     results: dict[str, Any] = {}
     yield partial, results
     confirm()
@@ -54,6 +56,7 @@ def building(
         "names": dict(inputs.names),
         "versions": library_versions(),
         "results": results,
+        "seconds": round(time.monotonic() - began, 1),
         "files": describe_files(partial),
     }
     sync_tree(partial)

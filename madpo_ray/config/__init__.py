@@ -6,7 +6,6 @@ from madpo_ray.config.evaluation import (
     EvaluateConfig,
     MarginsConfig,
     ScoringConfig,
-    TuneConfig,
 )
 from madpo_ray.config.files import load_config, parse_config, save_config, with_changes
 from madpo_ray.config.inputs import (
@@ -18,27 +17,22 @@ from madpo_ray.config.inputs import (
 )
 from madpo_ray.config.reward import RewardConfig, kind_of
 from madpo_ray.config.root import Config
-from madpo_ray.config.training import (
-    SEARCH_SPACES,
-    LossType,
-    PolicyConfig,
-    Range,
-    SFTConfig,
-    TrainingConfig,
-)
+from madpo_ray.config.search import SEARCH_SPACES, SEED, Domain, TuneConfig
+from madpo_ray.config.training import LossType, PolicyConfig, SFTConfig, TrainingConfig
 
 __all__ = [
     "SEARCH_SPACES",
+    "SEED",
     "ActorPool",
     "ClusterConfig",
     "Config",
     "DataConfig",
+    "Domain",
     "EvaluateConfig",
     "LossType",
     "MarginsConfig",
     "ModelConfig",
     "PolicyConfig",
-    "Range",
     "RewardConfig",
     "RunConfig",
     "SFTConfig",

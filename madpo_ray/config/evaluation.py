@@ -1,4 +1,4 @@
-"""Sections scoring, margins, evaluate and tune: what is measured once a model is trained."""
+"""Sections scoring, margins and evaluate: what is measured once a model is trained."""
 
 from typing import Any, Literal, NamedTuple
 
@@ -6,8 +6,6 @@ from pydantic import Field, field_validator, model_validator
 
 from madpo_ray.config.base import Section, Strings, operational
 from madpo_ray.config.reward import kind_of
-from madpo_ray.config.training import PolicyConfig, Range
-from madpo_ray.errors import did_you_mean
 
 
 class ActorPool(NamedTuple):
@@ -125,28 +123,4 @@ class EvaluateConfig(Section):
     def _check_judge(cls, value: str | None) -> str | None:
         if value is not None and kind_of(value) not in ("classifier", "function"):
             raise ValueError(f"{value} is neither a classifier nor module:function")
-        return value
-
-
-class TuneConfig(Section):
-    num_samples: int = Field(8, ge=1, description="trials")
-    max_concurrent_trials: int = Field(
-        1, ge=1, description="trials at a time; each uses cluster.num_workers workers"
-    )
-    grace_period: int = Field(1, ge=1, description="evaluations before ASHA may stop a trial")
-    search_space: dict[str, Range] | None = Field(
-        None,
-        description="keys of section train, and their ranges; null: a default for the loss_type",
-    )
-
-    @field_validator("search_space")
-    @classmethod
-    def _check_keys(cls, value: dict[str, Range] | None) -> dict[str, Range] | None:
-        fields = PolicyConfig.model_fields.items()
-        numbers = [name for name, field in fields if field.annotation is float]
-        for key in value or {}:
-            if key not in numbers:
-                raise ValueError(
-                    f"{key!r} is not a real number of section train{did_you_mean(key, numbers)}"
-                )
         return value

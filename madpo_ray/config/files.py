@@ -36,7 +36,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
             named) or appears twice, or a value is out of bounds.
     """
     try:
-        raw = _read_yaml(Path(path).read_text(encoding="utf-8")) or {}
+        raw = read_yaml(Path(path).read_text(encoding="utf-8")) or {}
     except FileNotFoundError:
         raise UserError(f"config file {path} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -139,7 +139,8 @@ def _use_scalars_of_yaml_1_2() -> None:
 _use_scalars_of_yaml_1_2()
 
 
-def _read_yaml(text: str) -> Any:
+def read_yaml(text: str) -> Any:
+    """What YAML 1.2 makes of a text."""
     return yaml.load(text, Loader=_Loader)
 
 
@@ -158,7 +159,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         target[part] = dict(section or {})
         target = target[part]
     try:
-        read = _read_yaml(value)
+        read = read_yaml(value)
     except YAML_ERRORS as error:
         raise UserError(f"--set {override}: the value is not valid YAML: {error}") from None
     # A comment or an anchor is lost in a plain text.

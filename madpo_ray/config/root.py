@@ -10,11 +10,11 @@ from madpo_ray.config.evaluation import (
     EvaluateConfig,
     MarginsConfig,
     ScoringConfig,
-    TuneConfig,
 )
 from madpo_ray.config.inputs import ClusterConfig, DataConfig, ModelConfig, RunConfig
 from madpo_ray.config.reward import RewardConfig
-from madpo_ray.config.training import SEARCH_SPACES, PolicyConfig, Range, SFTConfig
+from madpo_ray.config.search import SEARCH_SPACES, Domain, TuneConfig
+from madpo_ray.config.training import PolicyConfig, SFTConfig
 
 
 class Config(Section):
@@ -33,7 +33,7 @@ class Config(Section):
     tune: TuneConfig = TuneConfig()
 
     @property
-    def search_space(self) -> dict[str, Range]:
+    def search_space(self) -> dict[str, Domain]:
         """What a search varies: tune.search_space, or the default for train.loss_type."""
         return self.tune.search_space or SEARCH_SPACES[self.train.loss_type]
 

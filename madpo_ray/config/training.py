@@ -1,6 +1,6 @@
 """Sections sft and train, what they share with reward, and the settings of each loss."""
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -262,31 +262,3 @@ def _explain_one(key: str) -> str:
     return (
         f"{key} = 1 makes the weight 0/0; if every weight is 1, MADPO is DPO: use loss_type sigmoid"
     )
-
-
-class Range(Section):
-    """What a search draws one key from."""
-
-    min: float
-    max: float
-    log: bool = False
-
-    @model_validator(mode="after")
-    def _check_bounds(self) -> "Range":
-        if not self.min < self.max:
-            raise ValueError("a range needs min < max")
-        if self.log and self.min <= 0:
-            raise ValueError("a range with log: true needs min > 0")
-        return self
-
-
-_BETA: dict[str, Any] = {"beta": Range(min=0.01, max=0.5, log=True)}
-
-# What `madpo-ray tune` searches by default: the first keys to search for each loss.
-SEARCH_SPACES: dict[LossType, dict[str, Range]] = {
-    "sigmoid": _BETA,
-    "ipo": _BETA,
-    "ipo_sum": _BETA,
-    "beta_dpo": {**_BETA, "beta_dpo_a": Range(min=0.1, max=1.0)},
-    "madpo": {**_BETA, "c_min": Range(min=0.1, max=0.9), "c_max": Range(min=1.1, max=6.0)},
-}

@@ -1,152 +1,206 @@
-"""Pictures of margins and samples, as PNG files."""
+"""Charts of margins and samples. `save_picture` writes one as a PNG file; the report shows it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+import altair as alt
+import vl_convert
 
-from madpo_ray.scoring.scaling import Margins
+Chart = alt.LayerChart | alt.FacetChart  # the types of alt.layer
+Rows = list[dict[str, Any]]
 
 BLUE = "#4477aa"
 RED = "#cc6677"
 GRAY = "#999999"
-BINS = 60
-DPI = 120
+WIDTH = 560  # pixels
+HEIGHT = 320
+ACCURACY = "share of pairs whose margin is positive"
+SCALE = 1.5  # pixels of a picture per pixel of its chart
 
 
-def draw_margins(
-    margins: Margins, weight: Callable[[Margins], Margins] | None, title: str, file: Path
-) -> None:
-    """A histogram of margins (N,), with the curve of the weight over it.
+def save_picture(chart: alt.TopLevelMixin, file: Path) -> None:
+    file.write_bytes(picture(chart))
+
+
+def picture(chart: alt.TopLevelMixin) -> bytes:
+    """The chart as a PNG image."""
+    image: bytes = vl_convert.vegalite_to_png(chart.to_dict(), scale=SCALE)
+    return image
+
+
+def rows_of(values: Rows) -> alt.Data:
+    """Rows as the data of a chart."""
+    return alt.Data(values=values)  # type: ignore[no-untyped-call]
+
+
+def margins_chart(report: Mapping[str, Any]) -> Chart:
+    """The histogram of the training pairs' margins, with the curve of the weight over it.
 
     Args:
-        weight: of margins; None for no curve.
+        report: as stage margins writes it.
     """
-    figure, axes = _figure(title)
-    low, high = np.quantile(margins, (0.002, 0.998))
-    padding = 0.05 * (high - low) or 1.0
-    bounds = (low - padding, high + padding)
-    axes.hist(np.clip(margins, *bounds), bins=BINS, range=bounds, color=BLUE)
-    axes.axvline(0, color=GRAY, linewidth=1)
-    axes.set_xlim(*bounds)
-    axes.set_xlabel("margin, in calibrated units")
-    axes.set_ylabel("pairs")
-    if weight is not None:
-        at = np.linspace(*bounds, 500)
-        right = axes.twinx()
-        right.plot(at, weight(at), color=RED)
-        right.set_ylim(bottom=0)
-        right.set_ylabel("weight of a pair", color=RED)
-    _save(figure, file)
+    histogram = report["histogram"]
+    edges = histogram["edges"]
+    bins = [
+        {"from": low, "to": high, "pairs": count}
+        for low, high, count in zip(edges[:-1], edges[1:], histogram["pairs"], strict=True)
+    ]
+    curve = report["weight_curve"]
+    points = [
+        {"margin": margin, "weight": weight}
+        for margin, weight in zip(curve["margin"], curve["weight"], strict=True)
+    ]
+    title = "margin, in calibrated units"
+    bars = (
+        alt.Chart(rows_of(bins))
+        .mark_bar(color=BLUE, binSpacing=0)
+        .encode(
+            x=alt.X("from:Q", title=title, bin=alt.BinParams(binned=True)),
+            x2="to:Q",
+            y=alt.Y("pairs:Q", title="training pairs"),
+            tooltip=["from:Q", "to:Q", "pairs:Q"],
+        )
+    )
+    line = (
+        alt.Chart(rows_of(points))
+        .mark_line(color=RED)
+        .encode(
+            x=alt.X("margin:Q", title=title),
+            y=alt.Y("weight:Q", title="weight of a pair", axis=alt.Axis(titleColor=RED)),
+        )
+    )
+    chart = alt.layer(bars, line).resolve_scale(y="independent")
+    return _sized(chart, "Margins, and MADPO's weight")
 
 
-def draw_reliability(
-    before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]], file: Path
-) -> None:
+def reliability_chart(
+    before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]
+) -> Chart:
     """How often the sign is right at each confidence, before and after calibration.
 
     Args:
         before, after: bins, as `scoring.calibration.reliability` gives them.
     """
-    figure, axes = _figure("Reliability of the margins' signs, validation pairs")
-    axes.plot([0.5, 1], [0.5, 1], color=GRAY, linestyle="--", label="calibrated")
-    for bins, color, label in ((before, RED, "before"), (after, BLUE, "after")):
-        if bins:
-            _errorbar(axes, [one["confidence"] for one in bins], bins, color, label)
-    axes.set_xlabel("confidence: sigmoid(|margin|)")
-    axes.set_ylabel("share of pairs whose margin is positive")
-    axes.legend()
-    _save(figure, file)
+    names = ("before calibration", "after")
+    rows = [
+        {"margins": name, "confidence": one["confidence"], **_accuracy(one)}
+        for name, bins in zip(names, (before, after), strict=True)
+        for one in bins
+    ]
+    ends = [{"confidence": end, "accuracy": end} for end in (0.5, 1.0)]
+    diagonal = (
+        alt.Chart(rows_of(ends))
+        .mark_line(color=GRAY, strokeDash=[4, 4])
+        .encode(x="confidence:Q", y="accuracy:Q")
+    )
+    scale = alt.Scale(domain=[0.5, 1])
+    x = alt.X("confidence:Q", title="confidence: sigmoid(|margin|)", scale=scale)
+    colors = alt.Scale(domain=list(names), range=[RED, BLUE])
+    series = alt.Color("margins:N", title=None, scale=colors)
+    points = _with_errors(rows, x, "accuracy", ACCURACY, series)
+    title = "Reliability of the margins' signs, validation pairs"
+    return _sized(alt.layer(diagonal, *points), title)
 
 
-def draw_accuracy(bins: Sequence[dict[str, Any]], title: str, file: Path) -> None:
+def accuracy_chart(bins: Sequence[Mapping[str, Any]], split: str) -> Chart:
     """How often the sign is right by size of the margin.
 
     Args:
         bins: as `scoring.report.accuracy_by_margin` gives them.
     """
-    figure, axes = _figure(title)
-    places = range(len(bins))
-    _errorbar(axes, places, bins, BLUE, "measured")
-    axes.plot(places, [one["expected"] for one in bins], "o", color=GRAY, label="if calibrated")
-    axes.set_xticks(list(places), [f"{one['to']:.2g}" for one in bins])
-    axes.set_xlabel("|margin| up to; equally many pairs each")
-    axes.set_ylabel("share of pairs whose margin is positive")
-    axes.legend()
-    _save(figure, file)
+    rows = [
+        {"margin": _bin_name(number, one), "expected": one["expected"], **_accuracy(one)}
+        for number, one in enumerate(bins, start=1)
+    ]
+    order = [row["margin"] for row in rows]
+    x = alt.X("margin:O", title="|margin|; equally many pairs each", sort=order)
+    points = _with_errors(rows, x, "accuracy", ACCURACY, alt.value(BLUE))
+    expected = (
+        alt.Chart(rows_of(rows))
+        .mark_tick(color=GRAY, thickness=2)
+        .encode(x=x, y="expected:Q", tooltip=["expected:Q"])
+    )
+    title = f"Accuracy of the margin's sign, {split} pairs; gray: if calibrated"
+    return _sized(alt.layer(expected, *points), title)
 
 
-def draw_rewards(entries: Sequence[dict[str, Any]], file: Path) -> None:
+def _bin_name(number: int, one: Mapping[str, Any]) -> str:
+    """Its bounds; with its number, since bounds may repeat."""
+    return f"{number}: {one['from']:.2g} to {one['to']:.2g}"
+
+
+def margin_charts(report: Mapping[str, Any]) -> dict[str, Chart]:
+    """All charts of stage margins, by name."""
+    calibration = report["calibration"]
+    before = calibration["reliability_before"]
+    after = calibration.get("reliability_after", [])
+    by_margin = report["accuracy_by_margin"]
+    return {
+        "margins": margins_chart(report),
+        "reliability": reliability_chart(before, after),
+        "accuracy": accuracy_chart(by_margin["bins"], by_margin["split"]),
+    }
+
+
+def rewards_chart(entries: Sequence[Mapping[str, Any]]) -> Chart:
     """The mean reward of each policy's samples by temperature, with its interval.
 
     Args:
-        entries: as `samples.describe_samples` gives them.
+        entries: as `samples.describe_samples` gives them, of judged samples.
     """
-    figure, axes = _figure("Mean reward of samples")
-    for name, own in _by_policy(entries).items():
-        means, errors = _means(own)
-        at = [entry["temperature"] for entry in own]
-        axes.errorbar(at, means, errors, label=name, marker="o", capsize=3)
-    axes.set_xlabel("temperature of decoding")
-    axes.set_ylabel("reward, 95 % interval over prompts")
-    axes.legend()
-    _save(figure, file)
+    rows = [_judged(entry) for entry in entries]
+    x = alt.X("temperature:Q", title="temperature of decoding")
+    series = alt.Color("policy:N", title=None)
+    points = _with_errors(rows, x, "reward", "reward, 95 % interval over prompts", series)
+    line = alt.Chart(rows_of(rows)).mark_line().encode(x=x, y="reward:Q", color=series)
+    return _sized(alt.layer(line, *points), "Mean reward of samples")
 
 
-def draw_frontier(entries: Sequence[dict[str, Any]], file: Path) -> None:
+def frontier_chart(entries: Sequence[Mapping[str, Any]]) -> Chart:
     """The mean reward against the divergence from the reference; the frontier is connected."""
-    figure, axes = _figure("Reward against divergence")
-    for name, own in _by_policy(entries).items():
-        means, errors = _means(own)
-        at = [entry["kl"] for entry in own]
-        axes.errorbar(at, means, errors, label=name, marker="o", linestyle="none", capsize=3)
-        for x, y, entry in zip(at, means, own, strict=True):
-            axes.annotate(f" {entry['temperature']:g}", (x, y), fontsize=8)
-    best = sorted((e for e in entries if e["on_frontier"]), key=lambda e: float(e["kl"]))
-    kls = [entry["kl"] for entry in best]
-    rewards = [entry["reward"]["mean"] for entry in best]
-    axes.plot(kls, rewards, color=GRAY, linewidth=1, zorder=0)
-    axes.set_xlabel("KL(policy || reference), nats per response; numbers: temperature")
-    axes.set_ylabel("reward, 95 % interval over prompts")
-    axes.legend()
-    _save(figure, file)
+    rows = [_judged(entry) for entry in entries]
+    x = alt.X("kl:Q", title="KL(policy || reference), nats per response; numbers: temperature")
+    points = _with_errors(
+        rows, x, "reward", "reward, 95 % interval over prompts", alt.Color("policy:N", title=None)
+    )
+    best = [row for row in rows if row["on_frontier"]]
+    line = alt.Chart(rows_of(best)).mark_line(color=GRAY).encode(x=x, y="reward:Q")
+    labels = (
+        alt.Chart(rows_of(rows))
+        .mark_text(align="left", dx=6, dy=-6)
+        .encode(x=x, y="reward:Q", text=alt.Text("temperature:Q", format="~g"))
+    )
+    return _sized(alt.layer(line, *points, labels), "Reward against divergence")
 
 
-def _by_policy(entries: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Each policy's entries by temperature."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for entry in sorted(entries, key=lambda entry: float(entry["temperature"])):
-        found.setdefault(entry["policy"], []).append(entry)
-    return found
+def _judged(entry: Mapping[str, Any]) -> dict[str, Any]:
+    reward = entry["reward"]
+    low, high = reward["interval"] or (reward["mean"], reward["mean"])
+    names = ("policy", "temperature", "kl", "on_frontier")
+    return {
+        **{name: entry[name] for name in names},
+        "reward": reward["mean"],
+        "low": low,
+        "high": high,
+    }
 
 
-def _means(entries: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean rewards, and how far their intervals go below and above."""
-    means = np.array([entry["reward"]["mean"] for entry in entries])
-    intervals = [entry["reward"]["interval"] or [entry["reward"]["mean"]] * 2 for entry in entries]
-    low, high = np.array(intervals).T
-    return means, np.maximum([means - low, high - means], 0)
+def _accuracy(one: Mapping[str, Any]) -> dict[str, float]:
+    low, high = one["interval"]
+    return {"accuracy": one["accuracy"], "low": low, "high": high}
 
 
-def _errorbar(
-    axes: Axes, at: Sequence[float], bins: Sequence[dict[str, Any]], color: str, label: str
-) -> None:
-    """Accuracies with their intervals."""
-    accuracy = np.array([one["accuracy"] for one in bins])
-    low, high = np.array([one["interval"] for one in bins]).T
-    errors = np.maximum([accuracy - low, high - accuracy], 0)
-    axes.errorbar(at, accuracy, errors, color=color, label=label, marker="o", capsize=3)
+def _with_errors(rows: Rows, x: alt.X, name: str, title: str, color: Any) -> list[alt.Chart]:
+    """Points with their intervals, `low` to `high`."""
+    base = alt.Chart(rows_of(rows)).encode(x=x, color=color)
+    scale = alt.Scale(zero=False)
+    bars = base.mark_rule().encode(y=alt.Y("low:Q", scale=scale, title=title), y2="high:Q")
+    points = base.mark_point(filled=True, size=50).encode(
+        y=alt.Y(f"{name}:Q", scale=scale, title=title), tooltip=[f"{name}:Q", "low:Q", "high:Q"]
+    )
+    return [bars, points]
 
 
-def _figure(title: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    axes.set_title(title)
-    return figure, axes
-
-
-def _save(figure: Figure, file: Path) -> None:
-    figure.savefig(file, dpi=DPI, metadata={"Software": None})
+def _sized(chart: Chart, title: str) -> Chart:
+    return chart.properties(width=WIDTH, height=HEIGHT, title=title)

@@ -3,7 +3,7 @@
 Legend: N response tokens, n of a chunk of them, V vocabulary, P rows of a table.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,7 @@ class DivergenceScorer:
     def __init__(
         self,
         sampled: Sequence[SampleSet],
-        policies: dict[str, PolicyFiles],
+        policies: Mapping[str, PolicyFiles],
         reference: PolicyFiles,
         model: ModelConfig,
         *,

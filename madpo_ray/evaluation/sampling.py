@@ -1,4 +1,4 @@
-"""SampleSet responses, from Ray Data actors."""
+"""Sampled responses, from Ray Data actors."""
 
 import itertools
 from collections.abc import Sequence

@@ -13,6 +13,7 @@ from madpo_ray.scoring.scaling import Margins
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 MARGIN_BINS = 10
+HISTOGRAM_BINS = 60
 
 
 def describe_margins(margins: Margins) -> dict[str, Any]:
@@ -26,6 +27,15 @@ def describe_margins(margins: Margins) -> dict[str, Any]:
         "quantiles": {f"{share:g}": float(np.quantile(margins, share)) for share in QUANTILES},
         "negative_fraction": float(np.mean(margins < 0)),
     }
+
+
+def margin_histogram(margins: Margins) -> dict[str, list[float]]:
+    """Pairs by margin (N,), N > 0; margins beyond the outermost 0.2 % are in the last bins."""
+    low, high = np.quantile(margins, (0.002, 0.998))
+    padding = 0.05 * (high - low) or 1.0
+    bounds = (float(low - padding), float(high + padding))
+    counts, edges = np.histogram(np.clip(margins, *bounds), bins=HISTOGRAM_BINS, range=bounds)
+    return {"edges": edges.tolist(), "pairs": counts.tolist()}
 
 
 def describe_weights(weights: Margins) -> dict[str, float]:

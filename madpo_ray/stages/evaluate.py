@@ -2,29 +2,27 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from madpo_ray import columns
 from madpo_ray.artifacts.tables import column_names, read_split
 from madpo_ray.atomic import write_json
 from madpo_ray.config import Config
-from madpo_ray.data.messages import from_text
 from madpo_ray.errors import UserError
-from madpo_ray.models.limits import check_lengths
-from madpo_ray.models.source import base_model
 from madpo_ray.stages import margins, pairs, train
-from madpo_ray.stages.judge_source import JudgeSource
 from madpo_ray.stages.other_runs import check_runs, require_same_tokens, runs_content
-from madpo_ray.stages.policy_samples import SAMPLES_PER_PROMPT, draw_samples, policies_of
+from madpo_ray.stages.policy_samples import (
+    SAMPLES_PER_PROMPT,
+    check_prompts,
+    draw_samples,
+    judge_of,
+    policies_of,
+    sample_scorers,
+)
 from madpo_ray.stages.sft import initial_policy, stages_before_policy
 from madpo_ray.stages.stage import Build, Description, Stage
-
-if TYPE_CHECKING:
-    from madpo_ray.evaluation.sample_sets import PolicyFiles, SampleSet
-    from madpo_ray.scoring.scorers import Scorer
 
 # Torch, Ray Data and scipy are imported inside functions: they take seconds, and neither
 # `--help` nor a wrong config should wait.
@@ -35,7 +33,7 @@ def _settings(config: Config) -> dict[str, Any]:
     evaluated = config.evaluate.fingerprinted()
     for name in ("judge", "judge_revision", "compare_with"):
         del evaluated[name]
-    judge = _judge(config)
+    judge = judge_of(config)
     return {
         "seed": config.run.seed,
         "evaluate": evaluated,
@@ -50,7 +48,7 @@ def _upstream(config: Config) -> tuple[Stage, ...]:
 def _content(config: Config) -> dict[str, Any]:
     """Hashes of the judge and of the other runs' policies."""
     found: dict[str, Any] = dict(runs_content(config))
-    judge = _judge(config)
+    judge = judge_of(config)
     if judge is not None:
         found["judge"] = judge.content()
     return found
@@ -61,14 +59,6 @@ def _names(config: Config) -> dict[str, Any]:
     return config.evaluate.model_dump(
         mode="json", include={"judge", "judge_revision", "compare_with"}
     )
-
-
-def _judge(config: Config) -> JudgeSource | None:
-    """What rewards samples."""
-    evaluated = config.evaluate
-    if evaluated.judge is None:
-        return None
-    return JudgeSource(evaluated.judge, evaluated.judge_revision, key="evaluate.judge")
 
 
 def _check(config: Config) -> None:
@@ -84,27 +74,12 @@ def _check(config: Config) -> None:
         raise UserError(
             "split test has no pairs to evaluate on: set data.test_fraction or data.split_column"
         )
-    judge = _judge(config)
+    judge = judge_of(config)
     if judge is not None:
         judge.check()
     check_runs(config)
     if is_known:
-        _check_prompts(config, judge)
-
-
-def _check_prompts(config: Config, judge: JudgeSource | None) -> None:
-    """Raises UserError if model or judge cannot read samples of the test split's prompts."""
-    length = columns.LENGTHS[columns.PROMPT_IDS]
-    test = read_split(pairs.STAGE.rows(config), columns.TEST, (columns.PROMPT, length))
-    longest = pc.max(test[length]).as_py()
-    check_lengths(
-        base_model(config.model, config.run),
-        longest + config.evaluate.max_new_tokens,
-        key="evaluate.max_new_tokens",
-        before=longest,
-    )
-    if judge is not None:
-        judge.check_reads(from_text(test[columns.PROMPT][0].as_py()))
+        check_prompts(config, judge, columns.TEST)
 
 
 def make(build: Build) -> dict[str, Any]:
@@ -188,7 +163,7 @@ def _samples(build: Build) -> dict[str, Any]:
     table = draw_samples(policies, build)
 
     # Score them.
-    scorers = _scorers(config, sets, policies)
+    scorers = sample_scorers(config, sets, policies)
     batch_size = config.scoring.batch_size
     table = score_table(table, scorers, config.actors, batch_size=batch_size, notes=build.notes)
 
@@ -207,30 +182,12 @@ def _samples(build: Build) -> dict[str, Any]:
     }
 
 
-def _scorers(
-    config: Config, sets: list["SampleSet"], policies: dict[str, "PolicyFiles"]
-) -> list["Scorer"]:
-    """What gives numbers to samples: their divergence and, if there is a judge, their reward."""
-    from madpo_ray.evaluation.divergence import DivergenceScorer
-    from madpo_ray.evaluation.judged import JudgedSamples
-    from madpo_ray.evaluation.sample_sets import REFERENCE
-
-    limits = config.scoring.forward_limits
-    scorers: list[Scorer] = [
-        DivergenceScorer(sets, policies, policies[REFERENCE], config.model, **limits)
-    ]
-    judge = _judge(config)
-    if judge is not None:
-        scorers.append(JudgedSamples(sets, judge.scorer(**limits)))
-    return scorers
-
-
 def _draw_pictures(folder: Path, entries: list[dict[str, Any]]) -> None:
     """Rewards by temperature, and against divergence, if samples were judged."""
-    from madpo_ray.evaluation.charts import draw_frontier, draw_rewards
+    from madpo_ray.evaluation.charts import frontier_chart, rewards_chart, save_picture
 
     judged = [entry for entry in entries if "reward" in entry]
     if judged:
         folder.mkdir()
-        draw_rewards(judged, folder / "reward_by_temperature.png")
-        draw_frontier(judged, folder / "frontier.png")
+        save_picture(rewards_chart(judged), folder / "reward_by_temperature.png")
+        save_picture(frontier_chart(judged), folder / "frontier.png")

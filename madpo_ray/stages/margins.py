@@ -96,7 +96,7 @@ def make(build: Build) -> dict[str, Any]:
         "rejects": rejects,
     }
     if calibration is not None:
-        results["mean_weight"] = write_report(build, calibration, rejects)
+        results |= write_report(build, calibration, rejects)
         results["weights_at"] = config.train.weighting
         results["is_in_sample"] = reward.is_trained(config) and config.reward.folds == 1
     if columns.MARGIN_STD in numbers.column_names:
@@ -184,7 +184,15 @@ def _describe_weights(results: Mapping[str, Any]) -> list[str]:
         return []
     shown = ", ".join(f"{mean:.3f} {split}" for split, mean in means.items())
     settings = ", ".join(f"{name} {value:g}" for name, value in results["weights_at"].items())
-    return [f"mean weight {shown} at {settings}; 1 for calibrated margins below tau"]
+    lines = [f"mean weight {shown} at {settings}; 1 for calibrated margins below tau"]
+    by_label = results["weights_by_label"]
+    if by_label:
+        shown = ", ".join(
+            f"{one['mean_weight']:.3f} over {one['pairs']} pairs whose label is {label}"
+            for label, one in by_label.items()
+        )
+        lines.append(f"mean weight by the true scores: {shown}")
+    return lines
 
 
 def _describe_splits(results: Mapping[str, Any]) -> list[str]:

@@ -1,6 +1,5 @@
 """What stage margins writes about its margins: numbers, pictures, and the pairs to look at."""
 
-import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,12 +16,13 @@ from madpo_ray.config import Config, PolicyConfig
 from madpo_ray.stages import pairs
 from madpo_ray.stages.stage import Build
 
-# Torch, scipy and matplotlib are imported inside functions: they take seconds, and neither
+# Torch, scipy and Altair are imported inside functions: they take seconds, and neither
 # `--help` nor a wrong config should wait.
 
 REPORT = "margins_report.json"
 SUSPICIOUS = "suspicious.jsonl"
 NUM_SUSPICIOUS = 50
+CURVE_POINTS = 200
 
 
 def weights_of(margins: np.ndarray, settings: PolicyConfig) -> np.ndarray:
@@ -41,9 +41,14 @@ def write_report(
 ) -> dict[str, Any]:
     """Writes numbers, pictures and suspicious pairs next to the rows of a stage.
 
-    Returns the mean weight of the pairs of each split.
+    Returns the mean weight of the pairs of each split, and those of `weights_by_label`.
     """
-    from madpo_ray.scoring.report import accuracy_by_margin, describe_margins, describe_weights
+    from madpo_ray.scoring.report import (
+        accuracy_by_margin,
+        describe_margins,
+        describe_weights,
+        margin_histogram,
+    )
 
     config = build.config
     splits = {}
@@ -56,22 +61,25 @@ def write_report(
     # Pairs that neither trained the reward model nor fitted the calibration, if there are some.
     held_out = columns.TEST if splits[columns.TEST]["pairs"] else columns.VALIDATION
     by_margin = accuracy_by_margin(_margins(build.rows, held_out))
-    write_json(
-        build.folder / REPORT,
-        {
-            "made_with": _made_with(config),
-            "counts": _counts(config, rejects, splits),
-            "splits": splits,
-            "weights_at": config.train.weighting,
-            "calibration": dict(calibration),
-            "accuracy_by_margin": {"split": held_out, "bins": by_margin},
-        },
-    )
-    _draw(build, calibration, by_margin, held_out)
+    histogram = margin_histogram(_margins(build.rows, columns.TRAIN))
+    report = {
+        "made_with": _made_with(config),
+        "counts": _counts(config, rejects, splits),
+        "splits": splits,
+        "histogram": histogram,
+        "weights_at": config.train.weighting,
+        "weight_curve": _weight_curve(histogram["edges"], config.train),
+        "weights_by_label": _weights_by_label(build.rows, config),
+        "calibration": dict(calibration),
+        "accuracy_by_margin": {"split": held_out, "bins": by_margin},
+    }
+    write_json(build.folder / REPORT, report)
+    _draw(report, build.folder / "pictures")
     _write_suspicious(build)
-    return {
+    means = {
         split: numbers["weight"]["mean"] for split, numbers in splits.items() if numbers["pairs"]
     }
+    return {"mean_weight": means, "weights_by_label": report["weights_by_label"]}
 
 
 def _margins(rows: Path, split: str) -> np.ndarray:
@@ -104,28 +112,36 @@ def _counts(
     }
 
 
-def _draw(
-    build: Build,
-    calibration: Mapping[str, Any],
-    by_margin: list[dict[str, Any]],
-    held_out: str,
-) -> None:
+def _weights_by_label(rows: Path, config: Config) -> dict[str, dict[str, float]]:
+    """Weights of the training pairs whose labels agree with their true scores, and of the others.
+
+    Empty without true scores. Pairs whose scores are equal or missing are left out.
+    """
+    if not config.score_columns:
+        return {}
+    table = read_split(rows, columns.TRAIN, [columns.MARGIN, *config.score_columns])
+    chosen, rejected = (table[name].to_numpy() for name in config.score_columns)
+    weights = weights_of(table[columns.MARGIN].to_numpy(), config.train)
+    found = {}
+    for label, is_of_it in (("right", chosen > rejected), ("wrong", chosen < rejected)):
+        if is_of_it.any():
+            mean = float(weights[is_of_it].mean())
+            found[label] = {"pairs": int(is_of_it.sum()), "mean_weight": mean}
+    return found
+
+
+def _weight_curve(edges: list[float], settings: PolicyConfig) -> dict[str, list[float]]:
+    """MADPO's weight over the range of a histogram."""
+    at = np.linspace(edges[0], edges[-1], CURVE_POINTS)
+    return {"margin": at.tolist(), "weight": weights_of(at, settings).tolist()}
+
+
+def _draw(report: Mapping[str, Any], folder: Path) -> None:
     from madpo_ray.evaluation import charts
 
-    folder = build.folder / "pictures"
     folder.mkdir()
-    settings = build.config.train
-    weight = functools.partial(weights_of, settings=settings)
-    train = _margins(build.rows, columns.TRAIN)
-    title = f"Margins of {len(train)} training pairs, and MADPO's weight"
-    charts.draw_margins(train, weight, title, folder / "margins.png")
-    charts.draw_reliability(
-        calibration["reliability_before"],
-        calibration.get("reliability_after", []),
-        folder / "reliability.png",
-    )
-    title = f"Accuracy of the margin's sign, {held_out} pairs"
-    charts.draw_accuracy(by_margin, title, folder / "accuracy.png")
+    for name, chart in charts.margin_charts(report).items():
+        charts.save_picture(chart, folder / f"{name}.png")
 
 
 def _write_suspicious(build: Build) -> None:

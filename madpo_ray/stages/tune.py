@@ -4,56 +4,70 @@ A trial is the training of stage `train` with other settings.
 """
 
 import dataclasses
-import functools
-import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from madpo_ray import columns
 from madpo_ray.atomic import write_json
-from madpo_ray.config import Config, PolicyConfig, save_config, with_changes
-from madpo_ray.data.order import Order
+from madpo_ray.config import Config, save_config, with_changes
+from madpo_ray.config.search import Choice, Grid
 from madpo_ray.errors import UserError
-from madpo_ray.stages import margins, train
+from madpo_ray.passes import BatchNotes
+from madpo_ray.stages import margins, pairs, reward, train
+from madpo_ray.stages.policy_samples import check_prompts, measure_rewards, require_judge
 from madpo_ray.stages.sft import stages_before_policy
 from madpo_ray.stages.stage import Build, Description, Stage
-from madpo_ray.waiting import waiting
 
 if TYPE_CHECKING:
-    import ray.tune
-
     from madpo_ray.training.job import TrainingJob
 
 # Torch and Ray are imported inside functions: they take seconds, and neither
 # `--help` nor a wrong config should wait.
 
-METRIC = "eval_rewards/accuracies"
-# Evaluations per trial if the config gives no eval_steps: ASHA can only stop a trial that reports.
-EVALUATIONS = 4
+BEST = "best.yaml"
+LOSS_TYPE = "train.loss_type"
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    space = {name: bounds.model_dump() for name, bounds in config.search_space.items()}
-    return {
+    found = {
         **train.STAGE.settings(config),
         "tune": config.tune.fingerprinted(),
-        "eval_steps": config.train.eval_steps,  # decides when a trial may be stopped
-        "search_space": space,
+        "search_space": {
+            name: one.model_dump(mode="json") for name, one in config.search_space.items()
+        },
     }
+    if config.tune.objective != "accuracy":
+        names = {"num_samples", "max_new_tokens", "generation_batch_size"}
+        found["evaluate"] = config.evaluate.model_dump(mode="json", include=names)
+        found["judge"] = require_judge(config).settings()
+    loss_types = config.search_space.get(LOSS_TYPE)
+    if isinstance(loss_types, Choice | Grid) and "beta_dpo" in loss_types.values:
+        found["num_workers"] = config.cluster.num_workers  # its statistics are of micro-batches
+    return found
 
 
 def _upstream(config: Config) -> tuple[Stage, ...]:
     return (*stages_before_policy(config), margins.STAGE)
 
 
+def _content(config: Config) -> dict[str, Any]:
+    found = dict(train.STAGE.content(config))
+    if config.tune.objective != "accuracy":
+        found["judge"] = require_judge(config).content()
+    return found
+
+
 def _check(config: Config) -> None:
     """Raises UserError if a range exceeds its key's bounds, or trials cannot all be placed."""
     train.check(config)
-    for end in ("min", "max"):
-        values = {key: getattr(bounds, end) for key, bounds in config.search_space.items()}
-        with_changes(config.train, "tune.search_space", values)
+    _check_space(config)
+    if config.tune.objective != "accuracy":
+        judge = require_judge(config)
+        if pairs.STAGE.exists(config) and pairs.STAGE.is_finished(config):
+            check_prompts(config, judge, columns.VALIDATION)
 
-    trials = config.tune.max_concurrent_trials
+    trials = config.tune.max_concurrent_trials or 1
     cluster = config.cluster
     if trials > 1 and cluster.address is None and not cluster.autoscaling:
         available = os.cpu_count() or 1
@@ -65,40 +79,117 @@ def _check(config: Config) -> None:
             )
 
 
+def _check_space(config: Config) -> None:
+    """Raises UserError for a value that its key cannot have, or that needs other margins."""
+    from madpo_ray.search.space import corners, settings_of
+
+    for values in corners(config.search_space):
+        settings, seed = settings_of(values)
+        if seed is not None:
+            with_changes(config.run, "tune.search_space.run", {"seed": seed})
+        changed = with_changes(config.train, "tune.search_space", settings)
+        needs_rewards = reward.uses_rewards(config.model_copy(update={"train": changed}))
+        if needs_rewards and not reward.uses_rewards(config):
+            raise UserError(
+                f"tune.search_space: {LOSS_TYPE} {changed.loss_type} needs margins, and "
+                f"{LOSS_TYPE} {config.train.loss_type} does not: set margins.with_rewards: true"
+            )
+
+
 def make(build: Build) -> dict[str, Any]:
-    """Searches; writes `best.yaml`, a config to train with, and `trials.json`.
+    """Searches; writes `trials.csv`, `trials.json`, `best.yaml` (a config) and pictures.
 
     Raises:
-        RuntimeError: no trial finished.
+        RuntimeError: no trial was evaluated.
+        UserError: so many trials never fit the cluster at the same time.
     """
+    from madpo_ray.evaluation.charts import save_picture
+    from madpo_ray.search.charts import search_charts
+    from madpo_ray.search.outcomes import OBJECTIVES, best_outcome, importances, table_of, write_csv
+    from madpo_ray.search.trials import Trials
+    from madpo_ray.search.tuner import search
+
     config = build.config
-    found = _search(_trial_job(build), config)
-    trials = [_outcome(trial) for trial in found]
-    write_json(build.folder / "trials.json", trials)
+    objective = config.tune.objective
+    trials = Trials(
+        job=dataclasses.replace(train.policy_job(build), stage=STAGE.name),
+        config=config,
+        task=train.policy_task,
+        measure=None if objective == "accuracy" else _measure,
+    )
+    outcomes = search(trials, max_concurrent=_concurrency(config))
 
-    best = best_trial(trials)
-    settings = with_changes(config.train, "train", best["values"])
-    save_config(config.model_copy(update={"train": settings}), build.folder / "best.yaml")
-    return {"best": best, "trials": len(trials), "failed": found.num_errors}
+    # All trials.
+    rows = table_of(outcomes, objective)
+    keys = list(config.search_space)
+    metrics = [name for name, _ in OBJECTIVES[objective]]
+    shares = importances(outcomes, config.search_space, objective)
+    found = {"objectives": metrics, "keys": keys, "importances": shares, "trials": rows}
+    write_json(build.folder / "trials.json", found)
+    write_csv(build.folder / "trials.csv", rows)
+    pictures = build.folder / "pictures"
+    pictures.mkdir()
+    charts = search_charts(rows, keys, metrics[0], shares)
+    for name, chart in charts.items():
+        save_picture(chart, pictures / f"{name}.png")
+
+    # The best.
+    best = best_outcome(outcomes, objective)
+    save_config(trials.config_of(best.values), build.folder / BEST)
+    return {
+        "objective": metrics[0],
+        "best": {"values": best.values, **best.metrics},
+        "trials": len(rows),
+        **_count_steps(rows),
+        "failed": sum(row["state"] == "failed" for row in rows),
+        "stopped": sum(row["state"] == "stopped" for row in rows),
+    }
 
 
-def best_trial(trials: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The trial with the highest validation accuracy, of those that ended without an error.
+def _measure(config: Config, job: "TrainingJob") -> dict[str, float]:
+    """Reward and divergence of a trial's policy."""
+    from madpo_ray.artifacts.manifest import model_folder
+    from madpo_ray.cluster import configure_data
+    from madpo_ray.evaluation.sample_sets import PolicyFiles
 
-    Of equals the first. Raises RuntimeError if there is none.
-    """
-    finished = [trial for trial in trials if METRIC in trial and "error" not in trial]
-    if not finished:
-        raise RuntimeError("no trial was evaluated")
-    return dict(max(finished, key=lambda trial: trial[METRIC]))
+    configure_data(config.cluster)  # an actor has options of its own
+    policy = PolicyFiles(model_folder(job.output), job.base_folder)
+    return measure_rewards(config, policy, BatchNotes(job.checkpoints / "in-progress"))
+
+
+def _concurrency(config: Config) -> int:
+    """Trials at a time. Raises UserError if they can never be placed together."""
+    from madpo_ray.cluster import count_trainings
+
+    fitting = count_trainings(config.cluster)
+    wanted = config.tune.max_concurrent_trials
+    if wanted is not None and fitting is not None and wanted > fitting:
+        raise UserError(
+            f"tune.max_concurrent_trials: the cluster has room for {fitting} trainings of "
+            f"{config.cluster.num_workers} workers at a time, and {wanted} are asked for"
+        )
+    return wanted or fitting or 1
+
+
+def _count_steps(rows: list[dict[str, Any]]) -> dict[str, int]:
+    """Steps that were trained, and those of the same trials without stopping any."""
+    trained = [row for row in rows if "step" in row]
+    return {
+        "steps": sum(row["step"] for row in trained),
+        "steps_without_stopping": sum(row["total_steps"] for row in trained),
+    }
 
 
 def describe(results: Mapping[str, Any]) -> Description:
+    from madpo_ray.search.outcomes import shown
+
     best = results["best"]
-    values = ", ".join(f"{key} {value:.4g}" for key, value in best["values"].items())
+    name = results["objective"]
+    steps, complete = results["steps"], results["steps_without_stopping"]
     return [
-        f"{results['trials']} trials, {results['failed']} failed; "
-        f"best {METRIC} {best[METRIC]:.3f} with {values}; see best.yaml"
+        f"{results['trials']} trials, {results['stopped']} stopped early, {results['failed']} "
+        f"failed; {steps} steps of {complete} ({1 - steps / max(complete, 1):.0%} saved)",
+        f"best {name} {best[name]:.3f} with {shown(best['values'])}; see best.yaml",
     ]
 
 
@@ -107,7 +198,7 @@ STAGE = Stage(
     help="Search beta, c_min and c_max, or other keys of section train, over the stored margins.",
     settings=_settings,
     upstream=_upstream,
-    content=train.STAGE.content,
+    content=_content,
     is_wanted=lambda config: False,  # only by its own command
     check=_check,
     check_upstream=train.check_weights,
@@ -115,96 +206,3 @@ STAGE = Stage(
     describe=describe,
     uses_dashboard=True,  # Tune frees a stopped trial's workers through its state API
 )
-
-
-def _trial_job(build: Build) -> "TrainingJob":
-    """The training of every trial: with evaluations, and without saves between them."""
-    job = dataclasses.replace(
-        train.policy_job(build), stage=STAGE.name, export=False, deadline=None
-    )
-    eval_steps = build.config.train.eval_steps
-    if eval_steps is None:
-        eval_steps = max(1, _total_steps(job) // EVALUATIONS)
-    # A save without an evaluation would report no objective, which is an error to Tune.
-    changes = {"save_steps": None, "eval_steps": eval_steps}
-    return dataclasses.replace(job, settings=with_changes(build.config.train, "train", changes))
-
-
-def _count_reports(job: "TrainingJob") -> int:
-    """Evaluations of a complete trial: ASHA's default of 100 would end a longer one."""
-    eval_steps = job.settings.eval_steps
-    assert eval_steps is not None
-    return math.ceil(_total_steps(job) / eval_steps)
-
-
-def _total_steps(job: "TrainingJob") -> int:
-    return Order(job.order_spec(num_workers=1)).total_steps
-
-
-def _run_trial(values: dict[str, Any], job: "TrainingJob", config: Config) -> None:
-    """One trial, inside its own Tune actor."""
-    import ray.tune
-    from ray.tune.integration.ray_train import TuneReportCallback
-
-    from madpo_ray.training.trainer import train_on_ray
-
-    assert isinstance(job.settings, PolicyConfig)
-    settings = with_changes(job.settings, "train", values)
-    trial = ray.tune.get_context().get_trial_id()
-    job = dataclasses.replace(job, settings=settings, trial=trial)
-    train_on_ray(job, config.cluster, callbacks=[TuneReportCallback()])
-
-
-def _search(job: "TrainingJob", config: Config) -> "ray.tune.ResultGrid":
-    import ray.tune
-    from ray.tune.schedulers import ASHAScheduler
-    from ray.tune.search.optuna import OptunaSearch
-
-    from madpo_ray.training.metrics import METRICS_FILE
-
-    space = {}
-    for key, bounds in config.search_space.items():
-        draw = ray.tune.loguniform if bounds.log else ray.tune.uniform
-        space[key] = draw(bounds.min, bounds.max)
-
-    trial = functools.partial(_run_trial, job=job, config=config)
-    tuner = ray.tune.Tuner(
-        ray.tune.with_resources(trial, {"CPU": 0.01}),
-        param_space=space,
-        tune_config=ray.tune.TuneConfig(
-            metric=METRIC,
-            mode="max",
-            num_samples=config.tune.num_samples,
-            # Tune counts only a trial's driver; its workers would wait for each other for ever.
-            max_concurrent_trials=config.tune.max_concurrent_trials,
-            scheduler=ASHAScheduler(
-                time_attr="training_iteration",
-                grace_period=config.tune.grace_period,
-                # One more than a complete trial reports, so that it ends by itself: a trial that is
-                # stopped keeps its workers' place for a while.
-                max_t=_count_reports(job) + 1,
-            ),
-            search_alg=OptunaSearch(seed=config.run.seed),
-        ),
-        run_config=ray.tune.RunConfig(name=job.name, storage_path=str(job.storage), verbose=0),
-    )
-    trials = f"{job.name}-*/metrics/{METRICS_FILE}"
-    with waiting(
-        "no trial has logged anything; their workers may be waiting for a place, loading the "
-        "model, or in a long step",
-        progress=lambda: sum(file.stat().st_size for file in job.storage.glob(trials)),
-    ):
-        found = tuner.fit()
-    if found.num_errors == len(found):
-        raise RuntimeError(f"no trial finished; the first failed with {found.errors[0]}")
-    return found
-
-
-def _outcome(trial: "ray.tune.Result") -> dict[str, Any]:
-    """Values of a trial, its last numbers, and its error if it has one."""
-    metrics = trial.metrics or {}
-    outcome = {"values": trial.config}
-    outcome |= {key: metrics[key] for key in ("step", "eval_loss", METRIC) if key in metrics}
-    if trial.error:
-        outcome["error"] = str(trial.error)
-    return outcome

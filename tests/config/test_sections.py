@@ -21,6 +21,7 @@ from madpo_ray.config import (
 from madpo_ray.config.inputs import RunConfig
 from madpo_ray.data.batching import collate
 from madpo_ray.errors import UserError
+from madpo_ray.search.space import corners, settings_of
 from madpo_ray.training.objectives import PolicyObjective, RewardObjective, SFTObjective
 from madpo_ray.training.protocols import Terms
 from support.pairs import Edit
@@ -39,15 +40,13 @@ def set_in(section: str, key: str, value: Any) -> Edit:
         (set_in("train", "learning_rat", 1.0), "train.learning_rat; did you mean 'learning_rate'?"),
         (set_in("trian", "beta", 1.0), "unknown key trian; did you mean 'train'?"),
         (set_in("sft", "lora_rr", 1), "unknown key sft.lora_rr; did you mean 'lora_r'?"),
-        (set_in("tune", "search_space", {"bta": {"min": 0.1, "max": 1.0}}), "mean 'beta'?"),
-        (set_in("tune", "search_space", {"beta": {"mini": 0.1, "max": 1.0}}), "mean 'min'?"),
-        (set_in("tune", "search_space", {"beta": {"min": 1.0, "max": 1.0}}), "needs min < max"),
-        (set_in("tune", "search_space", {"beta": {"min": 2.0, "max": 1.0}}), "needs min < max"),
         (
-            set_in("tune", "search_space", {"beta": {"min": 0.0, "max": 1.0, "log": True}}),
-            "needs min > 0",
+            set_in(
+                "tune", "search_space", {"train.beta": {"type": "uniform", "mini": 1, "max": 2}}
+            ),
+            "mean 'min'?",
         ),
-        (set_in("tune", "search_space", {"lora_r": {"min": 4.0, "max": 8.0}}), "not a real number"),
+        (set_in("tune", "search_space", {"train.beta": {"type": "normal"}}), "loguniform"),
         (set_in("train", "c_min", 1.0), "MADPO is DPO"),
         (set_in("train", "c_min", 0.0), "strictly between 0 and 1"),
         (set_in("train", "c_max", 1.0), "MADPO is DPO"),
@@ -158,9 +157,10 @@ def test_search_space_follows_the_loss(loss_type: LossType, raw_config: dict[str
     raw_config["train"]["loss_type"] = loss_type
     space = parse_config(raw_config).search_space
     assert space == SEARCH_SPACES[loss_type]
-    assert ("c_min" in space) is (loss_type == "madpo")
-    raw_config["tune"] = {"search_space": {"beta": {"min": 0.1, "max": 0.2}}}
-    assert list(parse_config(raw_config).search_space) == ["beta"]
+    assert ("train.c_min" in space) is (loss_type == "madpo")
+    own = {"train.tau": {"type": "uniform", "min": 0.1, "max": 0.2}}
+    raw_config["tune"] = {"search_space": own}
+    assert list(parse_config(raw_config).search_space) == ["train.tau"]
 
 
 def without_texts(node: Any) -> Any:
@@ -183,9 +183,9 @@ def test_keys_defaults_and_bounds() -> None:
 
 @pytest.mark.parametrize("loss_type", get_args(LossType))
 def test_search_spaces_are_valid_at_their_ends(loss_type: LossType) -> None:
-    for key, space in SEARCH_SPACES[loss_type].items():
-        for value in (space.min, space.max):
-            PolicyConfig(loss_type=loss_type, **{key: value})
+    for values in corners(SEARCH_SPACES[loss_type]):
+        settings, _ = settings_of(values)
+        PolicyConfig(loss_type=loss_type, **settings)
 
 
 def test_metrics_that_a_config_may_name_are_measured() -> None:

@@ -1,7 +1,10 @@
-"""Pictures are drawn, whatever the margins."""
+"""Charts become pictures, whatever the margins."""
 
-from pathlib import Path
+import io
+from collections.abc import Mapping
+from typing import Any
 
+import altair as alt
 import numpy as np
 import pytest
 from PIL import Image
@@ -9,7 +12,7 @@ from scipy.special import expit
 
 from madpo_ray.evaluation import charts
 from madpo_ray.scoring.calibration import reliability
-from madpo_ray.scoring.report import accuracy_by_margin
+from madpo_ray.scoring.report import accuracy_by_margin, margin_histogram
 
 
 def some_margins(count: int) -> np.ndarray:
@@ -18,50 +21,66 @@ def some_margins(count: int) -> np.ndarray:
     return np.where(rng.random(count) < expit(size), size, -size)
 
 
-def colours(file: Path) -> int:
-    """How many there are in a picture: a blank one has one."""
-    with Image.open(file) as picture:
-        assert picture.size == (840, 540)
-        found = picture.convert("RGB").getcolors(maxcolors=10**6)
-    assert found is not None
-    return len(found)
+def margins_report(margins: np.ndarray, *, calibrated: bool = True) -> dict[str, Any]:
+    bins = reliability(margins)
+    histogram = margin_histogram(margins)
+    curve = {"margin": histogram["edges"], "weight": [1.0 for _ in histogram["edges"]]}
+    after = {"reliability_after": bins} if calibrated else {}
+    return {
+        "histogram": histogram,
+        "weight_curve": curve,
+        "calibration": {"reliability_before": bins, **after},
+        "accuracy_by_margin": {"split": "test", "bins": accuracy_by_margin(margins)},
+    }
+
+
+def require_drawn(found: Mapping[str, alt.TopLevelMixin]) -> None:
+    """Each chart has more colours than a blank picture, and is the same each time."""
+    for name, chart in found.items():
+        picture = charts.picture(chart)
+        assert picture == charts.picture(chart), name
+        with Image.open(io.BytesIO(picture)) as opened:
+            colours = opened.convert("RGB").getcolors(maxcolors=10**6)
+        assert colours is not None
+        assert len(colours) > 20, name
 
 
 @pytest.mark.parametrize("margins", [some_margins(2000), np.array([0.5]), np.array([1.0, 1.0])])
-def test_pictures_are_drawn(margins: np.ndarray, tmp_path: Path) -> None:
-    charts.draw_margins(margins, np.square, "Margins", tmp_path / "margins.png")
-    charts.draw_margins(margins, None, "Margins", tmp_path / "no-weight.png")
-    bins = reliability(margins)
-    charts.draw_reliability(bins, bins, tmp_path / "reliability.png")
-    charts.draw_reliability(bins, [], tmp_path / "not-calibrated.png")
-    charts.draw_accuracy(accuracy_by_margin(margins), "Accuracy", tmp_path / "accuracy.png")
-    for file in tmp_path.iterdir():
-        assert colours(file) > 20, file
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_charts_of_margins(margins: np.ndarray, calibrated: bool) -> None:
+    require_drawn(charts.margin_charts(margins_report(margins, calibrated=calibrated)))
 
 
-def test_pictures_of_samples_are_drawn(tmp_path: Path) -> None:
+def test_histogram_holds_every_margin() -> None:
+    """Those far out are in the last bins."""
+    margins = np.append(some_margins(1000), [-500.0, 500.0])
+    histogram = margin_histogram(margins)
+    assert sum(histogram["pairs"]) == 1002
+    assert len(histogram["edges"]) == len(histogram["pairs"]) + 1
+    assert histogram["edges"][-1] < 100
+
+
+def test_charts_of_samples() -> None:
     entries = [
         {
             "policy": policy,
             "temperature": temperature,
-            "reward": {"mean": mean, "interval": (mean - 0.5, mean + 0.5)},
+            "reward": {"mean": mean, "interval": interval},
             "on_frontier": mean > 1,
             "kl": 2.0 if policy == "policy" else 0.0,
         }
-        for policy, temperature, mean in (
-            ("policy", 1.0, 2.0),
-            ("policy", 0.0, 1.5),
-            ("reference", 1.0, 1.0),
+        for policy, temperature, mean, interval in (
+            ("policy", 1.0, 2.0, (1.5, 2.5)),
+            ("policy", 0.0, 1.5, None),
+            ("reference", 1.0, 1.0, (0.5, 1.5)),
         )
     ]
-    charts.draw_rewards(entries, tmp_path / "rewards.png")
-    charts.draw_frontier(entries, tmp_path / "frontier.png")
-    for file in tmp_path.iterdir():
-        assert colours(file) > 20, file
+    require_drawn(
+        {"rewards": charts.rewards_chart(entries), "frontier": charts.frontier_chart(entries)}
+    )
 
 
-def test_pictures_are_the_same_each_time(tmp_path: Path) -> None:
-    """They are files of an artifact."""
-    for name in ("a", "b"):
-        charts.draw_margins(some_margins(100), None, "Margins", tmp_path / f"{name}.png")
-    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+def test_picture_is_a_file(tmp_path: Any) -> None:
+    chart = charts.margins_chart(margins_report(some_margins(100)))
+    charts.save_picture(chart, tmp_path / "margins.png")
+    assert (tmp_path / "margins.png").read_bytes() == charts.picture(chart)

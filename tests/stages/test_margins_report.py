@@ -3,11 +3,12 @@
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 
 from madpo_ray.artifacts.tables import read_columns, read_split
 from madpo_ray.config import Config
-from madpo_ray.stages import margins
+from madpo_ray.stages import margins, margins_report
 
 pytestmark = [pytest.mark.ray, pytest.mark.deepspeed]
 
@@ -47,8 +48,23 @@ def test_pictures_and_mean_weights(finished_run: Run) -> None:
     pictures = (margins.STAGE.folder(config) / "pictures").iterdir()
     expected = ["accuracy.png", "margins.png", "reliability.png"]
     assert sorted(file.name for file in pictures) == expected
-    (line,) = [line for line in printed if "mean weight" in line]
-    assert line.endswith("1 for calibrated margins below tau")
+    mean, by_label = [line for line in printed if "mean weight" in line]
+    assert mean.endswith("1 for calibrated margins below tau")
+    assert by_label.startswith("margins: mean weight by the true scores: ")
+
+
+def test_wrong_labels_have_smaller_weights(finished_run: Run, report: dict[str, Any]) -> None:
+    """By the true scores, which training does not see."""
+    config, _ = finished_run
+    names = ["margin", *config.score_columns]
+    train = read_split(margins.STAGE.rows(config), "train", names).to_pylist()
+    wrong = [row["margin"] for row in train if row["chosen_score"] < row["rejected_score"]]
+    found = report["weights_by_label"]
+    assert found["wrong"]["pairs"] == len(wrong) > 0
+    assert found["right"]["pairs"] == len(train) - len(wrong)
+    expected = margins_report.weights_of(np.array(wrong), config.train).mean()
+    assert found["wrong"]["mean_weight"] == pytest.approx(expected)
+    assert found["wrong"]["mean_weight"] < found["right"]["mean_weight"]
 
 
 def test_suspicious_pairs_are_the_most_negative(finished_run: Run) -> None:

@@ -1,8 +1,11 @@
 """The search: real trials on stored margins, and a config to train with at the end."""
 
+import csv
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,45 +16,196 @@ from madpo_ray import pipeline
 from madpo_ray.config import Config, load_config, parse_config
 from madpo_ray.errors import UserError
 from madpo_ray.stages import train, tune
+from madpo_ray.training.metrics import METRICS_FILE, read_metrics
+
+PROGRAM = Path(sys.executable).with_name("madpo-ray")
+METRIC = "eval_rewards/accuracies"
+Run = tuple[Config, list[str]]
+
+
+def write_config(run: Run, file: Path, **settings: Any) -> Config:
+    """The config of a search over a finished run's margins."""
+    raw = run[0].model_dump(mode="json")
+    raw["tune"] |= {"evaluations": 2, **settings}
+    # Far apart and at a high rate, so that trials differ.
+    raw["train"] |= {"max_steps": 4, "learning_rate": 1e-2}
+    raw["run"]["seed"] = 0
+    file.write_text(yaml.safe_dump(raw))
+    return load_config(file)
+
+
+def search(file: Path) -> str:
+    """In a process of its own.
+
+    Tune needs a Ray with the dashboard's state API, which the tests' shared one omits.
+    """
+    command = [PROGRAM, "tune", "--config", file]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def trained_steps(config: Config) -> dict[str, list[int]]:
+    """The steps that each trial has logged, by its folder."""
+    logs = config.run.ray_folder.glob(f"tune-*-*/metrics/{METRICS_FILE}")
+    return {log.parent.parent.name: [line["step"] for line in read_metrics(log)] for log in logs}
 
 
 @pytest.mark.ray
 @pytest.mark.deepspeed
 @pytest.mark.slow
-def test_search_over_finished_margins(finished_run: tuple[Config, Any], tmp_path: Path) -> None:
-    """In a process of its own.
-
-    Tune needs a Ray with the dashboard's state API, which the tests' shared one omits.
-    """
-    config, _ = finished_run
-    raw = config.model_dump(mode="json")
-    raw["tune"]["num_samples"] = 2
-    # Beta far apart and a high rate, so that the trials differ.
-    raw["train"] |= {"max_steps": 4, "eval_steps": 2, "learning_rate": 1e-2}
+def test_search_over_finished_margins(finished_run: Run, tmp_path: Path) -> None:
+    space = {
+        "train.c_max": {"type": "uniform", "min": 1.5, "max": 6.0},
+        "train.c_min": {"type": "reciprocal", "of": "train.c_max"},
+        "train.loss_type": {"type": "choice", "values": ["madpo", "sigmoid"]},
+        "train.global_batch_size": {"type": "int", "min": 4, "max": 8},
+    }
     file = tmp_path / "config.yaml"
-    file.write_text(yaml.safe_dump(raw))
-    program = Path(sys.executable).with_name("madpo-ray")
-    command = [program, "tune", "--config", file]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 trials, 0 failed; best eval_rewards/accuracies" in done.stdout
+    config = write_config(finished_run, file, num_samples=3, search_space=space)
+    printed = search(file)
+    assert "3 trials" in printed
+    assert f"best {METRIC}" in printed
 
+    # The first trial has the config's own values, and c_min follows from c_max.
     folder = tune.STAGE.folder(config)
-    trials = json.loads((folder / "trials.json").read_text())
-    assert [sorted(trial["values"]) for trial in trials] == [["beta", "c_max", "c_min"]] * 2
-    assert trials[0]["values"] != trials[1]["values"]
-    best = load_config(folder / "best.yaml")
-    winner = max(trials, key=lambda trial: trial[tune.METRIC])
-    assert {key: getattr(best.train, key) for key in winner["values"]} == winner["values"]
+    found = json.loads((folder / "trials.json").read_text())
+    trials = found["trials"]
+    own = {key: trials[0][key] for key in space if key != "train.c_min"}
+    assert own == {
+        "train.c_max": 4.0,
+        "train.loss_type": "madpo",
+        "train.global_batch_size": 8,
+    }
+    assert all(trial["train.c_min"] == 1 / trial["train.c_max"] for trial in trials)
+    with (folder / "trials.csv").open() as stream:
+        assert [line["trial"] for line in csv.DictReader(stream)] == ["1", "2", "3"]
+    pictures = {picture.stem for picture in (folder / "pictures").iterdir()}
+    assert pictures == {"history", "parallel", *space}
 
-    # Only section train differs, so training with it uses the margins as they are.
+    # The best one's config trains on the margins as they are: only section train differs.
+    best = load_config(folder / "best.yaml")
+    complete = [trial for trial in trials if trial["state"] == "complete"]
+    winner = max(complete, key=lambda trial: trial[METRIC])
+    assert {f"train.{key}": getattr(best.train, key) for key in ("c_max", "loss_type")} == {
+        key: winner[key] for key in ("train.c_max", "train.loss_type")
+    }
     assert [stage.name for stage in pipeline.pending(best)] == ["train", "evaluate"]
-    assert train.STAGE.inputs(best) != train.STAGE.inputs(config)
+    assert train.STAGE.inputs(best) != train.STAGE.inputs(finished_run[0])
+    assert not list(config.run.ray_folder.glob("tune-*-*/checkpoint_*"))
+
+
+@pytest.mark.ray
+@pytest.mark.deepspeed
+@pytest.mark.slow
+def test_search_resumes_after_a_kill(finished_run: Run, tmp_path: Path) -> None:
+    """Trials that have ended do not train again, and the result is that of an undisturbed one."""
+    file = tmp_path / "config.yaml"
+    config = write_config(finished_run, file, num_samples=3, scheduler="none")
+    search(file)
+    expected = json.loads((tune.STAGE.folder(config) / "trials.json").read_text())
+    tune_folder = tune.STAGE.folder(config)
+
+    # The same search, killed once its second trial has begun.
+    tune_folder.rename(tmp_path / "undisturbed")
+    for folder in config.run.ray_folder.glob("tune-*"):
+        folder.rename(tmp_path / folder.name)
+    process = subprocess.Popen(
+        [PROGRAM, "tune", "--config", file], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while len(trained_steps(config)) < 2:
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    time.sleep(3)  # the workers of a killed driver end a moment later
+    before = {
+        log.parent.parent.name: log.stat().st_mtime_ns
+        for log in config.run.ray_folder.glob(f"tune-*-*/metrics/{METRICS_FILE}")
+        if (log.parent.parent / "ended.json").exists()
+    }
+    assert len(before) == 1
+
+    printed = search(file)
+    assert "the search resumes" in printed
+    found = json.loads((tune_folder / "trials.json").read_text())
+    names = (METRIC, "eval_loss", "step", "train.beta", "train.c_min", "train.c_max", "state")
+    assert [[trial[name] for name in names] for trial in found["trials"]] == [
+        [trial[name] for name in names] for trial in expected["trials"]
+    ]
+    for name, changed in before.items():
+        log = config.run.ray_folder / name / "metrics" / METRICS_FILE
+        assert log.stat().st_mtime_ns == changed
+
+
+@pytest.mark.ray
+@pytest.mark.deepspeed
+@pytest.mark.slow
+def test_search_for_rewards_of_samples(finished_run: Run, tmp_path: Path) -> None:
+    """Two objectives: the judge's mean reward, and the divergence."""
+    file = tmp_path / "config.yaml"
+    config = write_config(
+        finished_run,
+        file,
+        num_samples=2,
+        objective="reward_and_kl",
+        scheduler="none",
+        search_space={"train.beta": {"type": "loguniform", "min": 0.01, "max": 1.0}},
+    )
+    printed = search(file)
+    assert "2 trials, 0 stopped early, 0 failed" in printed
+    found = json.loads((tune.STAGE.folder(config) / "trials.json").read_text())
+    assert found["objectives"] == ["reward", "kl"]
+    assert all(trial["kl"] > 0 for trial in found["trials"])
+    assert any(trial["on_frontier"] for trial in found["trials"])
+
+
+@pytest.mark.ray
+@pytest.mark.deepspeed
+@pytest.mark.slow
+def test_failed_trial_is_recorded(finished_run: Run, tmp_path: Path) -> None:
+    """A learning rate at which the loss is not finite; the search goes on."""
+    file = tmp_path / "config.yaml"
+    space = {"train.learning_rate": {"type": "grid", "values": [1e30, 1e-3]}}
+    config = write_config(finished_run, file, num_samples=1, searcher="random", search_space=space)
+    printed = search(file)
+    assert "2 trials, 0 stopped early, 1 failed" in printed
+    found = json.loads((tune.STAGE.folder(config) / "trials.json").read_text())
+    failed, good = found["trials"]
+    assert "not finite" in failed["error"] or "nan" in failed["error"]
+    assert good["state"] == "complete"
+    best = load_config(tune.STAGE.folder(config) / "best.yaml")
+    assert best.train.learning_rate == 1e-3
 
 
 def test_ranges_within_bounds(raw_config: dict[str, Any]) -> None:
-    raw_config["tune"] = {"search_space": {"c_min": {"min": 0.1, "max": 1.0}}}
+    space = {"train.c_min": {"type": "uniform", "min": 0.1, "max": 1.0}}
+    raw_config["tune"] = {"search_space": space}
     with pytest.raises(UserError, match=r"tune\.search_space\.c_min: must be strictly between"):
+        tune.STAGE.check(parse_config(raw_config))
+
+
+def test_values_of_the_right_kind(raw_config: dict[str, Any]) -> None:
+    space = {"train.loss_type": {"type": "choice", "values": ["madpo", "dpo"]}}
+    raw_config["tune"] = {"search_space": space}
+    with pytest.raises(UserError, match=r"tune\.search_space\.loss_type"):
+        tune.STAGE.check(parse_config(raw_config))
+
+
+def test_losses_with_margins_need_them(raw_config: dict[str, Any]) -> None:
+    space = {"train.loss_type": {"type": "choice", "values": ["madpo", "sigmoid"]}}
+    raw_config["tune"] = {"search_space": space}
+    raw_config["train"]["loss_type"] = "sigmoid"
+    with pytest.raises(UserError, match=r"set margins\.with_rewards: true"):
+        tune.STAGE.check(parse_config(raw_config))
+    raw_config["margins"] = {"with_rewards": True}
+    tune.STAGE.check(parse_config(raw_config))
+
+
+def test_rewards_need_a_judge(raw_config: dict[str, Any]) -> None:
+    raw_config["evaluate"]["judge"] = None
+    raw_config["tune"] = {"objective": "reward", "scheduler": "none"}
+    with pytest.raises(UserError, match=r"objective: reward needs evaluate\.judge"):
         tune.STAGE.check(parse_config(raw_config))
 
 
@@ -59,17 +213,3 @@ def test_concurrent_trials_fit(raw_config: dict[str, Any]) -> None:
     raw_config["tune"] = {"max_concurrent_trials": 500}
     with pytest.raises(UserError, match="500 trials of 2 workers do not fit"):
         tune.STAGE.check(parse_config(raw_config))
-
-
-def test_best_trial_has_the_highest_accuracy() -> None:
-    """A failed one does not count, nor one without an evaluation."""
-    trials = [
-        {"values": {"beta": 0.1}, tune.METRIC: 0.6},
-        {"values": {"beta": 0.2}, tune.METRIC: 0.8},
-        {"values": {"beta": 0.3}, tune.METRIC: 0.8},
-        {"values": {"beta": 0.4}, tune.METRIC: 0.9, "error": "out of memory"},
-        {"values": {"beta": 0.5}},
-    ]
-    assert tune.best_trial(trials)["values"] == {"beta": 0.2}
-    with pytest.raises(RuntimeError, match="no trial was evaluated"):
-        tune.best_trial(trials[3:])

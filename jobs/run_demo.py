@@ -1,0 +1,50 @@
+"""The demo: DPO and MADPO on the same pairs, compared by a judge that has seen none of them.
+
+Both runs have the same pairs, reward model and margins: they are computed once, and copied. It uses
+the Python API, as `run_pipeline.py` does.
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+
+from madpo_ray import pipeline
+from madpo_ray.cli import exit_codes, say
+from madpo_ray.cluster import connected
+from madpo_ray.config import Config, load_config
+from madpo_ray.stages import margins, train
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", type=Path, required=True)
+    file = parser.parse_args().config
+    with exit_codes():
+        madpo = load_config(file)
+        (other,) = madpo.evaluate.compare_with
+        changes = ["train.loss_type=sigmoid", "evaluate.compare_with=[]"]
+        dpo = load_config(file, [*changes, f"run.name={Path(other).name}"])
+        if not train.STAGE.is_finished(dpo) or pipeline.pending(madpo):
+            with connected(madpo.cluster, actors=madpo.actors):
+                run_both(madpo, dpo)
+        pipeline.report([madpo.run.folder, dpo.run.folder], say=say)
+
+
+def run_both(madpo: Config, dpo: Config) -> None:
+    pipeline.run_all(madpo, say=say, until=margins.STAGE)
+    if not train.STAGE.is_finished(dpo):
+        copy_run(madpo.run.folder, dpo.run.folder)
+        say("\nDPO on these pairs, where every pair counts the same")
+        pipeline.run_all(dpo, say=say, until=train.STAGE)
+    say("\nMADPO on these pairs, each with its weight")
+    pipeline.run_all(madpo, say=say)
+
+
+def copy_run(source: Path, target: Path) -> None:
+    """Copies what is finished: a run may be copied."""
+    others = shutil.ignore_patterns("ray", "train", "evaluate", ".*", "*.html")
+    shutil.copytree(source, target, dirs_exist_ok=True, ignore=others)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""What a run's folder holds, for its report. Nothing here changes the run."""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from madpo_ray.artifacts.manifest import read_manifest
+from madpo_ray.config.files import read_yaml
+from madpo_ray.errors import UserError
+from madpo_ray.stages import evaluate, margins, pairs, reward, sft, train, tune
+from madpo_ray.stages.margins_report import REPORT, SUSPICIOUS
+from madpo_ray.stages.stage import Stage
+from madpo_ray.training.metrics import METRICS_FILE, read_metrics
+
+logger = logging.getLogger(__name__)
+
+MAX_SAMPLES = 20
+MAX_REJECTS = 50
+MAX_SUSPICIOUS = 30
+
+
+@dataclass
+class FinishedStage:
+    """One line of the pipeline's table."""
+
+    name: str
+    seconds: float | None
+    lines: list[str]
+
+
+@dataclass
+class Run:
+    """A run, as far as it has come. What it does not have is empty."""
+
+    name: str
+    folder: Path
+    stages: list[FinishedStage] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    margins: dict[str, Any] = field(default_factory=dict)
+    suspicious: list[dict[str, Any]] = field(default_factory=list)
+    metrics: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # by training
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    samples: pa.Table | None = None
+    search: dict[str, Any] = field(default_factory=dict)
+    rejects: list[dict[str, Any]] = field(default_factory=list)
+
+
+def collect(folder: Path, stages: Sequence[Stage]) -> Run:
+    """Reads a run's folder.
+
+    Args:
+        stages: in their order.
+
+    Raises:
+        UserError: it has no finished stage.
+    """
+    run = Run(name=folder.resolve().name, folder=folder)
+    found = {stage: read_manifest(folder / stage.name) for stage in stages}
+    fingerprints = {stage.name: one["fingerprint"] for stage, one in found.items() if one}
+    for stage, manifest in found.items():
+        if manifest is not None:
+            run.stages.append(_finished(stage, manifest, fingerprints))
+            run.versions = manifest.get("versions", {})
+    if not run.stages:
+        raise UserError(
+            f"{folder} has no finished stage: give the folder storage_path/name of a run"
+        )
+
+    config_file = folder / "config.yaml"
+    if config_file.is_file():
+        run.config = _flat(read_yaml(config_file.read_text(encoding="utf-8")) or {})
+    run.margins = _read_json(folder / margins.STAGE.name / REPORT)
+    run.suspicious = _read_lines(folder / margins.STAGE.name / SUSPICIOUS)[:MAX_SUSPICIOUS]
+    run.metrics = _metrics(folder)
+    run.evaluation = _read_json(folder / evaluate.STAGE.name / "evaluation.json")
+    samples = folder / evaluate.STAGE.name / "samples.parquet"
+    if samples.is_file():
+        run.samples = pq.read_table(samples).slice(0, MAX_SAMPLES)
+    run.search = _read_json(folder / tune.STAGE.name / "trials.json")
+    run.rejects = _rejects(folder)
+    return run
+
+
+def _finished(
+    stage: Stage, manifest: dict[str, Any], fingerprints: Mapping[str, str]
+) -> FinishedStage:
+    """What a stage printed, and whether a stage that it reads was made again since."""
+    try:
+        lines = [line for line in stage.describe(manifest["results"]) if isinstance(line, str)]
+    except (KeyError, TypeError) as error:  # of another version of this package
+        logger.warning("%s: its results cannot be described: %s", stage.name, error)
+        lines = []
+    upstream = manifest["inputs"].get("upstream", {})
+    changed = [name for name, one in upstream.items() if fingerprints.get(name, one) != one]
+    if changed:
+        lines.append(f"made from an earlier {' and '.join(changed)}")
+    return FinishedStage(stage.name, manifest.get("seconds"), lines)
+
+
+def _metrics(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """The metrics of each training that left some, with reward's folds."""
+    found = {}
+    for name in (sft.STAGE.name, reward.STAGE.name, train.STAGE.name):
+        for file in sorted((folder / name).rglob(METRICS_FILE)):
+            training = file.parent.relative_to(folder).as_posix()
+            found[training] = read_metrics(file)
+    return {name: lines for name, lines in found.items() if lines}
+
+
+def _rejects(folder: Path) -> list[dict[str, Any]]:
+    """The first rejected rows and pairs, with the stage that rejected them."""
+    found: list[dict[str, Any]] = []
+    for stage in (pairs.STAGE, margins.STAGE):
+        file = folder / stage.name / "rejects.parquet"
+        if file.is_file():
+            rows = pq.read_table(file).slice(0, MAX_REJECTS).to_pylist()
+            found += [{"stage": stage.name, **row} for row in rows]
+    return found
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return found
+
+
+def _read_lines(file: Path) -> list[dict[str, Any]]:
+    if not file.is_file():
+        return []
+    with file.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for name, part in value.items():
+        flat.update(_flat(part, f"{prefix}.{name}" if prefix else str(name)))
+    return flat

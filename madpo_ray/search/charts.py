@@ -1,0 +1,174 @@
+"""Charts of a search: its history, the objective against each key, and which keys matter."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import altair as alt
+import numpy as np
+
+from madpo_ray.evaluation.charts import BLUE, GRAY, HEIGHT, RED, WIDTH, Rows, rows_of
+
+
+def search_charts(
+    trials: Sequence[Mapping[str, Any]],
+    keys: Sequence[str],
+    objective: str,
+    importances: Mapping[str, float],
+) -> dict[str, alt.TopLevelMixin]:
+    """All charts of a search, by name.
+
+    Args:
+        trials: rows, as `outcomes.table_of` gives them.
+        objective: the metric's name.
+    """
+    rows = [dict(row) for row in trials if objective in row]
+    charts: dict[str, alt.TopLevelMixin] = {"history": _history(rows, objective)}
+    for key in keys:
+        charts[key] = _against(rows, key, objective)
+    charts["parallel"] = _parallel(rows, keys, objective)
+    if importances:
+        charts["importance"] = _importance(importances)
+    return charts
+
+
+def _renamed(rows: Rows, objective: str) -> Rows:
+    """The objective under a name that Vega reads: others have dots and slashes."""
+    return [
+        {"trial": row["trial"], "state": row["state"], "objective": row[objective]} for row in rows
+    ]
+
+
+def _state() -> alt.Color:
+    return alt.Color(
+        "state:N",
+        title=None,
+        scale=alt.Scale(domain=["complete", "stopped", "failed"], range=[BLUE, GRAY, RED]),
+    )
+
+
+def _objective(title: str) -> alt.Y:
+    return alt.Y("objective:Q", title=title, scale=alt.Scale(zero=False))
+
+
+def _history(rows: Rows, objective: str) -> alt.TopLevelMixin:
+    """Each trial's last value, and the best so far."""
+    plain = _renamed(rows, objective)
+    best = np.maximum.accumulate([row["objective"] for row in plain]).tolist()
+    line = [{"trial": row["trial"], "objective": one} for row, one in zip(plain, best, strict=True)]
+    x = alt.X("trial:Q", title="trial", axis=alt.Axis(tickMinStep=1))
+    points = (
+        alt.Chart(rows_of(plain))
+        .mark_point(filled=True, size=50)
+        .encode(x=x, y=_objective(objective), color=_state(), tooltip=["trial:Q", "objective:Q"])
+    )
+    so_far = (
+        alt.Chart(rows_of(line))
+        .mark_line(color=GRAY, interpolate="step-after")
+        .encode(x=x, y=_objective(objective))
+    )
+    return alt.layer(so_far, points).properties(
+        width=WIDTH, height=HEIGHT, title="Trials in their order, and the best so far"
+    )
+
+
+def _against(rows: Rows, key: str, objective: str) -> alt.TopLevelMixin:
+    """The objective against a key; bars are the standard error where values repeat."""
+    points = [
+        {**plain, "value": row[key]}
+        for plain, row in zip(_renamed(rows, objective), rows, strict=True)
+    ]
+    x = _axis([row[key] for row in rows], key)
+    dots = (
+        alt.Chart(rows_of(points))
+        .mark_point(filled=True, size=40)
+        .encode(x=x, y=_objective(objective), color=_state(), tooltip=["trial:Q", "objective:Q"])
+    )
+    layers = [dots]
+    if spread := _spread(points):
+        bars = alt.Chart(rows_of(spread)).mark_rule(color=BLUE)
+        layers.insert(0, bars.encode(x=x, y=alt.Y("low:Q", title=objective), y2="high:Q"))
+    return alt.layer(*layers).properties(
+        width=WIDTH, height=HEIGHT, title=f"The objective against {key}"
+    )
+
+
+def _axis(values: Sequence[Any], key: str) -> alt.X:
+    if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+        return alt.X("value:N", title=key)
+    is_wide = min(values) > 0 and max(values) / min(values) > 20
+    return alt.X(
+        "value:Q", title=key, scale=alt.Scale(type="log" if is_wide else "linear", zero=False)
+    )
+
+
+def _spread(points: Rows) -> Rows:
+    """Mean and standard error of complete trials, where values repeat."""
+    by_value: dict[str, Rows] = {}
+    for point in points:
+        if point["state"] == "complete":
+            by_value.setdefault(repr(point["value"]), []).append(point)
+    found = []
+    for same in by_value.values():
+        if len(same) > 1:
+            values = [point["objective"] for point in same]
+            mean = float(np.mean(values))
+            error = float(np.std(values, ddof=1) / len(values) ** 0.5)
+            found.append({"value": same[0]["value"], "low": mean - error, "high": mean + error})
+    return found
+
+
+def _parallel(rows: Rows, keys: Sequence[str], objective: str) -> alt.Chart:
+    """One line per trial through its values, each key from its least to its greatest."""
+    names = [*keys, objective]
+    places = {name: _places([row[name] for row in rows]) for name in names}
+    lines = [
+        {
+            "trial": row["trial"],
+            "key": name,
+            "place": places[name][i],
+            "value": str(row[name]),
+            "objective": row[objective],
+        }
+        for i, row in enumerate(rows)
+        for name in names
+    ]
+    chart: alt.Chart = (
+        alt.Chart(rows_of(lines))
+        .mark_line(point=True, opacity=0.7)
+        .encode(
+            x=alt.X("key:N", title=None, sort=names, axis=alt.Axis(labelAngle=0)),
+            y=alt.Y(
+                "place:Q", title="from the least to the greatest value", axis=alt.Axis(labels=False)
+            ),
+            color=alt.Color("objective:Q", title=objective, scale=alt.Scale(scheme="viridis")),
+            detail="trial:N",
+            tooltip=["trial:N", "key:N", "value:N", "objective:Q"],
+        )
+        .properties(width=WIDTH, height=HEIGHT, title="Trials as lines")
+    )
+    return chart
+
+
+def _places(values: Sequence[Any]) -> list[float]:
+    """Values from 0 to 1 by size, or by order of appearance if they are no numbers."""
+    if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+        order = list(dict.fromkeys(map(repr, values)))
+        values = [order.index(repr(value)) for value in values]
+    low = min(values)
+    span = max(values) - low
+    return [(value - low) / span if span else 0.5 for value in values]
+
+
+def _importance(importances: Mapping[str, float]) -> alt.Chart:
+    rows = [{"key": key, "share": share} for key, share in importances.items()]
+    chart: alt.Chart = (
+        alt.Chart(rows_of(rows))
+        .mark_bar(color=BLUE)
+        .encode(
+            x=alt.X("share:Q", title="share of the objective's spread (functional ANOVA)"),
+            y=alt.Y("key:N", title=None, sort="-x"),
+            tooltip=["key:N", "share:Q"],
+        )
+        .properties(width=WIDTH, height=40 * len(rows) + 20, title="Which keys matter")
+    )
+    return chart

@@ -1,0 +1,59 @@
+"""An Optuna sampler whose draws follow from seed, trial number and earlier results only.
+
+Optuna's own samplers continue one stream of random numbers, which a search that resumes with its
+earlier trials would begin again.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler, TPESampler
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+# Between the seeds of two searches, more than a search has trials.
+STRIDE = 1_000_003
+
+
+class NumberedSampler(BaseSampler):
+    """TPE (Bergstra et al. 2011), with a stream of random numbers for each trial."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._number = -1
+        self._sampler = TPESampler(seed=seed)
+
+    def _of(self, trial: FrozenTrial) -> TPESampler:
+        if trial.number != self._number:
+            self._number = trial.number
+            self._sampler = TPESampler(seed=(self._seed * STRIDE + trial.number) % 2**32)
+        return self._sampler
+
+    def infer_relative_search_space(
+        self, study: Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        return self._of(trial).infer_relative_search_space(study, trial)
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        return self._of(trial).sample_relative(study, trial, search_space)
+
+    def sample_independent(
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:
+        return self._of(trial).sample_independent(study, trial, param_name, param_distribution)
+
+    def after_trial(
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        state: TrialState,
+        values: Sequence[float] | None,
+    ) -> None:
+        self._of(trial).after_trial(study, trial, state, values)

@@ -1,0 +1,116 @@
+"""The search space: what is drawn, and the settings that follow."""
+
+import itertools
+import math
+import random
+from collections.abc import Mapping
+from typing import Any
+
+from madpo_ray.config import SEED, Config, Domain
+from madpo_ray.config.search import Choice, Grid, Integers, LogUniform, Reciprocal, Uniform
+
+Values = dict[str, Any]  # by dotted key
+
+
+def drawn_domains(space: Mapping[str, Domain]) -> dict[str, Domain]:
+    """Those of the space that do not follow from others."""
+    return {key: domain for key, domain in space.items() if not isinstance(domain, Reciprocal)}
+
+
+def count_trials(config: Config) -> int:
+    """The trials of a complete search."""
+    grids = [one for one in config.search_space.values() if isinstance(one, Grid)]
+    return config.tune.num_samples * math.prod(len(grid.values) for grid in grids)
+
+
+def own_point(config: Config) -> Values | None:
+    """The config's own values of what is drawn; None if the search space does not hold them."""
+    drawn = drawn_domains(config.search_space)
+    values = {key: _value_of(config, key) for key in drawn}
+    return values if all(_holds(drawn[key], value) for key, value in values.items()) else None
+
+
+def _value_of(config: Config, key: str) -> Any:
+    section, name = key.split(".")
+    return getattr(getattr(config, section), name)
+
+
+def _holds(domain: Domain, value: Any) -> bool:
+    if isinstance(domain, Choice | Grid):
+        return value in domain.values
+    if isinstance(domain, Reciprocal) or isinstance(value, bool | None | str):
+        return False
+    is_kind = not isinstance(domain, Integers) or value == int(value)
+    return bool(is_kind and domain.min <= value <= domain.max)
+
+
+def random_points(config: Config) -> list[Values]:
+    """All points of a search without a searcher: drawn values, with every point of the grids.
+
+    The first draw is the config's own values, as far as the space holds them.
+    """
+    drawn = drawn_domains(config.search_space)
+    grids = {key: one.values for key, one in drawn.items() if isinstance(one, Grid)}
+    others = {key: one for key, one in drawn.items() if key not in grids}
+    rng = random.Random(config.run.seed)
+    points = []
+    for number in range(config.tune.num_samples):
+        values = {key: _draw(one, rng) for key, one in others.items()}
+        if number == 0:
+            own = {key: _value_of(config, key) for key in others}
+            values |= {key: own[key] for key in others if _holds(others[key], own[key])}
+        for corner in itertools.product(*grids.values()):
+            points.append(
+                {key: (values | dict(zip(grids, corner, strict=True)))[key] for key in drawn}
+            )
+    return points
+
+
+def _draw(domain: Domain, rng: random.Random) -> Any:
+    match domain:
+        case Uniform(min=low, max=high):
+            return rng.uniform(low, high)
+        case LogUniform(min=low, max=high):
+            return math.exp(rng.uniform(math.log(low), math.log(high)))
+        case Integers(min=low, max=high, log=False):
+            return rng.randint(low, high)
+        case Integers(min=low, max=high):
+            drawn = math.exp(rng.uniform(math.log(low - 0.5), math.log(high + 0.5)))
+            return min(max(round(drawn), low), high)
+        case Choice(values=values):
+            return rng.choice(values)
+    raise TypeError(f"{domain} is not drawn")
+
+
+def complete(space: Mapping[str, Domain], drawn: Mapping[str, Any]) -> Values:
+    """The values of all keys of the space, in its order."""
+    found = {}
+    for key, domain in space.items():
+        if isinstance(domain, Reciprocal):
+            found[key] = 1 / drawn[domain.of]
+        else:
+            found[key] = drawn[key]
+    return found
+
+
+def settings_of(values: Mapping[str, Any]) -> tuple[Values, int | None]:
+    """Values by their names in section train, and the seed if it was varied."""
+    settings = {key.removeprefix("train."): value for key, value in values.items() if key != SEED}
+    return settings, values.get(SEED)
+
+
+def corners(space: Mapping[str, Domain]) -> list[Values]:
+    """Values that together reach both ends of every range and every choice."""
+    ends = {key: _ends(domain) for key, domain in drawn_domains(space).items()}
+    longest = max(len(values) for values in ends.values())
+    points = [
+        {key: values[min(i, len(values) - 1)] for key, values in ends.items()}
+        for i in range(longest)
+    ]
+    return [complete(space, point) for point in points]
+
+
+def _ends(domain: Domain) -> tuple[Any, ...]:
+    if isinstance(domain, Choice | Grid):
+        return domain.values
+    return (domain.min, domain.max)  # type: ignore[union-attr]

@@ -1,0 +1,192 @@
+"""A trial: the training of stage train with other settings, inside an actor of Ray Tune.
+
+What a trial has reported is in its job's metrics. The job is named by the trial's values, so that a
+resumed search, and another trial with the same values, finds it.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray.tune
+from ray.tune.integration.ray_train import TuneReportCallback
+
+from madpo_ray.artifacts.building import discard
+from madpo_ray.artifacts.lock import NO_LOCKS
+from madpo_ray.atomic import write_json
+from madpo_ray.config import Config, Domain, with_changes
+from madpo_ray.data.order import Order
+from madpo_ray.search.space import complete, settings_of
+from madpo_ray.training.checkpoints import checkpoint_folders, newest_checkpoint
+from madpo_ray.training.job import Task, TrainingJob
+from madpo_ray.training.metrics import METRICS_FILE, read_metrics
+from madpo_ray.training.trainer import train_on_ray
+
+ACCURACY = "eval_rewards/accuracies"
+EVALUATION = "evaluation"  # how many a trial has reported; ASHA's time
+TOTAL_STEPS = "total_steps"
+
+# What else is measured of a trained policy, in the actor of its trial.
+Measure = Callable[[Config, TrainingJob], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Trials:
+    """All trials of a search: what they share."""
+
+    job: TrainingJob  # of stage train
+    config: Config
+    task: Callable[[Config], Task]  # what is trained with a trial's config
+    measure: Measure | None = None  # None: evaluations are all
+
+    def config_of(self, values: Mapping[str, Any]) -> Config:
+        """The config of a trial; its seed is not the run's, which decides earlier stages, too."""
+        settings, _ = settings_of(values)
+        train = with_changes(self.config.train, "train", settings)
+        return self.config.model_copy(update={"train": train})
+
+    def of(self, values: Mapping[str, Any]) -> "Trial":
+        """The trial with these values, wherever it is."""
+        config = self.config_of(values)
+        _, seed = settings_of(values)
+        named = json.dumps(dict(values), sort_keys=True)
+        job = replace(
+            self.job,
+            task=self.task(config),
+            settings=config.train,
+            seed=self.job.seed if seed is None else seed,
+            trial=hashlib.sha256(named.encode()).hexdigest()[:16],
+            export=self.measure is not None,
+            deadline=None,
+        )
+        # Each evaluation saves: a trial resumes there. It ends with its last step.
+        total_steps = Order(job.order_spec(num_workers=1)).total_steps
+        interval = max(1, math.ceil(total_steps / config.tune.evaluations))
+        changes = {
+            "eval_steps": interval,
+            "save_steps": interval,
+            "save_total_limit": 1,
+            "early_stopping_patience": None,
+        }
+        settings = with_changes(config.train, "train", changes)
+        job = replace(job, output=job.checkpoints / "result", settings=settings)
+        return Trial(config, job, total_steps, self.measure)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial, and what is on the disk of it."""
+
+    config: Config
+    job: TrainingJob
+    total_steps: int
+    measure: Measure | None
+
+    @property
+    def _ended_file(self) -> Path:
+        """Exists once a trial has ended; it will not train again."""
+        return self.job.checkpoints / "ended.json"
+
+    @property
+    def _measured_file(self) -> Path:
+        return self.job.checkpoints / "measured.json"
+
+    def record_end(self, evaluation: int, *, keep_checkpoints: bool) -> None:
+        """Notes that a trial has ended for good, and deletes what only resuming would need.
+
+        Args:
+            evaluation: the last that was reported; a stopped training may have gone further.
+        """
+        self.job.checkpoints.mkdir(parents=True, exist_ok=True)
+        if not self._ended_file.exists():
+            write_json(self._ended_file, {EVALUATION: evaluation})
+        if keep_checkpoints:
+            return
+        for unneeded in (*checkpoint_folders(self.job.checkpoints), self.job.output):
+            with contextlib.suppress(FileNotFoundError):  # a training that ends deletes some, too
+                discard(unneeded)
+
+    @property
+    def has_ended(self) -> bool:
+        return self._ended_file.exists()
+
+    def reports(self) -> list[dict[str, Any]]:
+        """What the trial has to report, as far as it has come.
+
+        Each evaluation, or the last one with what was measured after it.
+        """
+        lines = read_metrics(self.job.metrics / METRICS_FILE)
+        evaluations = [self.numbered(line) for line in lines if ACCURACY in line]
+        if self.measure is not None:
+            if not (evaluations and self._measured_file.exists()):
+                return []
+            measured = json.loads(self._measured_file.read_text(encoding="utf-8"))
+            return [evaluations[-1] | measured]
+        if self.has_ended:
+            last = json.loads(self._ended_file.read_text(encoding="utf-8"))[EVALUATION]
+            return [one for one in evaluations if one[EVALUATION] <= last]
+        newest = newest_checkpoint(self.job.checkpoints)
+        step = newest[0] if newest else 0
+        return [one for one in evaluations if one["step"] <= step]
+
+    def numbered(self, numbers: Mapping[str, Any]) -> dict[str, Any]:
+        """Numbers with how many evaluations there were."""
+        interval = self.job.settings.eval_steps
+        assert interval is not None
+        evaluation = math.ceil(numbers["step"] / interval)
+        return {**numbers, EVALUATION: evaluation, TOTAL_STEPS: self.total_steps}
+
+    def run(self) -> None:
+        """Trains from where an earlier run ended; reports every evaluation to Ray Tune."""
+        reported = self.reports()
+        for report in reported:
+            ray.tune.report(report)
+        if self.has_ended or (self.measure is not None and reported):
+            return
+
+        callbacks = [_EvaluationCallback(self)] if self.measure is None else []
+        train_on_ray(self.job, self.config.cluster, callbacks=callbacks)
+        if self.measure is not None:
+            write_json(self._measured_file, self.measure(self.config, self.job))
+            for report in self.reports():
+                ray.tune.report(report)
+
+
+def run_trial(drawn: dict[str, Any], trials: Trials, space: dict[str, Domain]) -> None:
+    """The trainable of Ray Tune."""
+    trial = trials.of(complete(space, drawn))
+    trial.job.checkpoints.mkdir(parents=True, exist_ok=True)
+    with _alone(trial.job.checkpoints / "trial.lock"):
+        trial.run()
+
+
+@contextlib.contextmanager
+def _alone(file: Path) -> Iterator[None]:
+    """Waits for another trial with the same values. The lock ends with its process."""
+    with file.open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+        yield
+
+
+class _EvaluationCallback(TuneReportCallback):  # type: ignore[misc]
+    """Passes evaluations on to Tune. Saves without one are nothing to it."""
+
+    def __init__(self, trial: Trial) -> None:
+        super().__init__()
+        self._trial = trial
+
+    def after_report(
+        self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any
+    ) -> None:
+        if ACCURACY in metrics[0]:
+            super().after_report(run_context, [self._trial.numbered(metrics[0])], None)

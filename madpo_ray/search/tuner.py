@@ -1,0 +1,151 @@
+"""The search on Ray Tune: searcher, scheduler, resuming, and what the trials came to."""
+
+import functools
+import json
+import logging
+import math
+import os
+
+import ray.tune
+from ray.tune.schedulers import ASHAScheduler
+from ray.tune.search.optuna import OptunaSearch
+
+from madpo_ray.artifacts.building import discard
+from madpo_ray.config import Config
+from madpo_ray.search.outcomes import OBJECTIVES, Outcome, distributions_of
+from madpo_ray.search.progress import SearchProgress
+from madpo_ray.search.sampler import NumberedSampler
+from madpo_ray.search.space import Values, complete, count_trials, own_point, random_points
+from madpo_ray.search.trials import ACCURACY, EVALUATION, TOTAL_STEPS, Trials, run_trial
+from madpo_ray.training.metrics import METRICS_FILE
+from madpo_ray.waiting import waiting
+
+logger = logging.getLogger(__name__)
+
+# Of a trial's last report.
+REPORTED = (ACCURACY, "reward", "kl", "eval_loss", "step", TOTAL_STEPS)
+# Of a trial's own process: it waits for its workers.
+DRIVER_CPUS = 0.01
+# Tune's handler of Ctrl-C would end the search as if it were complete.
+SIGINT_HANDLER = "TUNE_DISABLE_SIGINT_HANDLER"
+
+
+def search(trials: Trials, *, max_concurrent: int) -> list[Outcome]:
+    """Runs the trials that are left, and returns what all of them came to, in their order.
+
+    A search that was interrupted begins with the trials that it had, in their order. Those that
+    have ended report again what they had reported, without a training, and the others resume from
+    their checkpoints: searcher and scheduler come to the state that they had.
+
+    Raises:
+        RuntimeError: no trial was evaluated.
+    """
+    job = trials.job
+    config = trials.config
+    folder = job.storage / job.name
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn_file = folder / "drawn.json"
+    drawn = json.loads(drawn_file.read_text(encoding="utf-8")) if drawn_file.exists() else []
+    if drawn:
+        logger.info("the search resumes with the %d trials that it had begun", len(drawn))
+
+    progress = SearchProgress(trials, drawn_file, drawn)
+    tuner = _tuner(trials, _first_points(config, drawn), progress, max_concurrent)
+    os.environ[SIGINT_HANDLER] = "1"
+    logs = f"{job.name}-*/metrics/{METRICS_FILE}"
+    with waiting(
+        "no trial has logged anything; their workers may be waiting for a place, loading the "
+        "model, or in a long step",
+        progress=lambda: sum(file.stat().st_size for file in job.storage.glob(logs)),
+    ):
+        found = tuner.fit()
+    if len(found) < count_trials(config):
+        raise RuntimeError(f"the search ended after {len(found)} of {count_trials(config)} trials")
+
+    drawn = json.loads(drawn_file.read_text(encoding="utf-8"))
+    outcomes = [
+        _outcome(trials, values, result) for values, result in zip(drawn, found, strict=True)
+    ]
+    if not any(outcome.evaluation for outcome in outcomes):
+        reason = f"; the first failed with {found.errors[0]}" if found.errors else ""
+        raise RuntimeError(f"no trial was evaluated{reason}")
+    return outcomes
+
+
+def _first_points(config: Config, drawn: list[Values]) -> list[Values]:
+    """What the trials begin with: those of an interrupted search, or the config's own values."""
+    if config.tune.searcher == "random":
+        return random_points(config)
+    if drawn:
+        return drawn
+    own = own_point(config)
+    if own is None:
+        logger.info("the config's own values are outside of the search space: no trial has them")
+        return []
+    return [own]
+
+
+def _tuner(
+    trials: Trials, points: list[Values], progress: SearchProgress, max_concurrent: int
+) -> ray.tune.Tuner:
+    config = trials.config
+    metrics = OBJECTIVES[config.tune.objective]
+    search_alg = OptunaSearch(
+        distributions_of(config.search_space),
+        metric=[name for name, _ in metrics] if len(metrics) > 1 else metrics[0][0],
+        mode=[mode for _, mode in metrics] if len(metrics) > 1 else metrics[0][1],
+        points_to_evaluate=points,
+        sampler=NumberedSampler(config.run.seed),
+    )
+
+    # What Tune keeps of its own is of no use to the next start.
+    job = trials.job
+    storage = job.storage / job.name
+    discard(storage / "tune")
+    trial = functools.partial(run_trial, trials=trials, space=config.search_space)
+    return ray.tune.Tuner(
+        ray.tune.with_resources(trial, {"CPU": DRIVER_CPUS}),
+        tune_config=ray.tune.TuneConfig(
+            num_samples=count_trials(config),
+            # Tune counts only a trial's driver; its workers would wait for each other for ever.
+            max_concurrent_trials=max_concurrent,
+            scheduler=_scheduler(config),
+            search_alg=search_alg,
+        ),
+        run_config=ray.tune.RunConfig(
+            name="tune", storage_path=str(storage), verbose=0, callbacks=[progress]
+        ),
+    )
+
+
+def _scheduler(config: Config) -> ASHAScheduler | None:
+    settings = config.tune
+    if settings.scheduler == "none":
+        return None
+    ((metric, mode),) = OBJECTIVES[settings.objective]
+    return ASHAScheduler(
+        time_attr=EVALUATION,
+        metric=metric,
+        mode=mode,
+        grace_period=settings.grace_period,
+        reduction_factor=settings.reduction_factor,
+        # Before the last evaluation, and not there: a trial that is stopped keeps its workers'
+        # place for a while.
+        max_t=max(settings.evaluations - 1, settings.grace_period),
+        stop_last_trials=False,
+    )
+
+
+def _outcome(trials: Trials, drawn: Values, result: ray.tune.Result) -> Outcome:
+    """What is on the disk of a trial, and its error."""
+    values = complete(trials.config.search_space, drawn)
+    reports = trials.of(values).reports()
+    last = reports[-1] if reports else {}
+    metrics = {name: last[name] for name in REPORTED if _is_finite(last.get(name))}
+    seconds = (result.metrics or {}).get("time_total_s")
+    error = str(result.error) if result.error else None
+    return Outcome(values, last.get(EVALUATION, 0), metrics, seconds, error)
+
+
+def _is_finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)

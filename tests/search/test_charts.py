@@ -1,0 +1,44 @@
+"""Charts of a search, of trials with numbers, choices and failures."""
+
+from madpo_ray.evaluation.charts import picture
+from madpo_ray.search.charts import search_charts
+
+ACCURACY = "eval_rewards/accuracies"
+
+
+def test_every_chart_is_drawn() -> None:
+    trials = [
+        {
+            "trial": number,
+            "state": "stopped" if number % 3 == 2 else "complete",
+            "train.beta": 0.01 * 10 ** (number % 4),
+            "train.loss_type": ["madpo", "sigmoid"][number % 2],
+            ACCURACY: 0.5 + 0.01 * number,
+        }
+        for number in range(1, 9)
+    ]
+    trials.append({"trial": 9, "state": "failed", "train.beta": 0.1, "train.loss_type": "madpo"})
+    keys = ["train.beta", "train.loss_type"]
+    found = search_charts(trials, keys, ACCURACY, {"train.beta": 0.8, "train.loss_type": 0.2})
+    assert list(found) == ["history", *keys, "parallel", "importance"]
+    for chart in found.values():
+        assert len(picture(chart)) > 3000
+    assert "importance" not in search_charts(trials, keys, ACCURACY, {})
+
+
+def test_one_trial_is_enough() -> None:
+    trials = [{"trial": 1, "state": "complete", "train.beta": 0.1, ACCURACY: 0.5}]
+    for chart in search_charts(trials, ["train.beta"], ACCURACY, {}).values():
+        assert picture(chart)
+
+
+def test_repeated_values_have_an_error_bar() -> None:
+    trials = [
+        {"trial": 1, "state": "complete", "train.beta": 0.1, ACCURACY: 0.5},
+        {"trial": 2, "state": "complete", "train.beta": 0.1, ACCURACY: 0.7},
+    ]
+    chart = search_charts(trials, ["train.beta"], ACCURACY, {})["train.beta"].to_dict()
+    (bar,) = chart["layer"][0]["data"]["values"]
+    assert bar["value"] == 0.1
+    assert round(bar["low"], 6) == 0.5  # mean 0.6, standard error 0.1
+    assert round(bar["high"], 6) == 0.7

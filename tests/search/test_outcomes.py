@@ -1,0 +1,103 @@
+"""Which trial is best, and the table of all."""
+
+import csv
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from madpo_ray.config.search import LogUniform, Reciprocal, Uniform
+from madpo_ray.search.outcomes import Outcome, best_outcome, importances, shown, table_of, write_csv
+
+ACCURACY = "eval_rewards/accuracies"
+
+
+def trial(accuracy: float, *, step: int = 10, error: str | None = None, **values: Any) -> Outcome:
+    metrics = {ACCURACY: accuracy, "step": step, "total_steps": 10}
+    values = {key.replace("__", "."): value for key, value in values.items()}
+    return Outcome(values=values, evaluation=4, metrics=metrics, seconds=1.0, error=error)
+
+
+def test_best_is_complete_and_has_the_highest_accuracy() -> None:
+    """A failed one does not count, nor one that was stopped while it led. Of equals the first."""
+    trials = [
+        trial(0.6, train__beta=0.1),
+        trial(0.8, train__beta=0.2),
+        trial(0.8, train__beta=0.3),
+        trial(0.9, train__beta=0.4, error="out of memory"),
+        trial(0.95, train__beta=0.5, step=5),
+        Outcome({"train.beta": 0.6}, 0, {}, 1.0),
+    ]
+    assert best_outcome(trials, "accuracy").values == {"train.beta": 0.2}
+    assert [one.state for one in trials] == [*["complete"] * 3, "failed", "stopped", "stopped"]
+    assert best_outcome(trials[4:], "accuracy").values == {"train.beta": 0.5}
+    with pytest.raises(RuntimeError, match="no trial was evaluated"):
+        best_outcome(trials[5:], "accuracy")
+
+
+def test_best_is_by_the_mean_over_seeds() -> None:
+    trials = [
+        trial(0.9, train__beta=0.1, run__seed=0),
+        trial(0.5, train__beta=0.1, run__seed=1),
+        trial(0.8, train__beta=0.2, run__seed=0),
+        trial(0.7, train__beta=0.2, run__seed=1),
+    ]
+    assert best_outcome(trials, "accuracy").settings == {"train.beta": 0.2}
+
+
+def test_frontier_of_reward_and_kl() -> None:
+    points = [(1.0, 1.0), (2.0, 2.0), (1.5, 3.0)]  # reward, KL
+    trials = [
+        Outcome(
+            {"train.beta": number},
+            1,
+            {"reward": gain, "kl": cost, "step": 1, "total_steps": 1},
+            1.0,
+        )
+        for number, (gain, cost) in enumerate(points)
+    ]
+    rows = table_of(trials, "reward_and_kl")
+    assert [row["on_frontier"] for row in rows] == [True, True, False]
+    assert best_outcome(trials, "reward_and_kl").values == {"train.beta": 1}
+
+
+def test_csv_has_a_line_per_trial(tmp_path: Path) -> None:
+    rows = table_of(
+        [trial(0.5, train__beta=0.1), Outcome({"train.beta": 0.2}, 0, {}, 2.0, "broken")],
+        "accuracy",
+    )
+    write_csv(tmp_path / "trials.csv", rows)
+    with (tmp_path / "trials.csv").open() as stream:
+        lines = list(csv.DictReader(stream))
+    assert [line["state"] for line in lines] == ["complete", "failed"]
+    assert lines[1]["error"] == "broken"
+    assert lines[0]["train.beta"] == "0.1"
+
+
+def test_importance_finds_the_key_that_matters() -> None:
+    """The objective follows beta only; c_min follows from c_max and is not drawn."""
+    rng = random.Random(0)
+    space = {
+        "train.beta": LogUniform(type="loguniform", min=0.01, max=1.0),
+        "train.c_max": Uniform(type="uniform", min=1.5, max=6.0),
+        "train.c_min": Reciprocal(type="reciprocal", of="train.c_max"),
+    }
+    trials = []
+    for _ in range(30):
+        beta = 10 ** rng.uniform(-2, 0)
+        c_max = rng.uniform(1.5, 6)
+        trials.append(trial(beta, train__beta=beta, train__c_max=c_max, train__c_min=1 / c_max))
+    found = importances(trials, space, "accuracy")
+    assert found.keys() == {"train.beta", "train.c_max"}
+    assert found["train.beta"] > 0.9
+    assert importances(trials[:5], space, "accuracy") == {}
+    same = [
+        trial(0.5, **{key.replace(".", "__"): v for key, v in one.values.items()}) for one in trials
+    ]
+    assert importances(same, space, "accuracy") == {}
+
+
+def test_values_in_one_line() -> None:
+    values = {"train.beta": 0.123456, "train.loss_type": "madpo", "run.seed": 3}
+    assert shown(values) == "beta 0.1235, loss_type madpo, run.seed 3"
