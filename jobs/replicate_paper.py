@@ -19,7 +19,6 @@ import math
 import os
 import random
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +28,22 @@ import pyarrow as pa
 from prepare_demo import read_sentences
 
 from madpo_ray import pipeline
+from madpo_ray.artifacts.manifest import read_manifest
+from madpo_ray.artifacts.tables import read_columns, read_split
 from madpo_ray.atomic import write_json, write_text
 from madpo_ray.cli import exit_codes, say
 from madpo_ray.cluster import connected
-from madpo_ray.config import Config, parse_config
+from madpo_ray.columns import GROUP, MARGIN, SPLIT, TEXT_COLUMNS, TRAIN
+from madpo_ray.config import Config, parse_config, with_changes
+from madpo_ray.data.messages import from_text
+from madpo_ray.errors import UserError
 from madpo_ray.evaluation.sample_sets import PolicyFiles, SampleSet
 from madpo_ray.evaluation.sampling import sample_responses
 from madpo_ray.models.loading import load_tokenizer
 from madpo_ray.models.source import base_model
 from madpo_ray.passes import BatchNotes
 from madpo_ray.stages import evaluate, margins, sft, train
+from madpo_ray.stages.margins_report import weights_of
 
 TIERS = ("high", "medium", "low")
 PROMPT_WORDS = 4
@@ -47,12 +52,15 @@ MAX_WORDS = 30
 MAX_NEW_TOKENS = 24
 TEST_PROMPTS = 200
 
-# Where margins come from: the reward model's folds, and its calibration.
+# Where margins come from: the reward model's folds, and its calibration. `weighted` has the weights
+# of `seen` as columns, for the ablation.
 MARGINS: dict[str, dict[str, dict[str, Any]]] = {
     "seen": {"reward": {"folds": 1}, "margins": {"calibration": "none"}},
+    "weighted": {"margins": {"with_rewards": False}},
     "folds": {"reward": {"folds": 2}, "margins": {"calibration": "none"}},
     "calibrated": {"reward": {"folds": 2}, "margins": {"calibration": "temperature"}},
 }
+ABLATIONS = ("amplify_only", "dampen_only")
 # A method: its margins, and its keys of section train. beta is 0.1 for all, as in the paper.
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "dpo": ("seen", {"loss_type": "sigmoid"}),
@@ -61,10 +69,10 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "madpo": ("seen", {"loss_type": "madpo"}),
     "madpo_folds": ("folds", {"loss_type": "madpo"}),
     "madpo_calibrated": ("calibrated", {"loss_type": "madpo"}),
-    # c = 1 is DPO; as close to it as the formula allows.
-    "amplify_only": ("seen", {"loss_type": "madpo", "c_min": 0.999}),
-    "dampen_only": ("seen", {"loss_type": "madpo", "c_max": 1.001}),
+    # MADPO's amplifier c with its part below 1, or above 1, set to 1.
+    **{name: ("weighted", {"loss_type": "sigmoid", "weight_column": name}) for name in ABLATIONS},
 }
+WEIGHTING = {"c_min": 0.25, "c_max": 4.0, "lmbda": 1.0, "tau": 7.0}
 LORA = {
     "use_peft": True,
     "lora_r": 16,
@@ -93,7 +101,7 @@ def base_config(arguments: argparse.Namespace, folder: Path, seed: int) -> dict[
         "cluster": {"num_workers": 2},
         "reward": {**LORA, "learning_rate": 5e-4, "num_train_epochs": 2},
         "margins": {"with_rewards": True},
-        "train": {**policy, "beta": 0.1, "c_min": 0.25, "c_max": 4.0, "tau": 7.0},
+        "train": {**policy, "beta": 0.1, **WEIGHTING},
         "evaluate": {
             "judge": "ground_truth:reward",
             "num_samples": 2 * TEST_PROMPTS,
@@ -224,45 +232,101 @@ def run_tier(
 ) -> None:
     """All methods on the pairs of a tier and a seed."""
     folder = arguments.storage / f"{tier}-{seed}"
-    result = folder / "result.json"
-    if result.exists():
-        say(f"{result}: done already")
-        return
     folder.mkdir(parents=True, exist_ok=True)
+    require_same_arguments(folder / "arguments.json", arguments)
     if not (folder / "pairs.jsonl").exists():
         make_pairs(arguments, policy, folder, tier, seed, texts)
     raw = base_config(arguments, folder, seed)
     if tier == "high":
         raw["evaluate"]["temperatures"] = arguments.temperatures
+    sections = [model_of(policy), TRUE_SCORES]
 
-    # The margins of each kind; the reference pass and shared reward models are copied.
-    runs: dict[str, Config] = {}
-    seconds: dict[str, float] = {}
-    kinds = dict.fromkeys(METHODS[name][0] for name in arguments.methods)
-    for kind in kinds:
-        config = changed(raw, f"margins-{kind}", model_of(policy), TRUE_SCORES, MARGINS[kind])
-        began = time.monotonic()
-        if kind == "calibrated" and "folds" in runs and not margins.STAGE.exists(config):
-            copy_run(runs["folds"].run.folder, config.run.folder)
-        pipeline.run_all(config, say=say, until=margins.STAGE)
-        runs[kind] = config
-        seconds[f"margins_{kind}"] = time.monotonic() - began
+    trained = run_methods(raw, sections, folder, arguments.methods)
+    write_json(folder / "result.json", summary(trained))
 
-    # One training per method.
-    trained: list[Config] = []
-    for name in arguments.methods:
+
+def require_same_arguments(file: Path, arguments: argparse.Namespace) -> None:
+    """Results of a folder are of one set of arguments, apart from the methods."""
+    names = ("pairs", "epochs", "learning_rate")
+    now = {name: getattr(arguments, name) for name in names}
+    if file.exists() and (then := json.loads(file.read_text())) != now:
+        raise UserError(f"{file.parent} was made with {then}, not {now}: set another --storage")
+    write_json(file, now)
+
+
+def run_methods(
+    raw: dict[str, Any],
+    sections: list[dict[str, dict[str, Any]]],
+    folder: Path,
+    methods: list[str],
+) -> list[Config]:
+    """Scores the margins of each kind, and trains each method on those of its own."""
+    scored: dict[str, Config] = {}
+
+    def margins_of(kind: str) -> Config:
+        if kind not in scored:
+            own = [*sections, MARGINS[kind]]
+            if kind == "weighted":
+                file = folder / "weighted.jsonl"
+                if not file.exists():
+                    write_weighted(margins_of("seen"), file)
+                kept = {"files": [str(file)], "keep_columns": [*keep_columns(raw, sections)]}
+                kept["keep_columns"] += ABLATIONS
+                own.append({"data": kept})
+            config = changed(raw, f"margins-{kind}", *own)
+            if kind == "calibrated" and "folds" in scored and not margins.STAGE.exists(config):
+                copy_run(scored["folds"].run.folder, config.run.folder)
+            pipeline.run_all(config, say=say, until=margins.STAGE)
+            scored[kind] = config
+        return scored[kind]
+
+    trained = []
+    for name in methods:
         kind, settings = METHODS[name]
-        config = changed(
-            raw, name, model_of(policy), TRUE_SCORES, MARGINS[kind], {"train": settings}
-        )
-        began = time.monotonic()
+        source = margins_of(kind)
+        run = source.run.model_copy(update={"name": name})
+        keys = with_changes(source.train, "train", settings)
+        config = source.model_copy(update={"run": run, "train": keys})
         if not train.STAGE.exists(config):
-            copy_run(runs[kind].run.folder, config.run.folder)
+            copy_run(source.run.folder, config.run.folder)
         pipeline.run_all(config, say=say, until=train.STAGE)
         trained.append(config)
-        seconds[f"train_{name}"] = time.monotonic() - began
+    return trained
 
-    write_json(result, summary(trained, seconds))
+
+def keep_columns(raw: dict[str, Any], sections: list[dict[str, dict[str, Any]]]) -> list[str]:
+    found: list[str] = raw["data"].get("keep_columns", [])
+    for section in sections:
+        found = section.get("data", {}).get("keep_columns", found)
+    return found
+
+
+def write_weighted(scored: Config, file: Path) -> None:
+    """The scored pairs with the weights of both ablations."""
+    names = [*TEXT_COLUMNS, SPLIT, GROUP, MARGIN, *scored.data.keep_columns]
+    rows = read_columns(margins.STAGE.rows(scored), names).to_pylist()
+    for row in rows:
+        margin = row.pop(MARGIN)
+        row |= dict(zip(ABLATIONS, ablated_weights(margin), strict=True))
+        for name in TEXT_COLUMNS:
+            row[name] = from_text(row[name])
+    write_rows(file, rows)
+
+
+def ablated_weights(margin: float) -> tuple[float, float]:
+    """MADPO's weight with c of at least 1 (amplification only), and of at most 1."""
+    if margin <= -WEIGHTING["tau"]:
+        return 1.0, 1.0
+    c_min, c_max = WEIGHTING["c_min"], WEIGHTING["c_max"]
+    ratio = (c_max - 1) / (1 - c_min)
+    c = c_min + (c_max - c_min) / (
+        1 + ratio * math.exp(WEIGHTING["lmbda"] * (abs(margin) - WEIGHTING["tau"]))
+    )
+
+    def weight(factor: float) -> float:
+        return math.exp(float(np.logaddexp(0, -margin) - np.logaddexp(0, -factor * margin)))
+
+    return weight(max(c, 1.0)), weight(min(c, 1.0))
 
 
 def copy_run(source: Path, target: Path) -> None:
@@ -270,7 +334,7 @@ def copy_run(source: Path, target: Path) -> None:
     shutil.copytree(source, target, dirs_exist_ok=True, ignore=others)
 
 
-def summary(trained: list[Config], seconds: dict[str, float]) -> dict[str, Any]:
+def summary(trained: list[Config]) -> dict[str, Any]:
     """The numbers of all methods, with samples of all for the same prompts."""
     first, *others = trained
     folders = [str(config.run.folder) for config in others]
@@ -279,22 +343,28 @@ def summary(trained: list[Config], seconds: dict[str, float]) -> dict[str, Any]:
     )
     pipeline.run_all(compared, say=say, until=evaluate.STAGE)
     evaluation = json.loads((evaluate.STAGE.folder(compared) / "evaluation.json").read_text())
-    reports = {}
-    for config in trained:
-        report = json.loads((margins.STAGE.folder(config) / "margins_report.json").read_text())
-        reports[config.run.name] = {
-            "splits": report["splits"]["train"],
-            "weights_by_label": report["weights_by_label"],
-            "calibration": {k: v for k, v in report["calibration"].items() if np.isscalar(v)},
-            "final": train.STAGE.require(config),
-        }
     return {
         "methods": [config.run.name for config in trained],
         "sampling": evaluation["sampling"],
         "comparisons": evaluation["comparisons"],
-        "runs": reports,
-        "seconds": seconds,
+        "runs": {config.run.name: describe_run(config) for config in trained},
     }
+
+
+def describe_run(config: Config) -> dict[str, Any]:
+    """The training's last evaluation, its weights, and the seconds of each stage."""
+    found: dict[str, Any] = {"final": train.STAGE.require(config), "seconds": {}}
+    for stage in pipeline.wanted_stages(config, train.STAGE):
+        manifest = read_manifest(stage.folder(config))
+        assert manifest is not None
+        found["seconds"][stage.name] = manifest["seconds"]
+    if config.train.loss_type == "madpo":
+        rows = read_split(margins.STAGE.rows(config), TRAIN, [MARGIN])[MARGIN].to_numpy()
+        weights = weights_of(rows, config.train)
+        found["negative_fraction"] = float(np.mean(rows < 0))
+        found["mean_weight"] = float(weights.mean())
+        found["effective_share"] = float(weights.sum() ** 2 / (len(weights) * (weights**2).sum()))
+    return found
 
 
 def print_table(storage: Path) -> None:

@@ -10,13 +10,22 @@ the label. Every result is a JSON file in the folder of its seed; a second call 
 import argparse
 import json
 import os
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from prepare_demo import build_pairs, read_sentences
-from replicate_paper import LORA, MARGINS, METHODS, changed, copy_run, write_rows
+from replicate_paper import (
+    LORA,
+    MARGINS,
+    METHODS,
+    WEIGHTING,
+    changed,
+    describe_run,
+    require_same_arguments,
+    run_methods,
+    write_rows,
+)
 
 from madpo_ray import pipeline
 from madpo_ray.artifacts.tables import read_columns
@@ -26,10 +35,11 @@ from madpo_ray.cluster import connected
 from madpo_ray.columns import MARGIN, TEXT_COLUMNS
 from madpo_ray.config import Config
 from madpo_ray.data.messages import from_text
-from madpo_ray.stages import evaluate, margins, train
+from madpo_ray.stages import evaluate, margins
 
 MAX_WORDS = 16
 SIZES = {"validation": 200, "test": 500}
+NOISY = "noisy_margin"
 NOISES = (0.0, 1.0, 2.0, 4.0)  # standard deviations, in units of the margins
 
 
@@ -51,7 +61,7 @@ def base_config(arguments: argparse.Namespace, folder: Path, seed: int) -> dict[
         "cluster": {"num_workers": 2},
         "reward": {**LORA, "learning_rate": 5e-4, "num_train_epochs": 2},
         "margins": {"with_rewards": True},
-        "train": {**LORA, **rates, "beta": 0.1, "c_min": 0.25, "c_max": 4.0, "tau": 7.0},
+        "train": {**LORA, **rates, "beta": 0.1, **WEIGHTING},
         "evaluate": {
             "chosen_score_column": "chosen_rating",
             "rejected_score_column": "rejected_rating",
@@ -64,6 +74,7 @@ def base_config(arguments: argparse.Namespace, folder: Path, seed: int) -> dict[
 def run_seed(arguments: argparse.Namespace, seed: int) -> None:
     folder = arguments.storage / f"ratings-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
+    require_same_arguments(folder / "arguments.json", arguments)
     if not (folder / "pairs.jsonl").exists():
         sentences = read_sentences(arguments.sdist, MAX_WORDS)
         rows = build_pairs(sentences, {"train": arguments.pairs, **SIZES}, seed)
@@ -71,32 +82,23 @@ def run_seed(arguments: argparse.Namespace, seed: int) -> None:
     raw = base_config(arguments, folder, seed)
 
     # The methods, each on its margins.
-    runs: dict[str, Config] = {}
     for name in arguments.methods:
-        kind, settings = METHODS[name]
-        if kind not in runs:
-            config = changed(raw, f"margins-{kind}", MARGINS[kind])
-            if kind == "calibrated" and "folds" in runs and not margins.STAGE.exists(config):
-                copy_run(runs["folds"].run.folder, config.run.folder)
-            pipeline.run_all(config, say=say, until=margins.STAGE)
-            runs[kind] = config
-        config = changed(raw, name, MARGINS[kind], {"train": settings})
-        measure(config, runs[kind].run.folder, folder / f"{name}.json")
+        (config,) = run_methods(raw, [], folder, [name])
+        measure(config, folder / f"{name}.json")
 
     # MADPO on margins with noise, which come as a column of the data.
-    if "calibrated" not in runs:
-        return
     for noise in arguments.noises:
         file = folder / f"noise-{noise:g}.jsonl"
+        scored = changed(raw, "margins-calibrated", MARGINS["calibrated"])
         if not file.exists():
-            write_noisy(runs["calibrated"], noise, seed, file)
-        columns: dict[str, dict[str, Any]] = {
-            "data": {"files": [str(file)], "keep_columns": [*raw["data"]["keep_columns"], MARGIN]},
-            "reward": {"source": "columns", "source_columns": [MARGIN]},
+            pipeline.run_all(scored, say=say, until=margins.STAGE)
+            write_noisy(scored, noise, seed, file)
+        keys: dict[str, dict[str, Any]] = {
+            "data": {"files": [str(file)], "keep_columns": [*raw["data"]["keep_columns"], NOISY]},
+            "reward": {"source": "columns", "source_columns": [NOISY]},
             "margins": {"calibration": "none"},
         }
-        config = changed(raw, f"noise-{noise:g}", columns)
-        measure(config, None, folder / f"noise-{noise:g}.json")
+        measure(changed(raw, f"noise-{noise:g}", keys), folder / f"noise-{noise:g}.json")
 
 
 def write_noisy(scored: Config, noise: float, seed: int, file: Path) -> None:
@@ -106,45 +108,29 @@ def write_noisy(scored: Config, noise: float, seed: int, file: Path) -> None:
     drawn = np.random.default_rng(seed).normal(0, 1, table.num_rows)
     rows = table.to_pylist()
     for row, value in zip(rows, drawn, strict=True):
-        row[MARGIN] += noise * value
+        row[NOISY] = row.pop(MARGIN) + noise * value
         for name in TEXT_COLUMNS:
             row[name] = from_text(row[name])
     write_rows(file, rows)
 
 
-def measure(config: Config, source: Path | None, result: Path) -> None:
-    """Trains a method, and writes what its policy makes of the test pairs."""
-    if result.exists():
-        say(f"{result}: done already")
-        return
-    if source is not None and not train.STAGE.exists(config):
-        copy_run(source, config.run.folder)
-    began = time.monotonic()
+def measure(config: Config, result: Path) -> None:
+    """Writes what the policy of a method makes of the test pairs."""
     pipeline.run_all(config, say=say, until=evaluate.STAGE)
     evaluation = json.loads((evaluate.STAGE.folder(config) / "evaluation.json").read_text())
-    report = json.loads((margins.STAGE.folder(config) / "margins_report.json").read_text())
-    write_json(
-        result,
-        {
-            "seconds": time.monotonic() - began,
-            "implicit": evaluation["implicit"],
-            "reward_model": evaluation["reward_model"],
-            "weights": report["splits"]["train"],
-            "weights_by_label": report["weights_by_label"],
-        },
-    )
+    write_json(result, {"implicit": evaluation["implicit"], **describe_run(config)})
 
 
 def print_table(storage: Path) -> None:
     """Mean over seeds, with the standard error."""
-    found: dict[str, list[tuple[float, float, float]]] = {}
+    found: dict[str, list[tuple[float, float]]] = {}
     for file in sorted(storage.glob("ratings-*/*.json")):
         result = json.loads(file.read_text())
-        implicit = result["implicit"]
-        wrong = result["weights_by_label"].get("wrong", {}).get("mean_weight", float("nan"))
-        numbers = (implicit["rank_correlation"], implicit["accuracy"], wrong)
-        found.setdefault(file.stem, []).append(numbers)
-    say("method: rank correlation with the true margin, accuracy on noisy labels, weight if wrong")
+        if "implicit" in result:
+            implicit = result["implicit"]
+            numbers = (implicit["rank_correlation"], implicit["accuracy"])
+            found.setdefault(file.stem, []).append(numbers)
+    say("method: rank correlation with the true margin, accuracy on noisy labels")
     for name, seeds in found.items():
         means = np.mean(seeds, axis=0)
         errors = np.std(seeds, axis=0, ddof=1) / len(seeds) ** 0.5 if len(seeds) > 1 else means * 0

@@ -121,7 +121,30 @@ def _start_or_connect(
     num_cpus = (os.cpu_count() or 1) + LOCAL_EXTRA_CPUS
     if streaming is not None:  # actors share the machine's CPUs with the workers
         num_cpus += math.ceil(streaming.min_size * streaming.num_cpus)
-    ray.init(address="local", num_cpus=num_cpus, include_dashboard=dashboard, **options)
+    with _known_address() if dashboard else contextlib.nullcontext():
+        ray.init(address="local", num_cpus=num_cpus, include_dashboard=dashboard, **options)
+
+
+@contextlib.contextmanager
+def _known_address() -> Iterator[None]:
+    """Lets the processes of a Ray that starts know its address.
+
+    By Ray's state API the workers of a stopped trial are found and freed. It asks the environment
+    which Ray to look at, and fails if that does not tell and several run on this machine.
+    """
+    import ray.util
+
+    host = ray.util.get_node_ip_address()
+    with socket.socket() as free:
+        free.bind((host, 0))
+        port = free.getsockname()[1]
+    added = {"RAY_GCS_SERVER_PORT": str(port), "RAY_ADDRESS": f"{host}:{port}"}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
 
 
 def _protect_token() -> None:

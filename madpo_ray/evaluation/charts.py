@@ -15,6 +15,7 @@ RED = "#cc6677"
 GRAY = "#999999"
 WIDTH = 560  # pixels
 HEIGHT = 320
+BELOW = alt.Legend(orient="bottom", columns=2, labelLimit=0)  # leaves the width to the chart
 ACCURACY = "share of pairs whose margin is positive"
 SCALE = 1.5  # pixels of a picture per pixel of its chart
 
@@ -97,7 +98,7 @@ def reliability_chart(
     scale = alt.Scale(domain=[0.5, 1])
     x = alt.X("confidence:Q", title="confidence: sigmoid(|margin|)", scale=scale)
     colors = alt.Scale(domain=list(names), range=[RED, BLUE])
-    series = alt.Color("margins:N", title=None, scale=colors)
+    series = alt.Color("margins:N", title=None, scale=colors, legend=BELOW)
     points = _with_errors(rows, x, "accuracy", ACCURACY, series)
     title = "Reliability of the margins' signs, validation pairs"
     return _sized(alt.layer(diagonal, *points), title)
@@ -151,7 +152,7 @@ def rewards_chart(entries: Sequence[Mapping[str, Any]]) -> Chart:
     """
     rows = [_judged(entry) for entry in entries]
     x = alt.X("temperature:Q", title="temperature of decoding")
-    series = alt.Color("policy:N", title=None)
+    series = alt.Color("policy:N", title=None, legend=BELOW)
     points = _with_errors(rows, x, "reward", "reward, 95 % interval over prompts", series)
     line = alt.Chart(rows_of(rows)).mark_line().encode(x=x, y="reward:Q", color=series)
     return _sized(alt.layer(line, *points), "Mean reward of samples")
@@ -162,7 +163,11 @@ def frontier_chart(entries: Sequence[Mapping[str, Any]]) -> Chart:
     rows = [_judged(entry) for entry in entries]
     x = alt.X("kl:Q", title="KL(policy || reference), nats per response; numbers: temperature")
     points = _with_errors(
-        rows, x, "reward", "reward, 95 % interval over prompts", alt.Color("policy:N", title=None)
+        rows,
+        x,
+        "reward",
+        "reward, 95 % interval over prompts",
+        alt.Color("policy:N", title=None, legend=BELOW),
     )
     best = [row for row in rows if row["on_frontier"]]
     line = alt.Chart(rows_of(best)).mark_line(color=GRAY).encode(x=x, y="reward:Q")

@@ -6,7 +6,7 @@ from typing import Any
 
 import altair as alt
 
-from madpo_ray.evaluation.charts import HEIGHT, WIDTH, Rows, rows_of
+from madpo_ray.evaluation.charts import BELOW, HEIGHT, WIDTH, Rows, rows_of
 
 MAX_POINTS = 300  # of a line
 
@@ -55,14 +55,15 @@ def _thinned(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def _curves(title: str, rows: Rows, *, several: bool) -> alt.Chart:
+    metrics = list(dict.fromkeys(row["metric"] for row in rows))  # training before evaluation
     encoding: dict[str, Any] = {
         "x": alt.X("step:Q", title="optimizer step"),
         "y": alt.Y("value:Q", title=None, scale=alt.Scale(zero=False)),
-        "color": alt.Color("metric:N", title=None),
+        "color": alt.Color("metric:N", title=None, scale=alt.Scale(domain=metrics), legend=BELOW),
         "tooltip": ["run:N", "metric:N", "step:Q", "value:Q"],
     }
     if several:
-        encoding["strokeDash"] = alt.StrokeDash("run:N", title=None)
+        encoding["strokeDash"] = alt.StrokeDash("run:N", title=None, legend=BELOW)
     chart: alt.Chart = (
         alt.Chart(rows_of(rows))
         .mark_line(point=len(rows) < 2 * MAX_POINTS)

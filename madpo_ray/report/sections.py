@@ -56,14 +56,18 @@ def sections_of(runs: Sequence[Run]) -> list[Section]:
 
 
 def _pipeline(runs: Sequence[Run]) -> Section:
-    rows = [
-        (run.name, stage.name, _or_dash(stage.seconds), "\n".join(stage.lines))
+    headings = ["stage", "seconds", "result"]
+    rows: list[list[Any]] = [
+        [run.name, stage.name, _or_dash(stage.seconds), "\n".join(stage.lines)]
         for run in runs
         for stage in run.stages
     ]
-    return Section(
-        "Pipeline", tables=[Table(("run", "stage", "seconds of its last start", "result"), rows)]
-    )
+    if len(runs) > 1:
+        headings.insert(0, "run")
+    else:
+        rows = [row[1:] for row in rows]
+    note = "Seconds are those of a stage's last start: what was resumed took longer."
+    return Section("Pipeline", note=note, tables=[Table(headings, rows)])
 
 
 def _configs(runs: Sequence[Run]) -> Section:
@@ -157,7 +161,11 @@ def _evaluation(run: Run, name: str) -> Section:
                 bins,
                 "Accuracy of the policy's implicit reward by size of the margin",
             ),
-            Table(SAMPLE_HEADINGS, [_sampled(one) for one in results["sampling"]], "Samples"),
+            Table(
+                SAMPLE_HEADINGS,
+                [_sampled(one) for one in results["sampling"]],
+                "Samples in numbers",
+            ),
             Table(
                 ("against", "temperature", "reward difference", "from", "to", "wins"),
                 [_compared(one) for one in results["comparisons"]],

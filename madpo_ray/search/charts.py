@@ -6,7 +6,7 @@ from typing import Any
 import altair as alt
 import numpy as np
 
-from madpo_ray.evaluation.charts import BLUE, GRAY, HEIGHT, RED, WIDTH, Rows, rows_of
+from madpo_ray.evaluation.charts import BELOW, BLUE, GRAY, HEIGHT, RED, WIDTH, Rows, rows_of
 
 
 def search_charts(
@@ -42,6 +42,7 @@ def _state() -> alt.Color:
     return alt.Color(
         "state:N",
         title=None,
+        legend=BELOW,
         scale=alt.Scale(domain=["complete", "stopped", "failed"], range=[BLUE, GRAY, RED]),
     )
 

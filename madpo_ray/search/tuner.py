@@ -143,8 +143,15 @@ def _outcome(trials: Trials, drawn: Values, result: ray.tune.Result) -> Outcome:
     last = reports[-1] if reports else {}
     metrics = {name: last[name] for name in REPORTED if _is_finite(last.get(name))}
     seconds = (result.metrics or {}).get("time_total_s")
-    error = str(result.error) if result.error else None
+    error = None if result.error is None else _reason(result.error)
     return Outcome(values, last.get(EVALUATION, 0), metrics, seconds, error)
+
+
+def _reason(error: Exception) -> str:
+    """What was raised in a trial, without Ray's traceback."""
+    cause = getattr(error, "cause", None) or error
+    message = cause.args[0] if cause.args else ""
+    return f"{type(cause).__name__}: {message}"
 
 
 def _is_finite(value: float | None) -> bool:

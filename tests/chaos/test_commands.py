@@ -280,9 +280,7 @@ def test_node_with_a_scoring_actor_is_removed(
     while not kept_files(config):
         assert process.is_alive()
         time.sleep(0.005)
-    raylets = {node: node.all_processes["raylet"][0].process.pid for node in nodes.worker_nodes}
-    node = next(node for node, pid in raylets.items() if scoring_actors(pid))
-    nodes.remove_node(node, allow_graceful=False)
+    nodes.remove_node(node_with_a_scoring_actor(nodes), allow_graceful=False)
     process.join()
     if process.exitcode != 0:
         assert run(raw, stage) == 0
@@ -293,6 +291,36 @@ def test_node_with_a_scoring_actor_is_removed(
     for name in names[1:]:
         assert ours[name].to_pylist() == pytest.approx(theirs[name].to_pylist(), abs=1e-4)
     record("scoring in margins", "its node is removed", 1, "same result")
+
+
+def node_with_a_scoring_actor(nodes: Any) -> Any:
+    raylets = {node: node.all_processes["raylet"][0].process.pid for node in nodes.worker_nodes}
+    return next(node for node, pid in raylets.items() if scoring_actors(pid))
+
+
+def test_node_with_a_scoring_actor_of_a_training_is_removed(
+    finished: Config, tmp_path: Path, record: Record
+) -> None:
+    """The others take over, or the same command finishes."""
+    undisturbed = unscored_copy(finished, tmp_path / "undisturbed")
+    assert run(undisturbed.model_dump(mode="json"), train.STAGE) == 0
+    with nodes_of_one_cpu(8) as nodes:
+        config = unscored_copy(finished, tmp_path / "removed")
+        raw = config.model_dump(mode="json")
+        raw["cluster"]["address"] = nodes.address
+        process = start(raw, train.STAGE)
+        # The validation pairs are scored by a pass of their own, before.
+        chunks = len(kept_files(undisturbed))
+        while len(kept_files(config)) < chunks // 2:
+            assert process.is_alive()
+            time.sleep(0.005)
+        nodes.remove_node(node_with_a_scoring_actor(nodes), allow_graceful=False)
+        process.join()
+        if process.exitcode != 0:
+            assert run(raw, train.STAGE) == 0
+    assert_each_pair_was_scored_once(config)
+    assert losses(config) == pytest.approx(losses(undisturbed), abs=1e-5)
+    record("streamed training", "a scoring actor's node is removed", 1, "same losses")
 
 
 def test_second_command_at_random_moments(finished: Config, tmp_path: Path, record: Record) -> None:

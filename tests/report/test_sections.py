@@ -38,10 +38,10 @@ def test_every_part_of_a_run_is_shown(finished_run: Run) -> None:
         *("Pipeline", "Config", "Training", "Margins", "Evaluation", "Samples"),
         "Suspicious pairs",
     ]
-    stages = [row[1] for row in found["Pipeline"].tables[0].rows]
+    stages = [row[0] for row in found["Pipeline"].tables[0].rows]
     assert stages == ["pairs", "reward", "margins", "train", "evaluate"]
-    assert all(row[2] > 0 for row in found["Pipeline"].tables[0].rows)
-    assert "train" in found["Pipeline"].tables[0].rows[0][3]
+    assert all(row[1] > 0 for row in found["Pipeline"].tables[0].rows)
+    assert "train" in found["Pipeline"].tables[0].rows[0][2]
     assert len(found["Margins"].charts) == 3
     assert {chart.to_dict()["title"] for chart in found["Training"].charts} >= {
         "reward: Loss",

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,8 +25,11 @@ Run = tuple[Config, list[str]]
 
 
 def write_config(run: Run, file: Path, **settings: Any) -> Config:
-    """The config of a search over a finished run's margins."""
+    """The config of a search over a finished run's margins, in a copy of the run."""
     raw = run[0].model_dump(mode="json")
+    folder = file.parent / raw["run"]["name"]
+    shutil.copytree(run[0].run.folder, folder, ignore=shutil.ignore_patterns("ray"))
+    raw["run"]["storage_path"] = str(file.parent)
     raw["tune"] |= {"evaluations": 2, **settings}
     # Far apart and at a high rate, so that trials differ.
     raw["train"] |= {"max_steps": 4, "learning_rate": 1e-2}
@@ -172,7 +176,8 @@ def test_failed_trial_is_recorded(finished_run: Run, tmp_path: Path) -> None:
     assert "2 trials, 0 stopped early, 1 failed" in printed
     found = json.loads((tune.STAGE.folder(config) / "trials.json").read_text())
     failed, good = found["trials"]
-    assert "not finite" in failed["error"] or "nan" in failed["error"]
+    assert failed["error"].startswith("Stopped: the ")
+    assert "skip_nonfinite" in failed["error"]
     assert good["state"] == "complete"
     best = load_config(tune.STAGE.folder(config) / "best.yaml")
     assert best.train.learning_rate == 1e-3
