@@ -136,7 +136,7 @@ def main() -> None:
     )
     parser.add_argument("--train", type=int, default=400, help="pairs for training")
     parser.add_argument("--validation", type=int, default=100, help="pairs for validation")
-    parser.add_argument("--test", type=int, default=200, help="pairs for the test")
+    parser.add_argument("--test", type=int, default=150, help="pairs for the test")
     parser.add_argument("--max-words", type=int, default=14, help="words of a sentence, at most")
     parser.add_argument("--seed", type=int, default=0, help="draws sentences and raters")
     args = parser.parse_args()

@@ -18,12 +18,14 @@ from madpo_ray.stages import margins, train
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", type=Path, required=True)
-    file = parser.parse_args().config
+    parser.add_argument("--set", action="append", default=[], help="section.key=value")
+    arguments = parser.parse_args()
+    file = arguments.config
     with exit_codes():
-        madpo = load_config(file)
+        madpo = load_config(file, arguments.set)
         (other,) = madpo.evaluate.compare_with
         changes = ["train.loss_type=sigmoid", "evaluate.compare_with=[]"]
-        dpo = load_config(file, [*changes, f"run.name={Path(other).name}"])
+        dpo = load_config(file, [*arguments.set, *changes, f"run.name={Path(other).name}"])
         if not train.STAGE.is_finished(dpo) or pipeline.pending(madpo):
             with connected(madpo.cluster, actors=madpo.actors):
                 run_both(madpo, dpo)

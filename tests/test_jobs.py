@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from madpo_ray import pipeline
+from madpo_ray.losses import madpo_weight
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -43,6 +45,26 @@ def test_scripts_have_the_commands_flags(script: str) -> None:
     assert "--config" in done.stdout
     assert "--set" in done.stdout
     assert "--dry-run" in done.stdout
+
+
+@pytest.mark.parametrize("script", ["run_demo", "replicate_paper", "replicate_ratings"])
+def test_other_scripts_explain_themselves(script: str) -> None:
+    command = [sys.executable, ROOT / "jobs" / f"{script}.py", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "usage: " in done.stdout
+
+
+def test_ablations_are_the_parts_of_the_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Below tau c is at least 1, above at most 1: one of both is MADPO's weight, the other 1."""
+    monkeypatch.syspath_prepend(str(ROOT / "jobs"))
+    from replicate_paper import WEIGHTING, ablated_weights
+
+    margins = [-9.0, -6.9, -2.0, -0.1, 0.0, 0.5, 3.0, 6.9, 7.1, 9.0, 30.0]
+    weights = madpo_weight(torch.tensor(margins, dtype=torch.float64), **WEIGHTING).tolist()
+    for margin, weight in zip(margins, weights, strict=True):
+        amplified, dampened = ablated_weights(margin)
+        parts = (weight, 1.0) if abs(margin) < WEIGHTING["tau"] else (1.0, weight)
+        assert (amplified, dampened) == pytest.approx(parts, abs=1e-12)
 
 
 @pytest.fixture

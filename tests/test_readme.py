@@ -19,8 +19,10 @@ COMMANDS = [
     if line.split("#")[0].strip()
 ]
 MAKE = [command for command in COMMANDS if command.startswith("make ")]
-VERIFY = "madpo-ray verify runs/my-run"
-MADPO = [command for command in COMMANDS if command.startswith("madpo-ray ") and command != VERIFY]
+OF_A_RUN = ("madpo-ray verify runs/my-run", "madpo-ray report runs/my-run")
+MADPO = [
+    command for command in COMMANDS if command.startswith("madpo-ray ") and command not in OF_A_RUN
+]
 
 
 def test_has_the_main_commands() -> None:
@@ -67,18 +69,19 @@ def test_commands_run(command: str, model_folder: Path, pairs_file: Path, tmp_pa
 
 
 @pytest.mark.ray
-def test_verify_runs(finished_run: tuple[Config, list[str]]) -> None:
-    assert VERIFY in COMMANDS
+@pytest.mark.parametrize("command", OF_A_RUN)
+def test_commands_about_a_run(command: str, finished_run: tuple[Config, list[str]]) -> None:
+    assert command in COMMANDS
     program = Path(sys.executable).with_name("madpo-ray")
-    command = [program, "verify", str(finished_run[0].run.folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    arguments = [program, command.split()[1], str(finished_run[0].run.folder)]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "pairs: intact\n" in done.stdout
+    assert ("pairs: intact\n" in done.stdout) is ("verify" in command)
 
 
 def test_every_command_is_covered() -> None:
     """What needs the network or a running cluster: the submission is tested in test_jobs.py."""
-    others = [command for command in COMMANDS if command not in (*MAKE, *MADPO, VERIFY)]
+    others = [command for command in COMMANDS if command not in (*MAKE, *MADPO, *OF_A_RUN)]
     assert all(command.startswith(("git clone", "cd ", "ray job submit")) for command in others)
 
 
