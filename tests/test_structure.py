@@ -29,6 +29,8 @@ TESTED_ELSEWHERE = {
     "search/trials": "stages/test_tune.py, on a real Ray",
     "search/tuner": "stages/test_tune.py, on a real Ray",
     "report/collect": "report/test_sections.py",
+    "report/parts": "report/test_sections.py and report/test_page.py",
+    "report/results": "report/test_sections.py",
     "data/messages": "data/test_formats.py",
     "models/trainable": "models/test_loading.py",
     "data/strict_json": "data/test_sources.py and data/test_formats.py",

@@ -14,7 +14,8 @@ import madpo_ray
 from madpo_ray.atomic import write_text
 from madpo_ray.errors import UserError
 from madpo_ray.report.collect import collect
-from madpo_ray.report.sections import Section, Table, sections_of
+from madpo_ray.report.parts import Section, Table
+from madpo_ray.report.sections import sections_of
 from madpo_ray.stages.stage import Stage
 
 # Of the specifications that Altair writes, such as v6.1.

@@ -12,7 +12,8 @@ from madpo_ray.config import Config
 from madpo_ray.errors import UserError
 from madpo_ray.pipeline import STAGES
 from madpo_ray.report.collect import collect
-from madpo_ray.report.sections import Section, sections_of
+from madpo_ray.report.parts import Section
+from madpo_ray.report.sections import sections_of
 
 Run = tuple[Config, list[str]]
 

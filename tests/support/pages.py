@@ -3,7 +3,7 @@
 import altair as alt
 
 from madpo_ray.report.page import render
-from madpo_ray.report.sections import Section, Table
+from madpo_ray.report.parts import Section, Table
 
 EVIL = '</script><script>document.title = "evil"</script><img src=x onerror=alert(1)>'
 
