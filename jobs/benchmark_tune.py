@@ -115,15 +115,15 @@ def main() -> None:
             results |= {f"{scheduler}_{name}": value for name, value in found.items()}
         steps = results["none_steps"] // trials
         every = {"eval_steps": steps // EVALUATIONS, "save_steps": steps // EVALUATIONS}
-        config = config_of(work, "alone", trials, seed)
-        alone = run_training(
+        config = config_of(work, "single", trials, seed)
+        single = run_training(
             config.model_copy(update={"train": with_changes(config.train, "train", every)})
         )
     finally:
         shutil.rmtree(work)
     results["asha_saved"] = 1 - results["asha_steps"] / results["none_steps"]
-    results["training_s"] = alone
-    results["overhead_per_trial_s"] = results["none_seconds"] / trials - alone
+    results["training_s"] = single
+    results["overhead_per_trial_s"] = results["none_seconds"] / trials - single
     print(json.dumps({name: round(value, 3) for name, value in results.items()}))
 
 

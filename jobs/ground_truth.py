@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
-FILE = "MADPO_GROUND_TRUTH"
+FILE_VARIABLE = "MADPO_GROUND_TRUTH"
 PENALTY = 3.0
 BATCH_SIZE = 64
 HELD_OUT = 0.2
@@ -92,11 +92,12 @@ def _weights(file: str) -> Values:
 def score(texts: Sequence[str]) -> Values:
     """The ground truth of complete texts, in units of the ratings (-4 to 4)."""
     features = np.column_stack([embed(texts), np.ones(len(texts))])
-    found: Values = features @ _weights(os.environ[FILE])
+    found: Values = features @ _weights(os.environ[FILE_VARIABLE])
     return found
 
 
 def reward(prompts: Sequence[str], completions: Sequence[str], **_: Any) -> list[float]:
+    """The ground truth of each prompt with its completion: a judge for `evaluate.judge`."""
     texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
     found: list[float] = score(texts).tolist()
     return found

@@ -23,19 +23,38 @@ import pyarrow.parquet as pq
 
 PROMPT = "Write one sentence of a review of a {kind} movie."
 KINDS = (
-    *("comedy", "drama", "thriller", "horror", "romantic", "science fiction", "fantasy", "war"),
-    *("crime", "family", "animated", "historical", "musical", "western", "sports", "spy"),
-    *(
-        "superhero",
-        "mystery",
-        "disaster",
-        "coming-of-age",
-        "martial arts",
-        "road",
-        "heist",
-        "silent",
-    ),
-    *("courtroom", "zombie", "biographical", "political", "teen", "low-budget", "foreign", "cult"),
+    "comedy",
+    "drama",
+    "thriller",
+    "horror",
+    "romantic",
+    "science fiction",
+    "fantasy",
+    "war",
+    "crime",
+    "family",
+    "animated",
+    "historical",
+    "musical",
+    "western",
+    "sports",
+    "spy",
+    "superhero",
+    "mystery",
+    "disaster",
+    "coming-of-age",
+    "martial arts",
+    "road",
+    "heist",
+    "silent",
+    "courtroom",
+    "zombie",
+    "biographical",
+    "political",
+    "teen",
+    "low-budget",
+    "foreign",
+    "cult",
 )
 RATINGS_MEMBER = "additional_resources/hutto_ICWSM_2014.tar.gz"
 # Of the downloads: this script parses one, the demo loads the other, and neither may be replaced.
@@ -117,7 +136,7 @@ def build_pairs(
                 )
             pair = draw_pair(first, second, rng)
             if pair is not None:
-                # All pairs have one prompt, so the sentences are the group that stays in one split.
+                # Prompts repeat, so the two sentences are the group that stays in one split.
                 group = hashlib.sha256(
                     json.dumps(sorted([first.text, second.text])).encode()
                 ).hexdigest()[:16]

@@ -18,7 +18,6 @@ import json
 import math
 import os
 import random
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ import ground_truth
 import numpy as np
 import pyarrow as pa
 from prepare_demo import read_sentences
+from run_demo import copy_run
 
 from madpo_ray import pipeline
 from madpo_ray.artifacts.manifest import read_manifest
@@ -34,7 +34,7 @@ from madpo_ray.atomic import write_json, write_text
 from madpo_ray.cli import exit_codes, say
 from madpo_ray.cluster import connected
 from madpo_ray.columns import GROUP, MARGIN, SPLIT, TEXT_COLUMNS, TRAIN
-from madpo_ray.config import Config, parse_config, with_changes
+from madpo_ray.config import Config, PolicyConfig, parse_config, with_changes
 from madpo_ray.data.messages import from_text
 from madpo_ray.errors import UserError
 from madpo_ray.evaluation.sample_sets import PolicyFiles, SampleSet
@@ -42,6 +42,7 @@ from madpo_ray.evaluation.sampling import sample_responses
 from madpo_ray.models.loading import load_tokenizer
 from madpo_ray.models.source import base_model
 from madpo_ray.passes import BatchNotes
+from madpo_ray.scoring.report import describe_weights
 from madpo_ray.stages import evaluate, margins, sft, train
 from madpo_ray.stages.margins_report import weights_of
 
@@ -72,6 +73,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     # MADPO's amplifier c with its part below 1, or above 1, set to 1.
     **{name: ("weighted", {"loss_type": "sigmoid", "weight_column": name}) for name in ABLATIONS},
 }
+UNCOMPARED = {"methods", "noises", "seeds", "storage", "temperatures", "tiers"}
 WEIGHTING = {"c_min": 0.25, "c_max": 4.0, "lmbda": 1.0, "tau": 7.0}
 LORA = {
     "use_peft": True,
@@ -246,9 +248,9 @@ def run_tier(
 
 
 def require_same_arguments(file: Path, arguments: argparse.Namespace) -> None:
-    """Results of a folder are of one set of arguments, apart from the methods."""
-    names = ("pairs", "epochs", "learning_rate")
-    now = {name: getattr(arguments, name) for name in names}
+    """Refuses to add to results that other arguments made, apart from which of them to make."""
+    given = vars(arguments).items()
+    now = {name: str(value) for name, value in given if name not in UNCOMPARED}
     if file.exists() and (then := json.loads(file.read_text())) != now:
         raise UserError(f"{file.parent} was made with {then}, not {now}: set another --storage")
     write_json(file, now)
@@ -262,28 +264,12 @@ def run_methods(
 ) -> list[Config]:
     """Scores the margins of each kind, and trains each method on those of its own."""
     scored: dict[str, Config] = {}
-
-    def margins_of(kind: str) -> Config:
-        if kind not in scored:
-            own = [*sections, MARGINS[kind]]
-            if kind == "weighted":
-                file = folder / "weighted.jsonl"
-                if not file.exists():
-                    write_weighted(margins_of("seen"), file)
-                kept = {"files": [str(file)], "keep_columns": [*keep_columns(raw, sections)]}
-                kept["keep_columns"] += ABLATIONS
-                own.append({"data": kept})
-            config = changed(raw, f"margins-{kind}", *own)
-            if kind == "calibrated" and "folds" in scored and not margins.STAGE.exists(config):
-                copy_run(scored["folds"].run.folder, config.run.folder)
-            pipeline.run_all(config, say=say, until=margins.STAGE)
-            scored[kind] = config
-        return scored[kind]
-
     trained = []
     for name in methods:
         kind, settings = METHODS[name]
-        source = margins_of(kind)
+        if kind == "weighted":
+            score_margins("seen", raw, sections, folder, scored)
+        source = score_margins(kind, raw, sections, folder, scored)
         run = source.run.model_copy(update={"name": name})
         keys = with_changes(source.train, "train", settings)
         config = source.model_copy(update={"run": run, "train": keys})
@@ -294,44 +280,54 @@ def run_methods(
     return trained
 
 
-def keep_columns(raw: dict[str, Any], sections: list[dict[str, dict[str, Any]]]) -> list[str]:
-    found: list[str] = raw["data"].get("keep_columns", [])
-    for section in sections:
-        found = section.get("data", {}).get("keep_columns", found)
-    return found
+def score_margins(
+    kind: str,
+    raw: dict[str, Any],
+    sections: list[dict[str, dict[str, Any]]],
+    folder: Path,
+    scored: dict[str, Config],
+) -> Config:
+    """A run with the margins of a kind, which is added to `scored`."""
+    if kind in scored:
+        return scored[kind]
+    own = [*sections, MARGINS[kind]]
+    if kind == "weighted":
+        own.append(weighted_data(scored["seen"], folder))
+    config = changed(raw, f"margins-{kind}", *own)
+    # Reward models and the reference pass are those of `folds`.
+    if kind == "calibrated" and "folds" in scored and not margins.STAGE.exists(config):
+        copy_run(scored["folds"].run.folder, config.run.folder)
+    pipeline.run_all(config, say=say, until=margins.STAGE)
+    scored[kind] = config
+    return config
+
+
+def weighted_data(seen: Config, folder: Path) -> dict[str, Any]:
+    """Section data of the pairs with the weights of the ablations."""
+    file = folder / "weighted.jsonl"
+    if not file.exists():
+        write_weighted(seen, file)
+    return {"data": {"files": [str(file)], "keep_columns": [*seen.data.keep_columns, *ABLATIONS]}}
 
 
 def write_weighted(scored: Config, file: Path) -> None:
     """The scored pairs with the weights of both ablations."""
     names = [*TEXT_COLUMNS, SPLIT, GROUP, MARGIN, *scored.data.keep_columns]
-    rows = read_columns(margins.STAGE.rows(scored), names).to_pylist()
-    for row in rows:
-        margin = row.pop(MARGIN)
-        row |= dict(zip(ABLATIONS, ablated_weights(margin), strict=True))
+    table = read_columns(margins.STAGE.rows(scored), names)
+    weights = ablated_weights(table[MARGIN].to_numpy(), scored.train)
+    rows = table.drop_columns([MARGIN]).to_pylist()
+    for place, row in enumerate(rows):
+        row |= {name: float(own[place]) for name, own in zip(ABLATIONS, weights, strict=True)}
         for name in TEXT_COLUMNS:
             row[name] = from_text(row[name])
     write_rows(file, rows)
 
 
-def ablated_weights(margin: float) -> tuple[float, float]:
-    """MADPO's weight with c of at least 1 (amplification only), and of at most 1."""
-    if margin <= -WEIGHTING["tau"]:
-        return 1.0, 1.0
-    c_min, c_max = WEIGHTING["c_min"], WEIGHTING["c_max"]
-    ratio = (c_max - 1) / (1 - c_min)
-    c = c_min + (c_max - c_min) / (
-        1 + ratio * math.exp(WEIGHTING["lmbda"] * (abs(margin) - WEIGHTING["tau"]))
-    )
-
-    def weight(factor: float) -> float:
-        return math.exp(float(np.logaddexp(0, -margin) - np.logaddexp(0, -factor * margin)))
-
-    return weight(max(c, 1.0)), weight(min(c, 1.0))
-
-
-def copy_run(source: Path, target: Path) -> None:
-    others = shutil.ignore_patterns("ray", "train", "evaluate", ".*", "*.html")
-    shutil.copytree(source, target, dirs_exist_ok=True, ignore=others)
+def ablated_weights(margin: np.ndarray, settings: PolicyConfig) -> tuple[np.ndarray, np.ndarray]:
+    """MADPO's weights (N,) with amplification only, that is |margin| below tau, and without it."""
+    weights = weights_of(margin, settings)
+    is_amplified = np.abs(margin) < settings.tau
+    return np.where(is_amplified, weights, 1.0), np.where(is_amplified, 1.0, weights)
 
 
 def summary(trained: list[Config]) -> dict[str, Any]:
@@ -362,8 +358,7 @@ def describe_run(config: Config) -> dict[str, Any]:
         rows = read_split(margins.STAGE.rows(config), TRAIN, [MARGIN])[MARGIN].to_numpy()
         weights = weights_of(rows, config.train)
         found["negative_fraction"] = float(np.mean(rows < 0))
-        found["mean_weight"] = float(weights.mean())
-        found["effective_share"] = float(weights.sum() ** 2 / (len(weights) * (weights**2).sum()))
+        found["weight"] = describe_weights(weights)
     return found
 
 
@@ -403,7 +398,7 @@ def main() -> None:
     sentences = read_sentences(arguments.sdist, MAX_WORDS)
     arguments.storage.mkdir(parents=True, exist_ok=True)
     file = arguments.storage / "ground-truth.npy"
-    os.environ[ground_truth.FILE] = str(file)
+    os.environ[ground_truth.FILE_VARIABLE] = str(file)
     if not file.exists():
         ratings = [one.mean_rating for one in sentences]
         quality = ground_truth.fit([one.text for one in sentences], ratings, file, seed=0)

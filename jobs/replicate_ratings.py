@@ -82,9 +82,8 @@ def run_seed(arguments: argparse.Namespace, seed: int) -> None:
     raw = base_config(arguments, folder, seed)
 
     # The methods, each on its margins.
-    for name in arguments.methods:
-        (config,) = run_methods(raw, [], folder, [name])
-        measure(config, folder / f"{name}.json")
+    for config in run_methods(raw, [], folder, arguments.methods):
+        measure(config, folder / f"{config.run.name}.json")
 
     # MADPO on margins with noise, which come as a column of the data.
     for noise in arguments.noises:
@@ -133,7 +132,9 @@ def print_table(storage: Path) -> None:
     say("method: rank correlation with the true margin, accuracy on noisy labels")
     for name, seeds in found.items():
         means = np.mean(seeds, axis=0)
-        errors = np.std(seeds, axis=0, ddof=1) / len(seeds) ** 0.5 if len(seeds) > 1 else means * 0
+        errors = np.full_like(means, np.nan)
+        if len(seeds) > 1:
+            errors = np.std(seeds, axis=0, ddof=1) / len(seeds) ** 0.5
         cells = "  ".join(f"{m:.3f} ± {e:.3f}" for m, e in zip(means, errors, strict=True))
         say(f"{name:18} {cells}  over {len(seeds)} seeds")
 

@@ -23,13 +23,18 @@ def main() -> None:
     file = arguments.config
     with exit_codes():
         madpo = load_config(file, arguments.set)
-        (other,) = madpo.evaluate.compare_with
-        changes = ["train.loss_type=sigmoid", "evaluate.compare_with=[]"]
-        dpo = load_config(file, [*arguments.set, *changes, f"run.name={Path(other).name}"])
+        dpo = dpo_config(file, arguments.set)
         if not train.STAGE.is_finished(dpo) or pipeline.pending(madpo):
             with connected(madpo.cluster, actors=madpo.actors):
                 run_both(madpo, dpo)
         pipeline.report([madpo.run.folder, dpo.run.folder], say=say)
+
+
+def dpo_config(file: Path, overrides: list[str]) -> Config:
+    """The run that MADPO is compared with: the same in everything but the loss."""
+    (other,) = load_config(file, overrides).evaluate.compare_with
+    changes = ["train.loss_type=sigmoid", "evaluate.compare_with=[]"]
+    return load_config(file, [*overrides, *changes, f"run.name={Path(other).name}"])
 
 
 def run_both(madpo: Config, dpo: Config) -> None:
@@ -43,7 +48,7 @@ def run_both(madpo: Config, dpo: Config) -> None:
 
 
 def copy_run(source: Path, target: Path) -> None:
-    """Copies what is finished: a run may be copied."""
+    """Copies a run's finished stages up to margins."""
     others = shutil.ignore_patterns("ray", "train", "evaluate", ".*", "*.html")
     shutil.copytree(source, target, dirs_exist_ok=True, ignore=others)
 

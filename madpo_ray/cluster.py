@@ -127,10 +127,10 @@ def _start_or_connect(
 
 @contextlib.contextmanager
 def _known_address() -> Iterator[None]:
-    """Lets the processes of a Ray that starts know its address.
+    """Processes of a Ray that is started in the block know its address.
 
-    By Ray's state API the workers of a stopped trial are found and freed. It asks the environment
-    which Ray to look at, and fails if that does not tell and several run on this machine.
+    Ray Tune frees a stopped trial's workers through Ray's state API. That reads the address from
+    the environment, and fails if none is set while several Rays run on this machine.
     """
     import ray.util
 
@@ -254,7 +254,7 @@ def check_actors(nodes: Sequence[Mapping[str, float]], actors: ActorPool) -> Non
             + IF_NODES_COME
         )
 
-    # With a CPU left for the tasks that read: they would wait for ever.
+    # Tasks that read pairs need a CPU, too; without one the pass never ends.
     available = sum(node.get("CPU", 0) for node in nodes)
     needed = actors.min_size * actors.num_cpus + READ_CPUS
     if needed > available:

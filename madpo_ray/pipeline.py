@@ -161,12 +161,12 @@ def report(runs: Sequence[Path], *, say: Say, file: Path | None = None) -> None:
 def run_stage(config: Config, stage: Stage, *, say: Say, deadline: float | None = None) -> None:
     """Runs one stage, unless its result is there for this config. Raises as `run_all` does."""
     check(config, [stage])
-    if not stage.has_leftovers(config) and _report_if_done(config, stage, say):
+    if not stage.has_leftovers(config) and _say_if_done(config, stage, say):
         return
     folder = config.run.folder
     with stopping_on_disk_errors(folder), locked(folder, stage.name, say=say):
         stage.recover(config)
-        if _report_if_done(config, stage, say):
+        if _say_if_done(config, stage, say):
             return
         explain_redo(config, stage, say)
         _run(config, stage, say, deadline)
@@ -180,7 +180,7 @@ def _holds(file: Path, config: Config) -> bool:
         return False
 
 
-def _report_if_done(config: Config, stage: Stage, say: Say) -> bool:
+def _say_if_done(config: Config, stage: Stage, say: Say) -> bool:
     is_done = stage.is_finished(config)
     if is_done:
         say(f"{stage.name}: done already, in {stage.folder(config)}")

@@ -1,5 +1,6 @@
 """The scripts under jobs/, and a pipeline submitted for real to a cluster of its own."""
 
+import math
 import os
 import re
 import signal
@@ -11,12 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-import torch
 import yaml
+from scipy.special import expit
 
 from madpo_ray import pipeline
-from madpo_ray.losses import madpo_weight
+from madpo_ray.config import PolicyConfig, load_config
+from madpo_ray.stages import margins
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -59,12 +62,37 @@ def test_ablations_are_the_parts_of_the_weight(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.syspath_prepend(str(ROOT / "jobs"))
     from replicate_paper import WEIGHTING, ablated_weights
 
+    def weight(margin: float, c: float) -> float:
+        return float(expit(c * margin) / expit(margin))
+
+    settings = PolicyConfig(**WEIGHTING)
     margins = [-9.0, -6.9, -2.0, -0.1, 0.0, 0.5, 3.0, 6.9, 7.1, 9.0, 30.0]
-    weights = madpo_weight(torch.tensor(margins, dtype=torch.float64), **WEIGHTING).tolist()
-    for margin, weight in zip(margins, weights, strict=True):
-        amplified, dampened = ablated_weights(margin)
-        parts = (weight, 1.0) if abs(margin) < WEIGHTING["tau"] else (1.0, weight)
-        assert (amplified, dampened) == pytest.approx(parts, abs=1e-12)
+    both = zip(*ablated_weights(np.array(margins), settings), strict=True)
+    for margin, (amplified, dampened) in zip(margins, both, strict=True):
+        ratio = (settings.c_max - 1) / (1 - settings.c_min)
+        growth = ratio * math.exp(settings.lmbda * (abs(margin) - settings.tau))
+        c = settings.c_min + (settings.c_max - settings.c_min) / (1 + growth)
+        is_kept = margin <= -settings.tau
+        assert amplified == pytest.approx(1.0 if is_kept else weight(margin, max(c, 1.0)))
+        assert dampened == pytest.approx(1.0 if is_kept else weight(margin, min(c, 1.0)))
+
+
+def test_demo_compares_runs_that_differ_in_the_loss_only(
+    raw_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So DPO can read a copy of MADPO's margins."""
+    monkeypatch.syspath_prepend(str(ROOT / "jobs"))
+    from run_demo import dpo_config
+
+    shipped = yaml.safe_load((ROOT / "jobs" / "configs" / "demo-2cpu.yaml").read_text())
+    raw_config["margins"] = shipped["margins"]
+    raw_config["evaluate"] |= {"compare_with": ["runs/other"]}
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(raw_config))
+    madpo = load_config(file)
+    dpo = dpo_config(file, [])
+    assert (dpo.run.name, dpo.train.loss_type) == ("other", "sigmoid")
+    assert margins.STAGE.inputs(dpo) == margins.STAGE.inputs(madpo)
 
 
 @pytest.fixture

@@ -21,35 +21,44 @@ SEARCHED_KEYS = (
 )
 
 
-class Uniform(Section):
-    """A real number between two bounds."""
-
-    type: Literal["uniform"]
+class _Bounded(Section):
     min: float
     max: float
 
     @model_validator(mode="after")
-    def _check_bounds(self) -> "Uniform":
+    def _check_bounds(self) -> "_Bounded":
         if not self.min < self.max:
             raise ValueError("a range needs min < max")
         return self
 
 
-class LogUniform(Section):
+class _Listed(Section):
+    values: tuple[Any, ...] = Field(min_length=1, strict=False)
+
+    @field_validator("values")
+    @classmethod
+    def _check_values(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not all(isinstance(one, bool | int | float | str | None) for one in value):
+            raise ValueError("values are texts, numbers, true, false or null")
+        if len({repr(one) for one in value}) < len(value):
+            raise ValueError("a value is given twice")
+        return value
+
+
+class Uniform(_Bounded):
+    """A real number between two bounds."""
+
+    type: Literal["uniform"]
+
+
+class LogUniform(_Bounded):
     """A real number whose logarithm is uniform."""
 
     type: Literal["loguniform"]
     min: float = Field(gt=0)
-    max: float
-
-    @model_validator(mode="after")
-    def _check_bounds(self) -> "LogUniform":
-        if not self.min < self.max:
-            raise ValueError("a range needs min < max")
-        return self
 
 
-class Integers(Section):
+class Integers(_Bounded):
     """A whole number between two bounds, both included."""
 
     type: Literal["int"]
@@ -58,36 +67,22 @@ class Integers(Section):
     log: bool = False
 
     @model_validator(mode="after")
-    def _check_bounds(self) -> "Integers":
-        if not self.min < self.max:
-            raise ValueError("a range needs min < max")
+    def _check_log(self) -> "Integers":
         if self.log and self.min < 1:
             raise ValueError("a range with log: true needs min of at least 1")
         return self
 
 
-class Choice(Section):
+class Choice(_Listed):
     """One of some values."""
 
     type: Literal["choice"]
-    values: tuple[Any, ...] = Field(min_length=1, strict=False)
-
-    @field_validator("values")
-    @classmethod
-    def _check_values(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
-        return _different(value)
 
 
-class Grid(Section):
+class Grid(_Listed):
     """Each of some values, with each value of other grids."""
 
     type: Literal["grid"]
-    values: tuple[Any, ...] = Field(min_length=1, strict=False)
-
-    @field_validator("values")
-    @classmethod
-    def _check_values(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
-        return _different(value)
 
 
 class Reciprocal(Section):
@@ -95,14 +90,6 @@ class Reciprocal(Section):
 
     type: Literal["reciprocal"]
     of: str
-
-
-def _different(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    if not all(isinstance(one, bool | int | float | str | None) for one in values):
-        raise ValueError("values are texts, numbers, true, false or null")
-    if len({repr(one) for one in values}) < len(values):
-        raise ValueError("a value is given twice")
-    return values
 
 
 Domain = Annotated[
@@ -130,15 +117,17 @@ class TuneConfig(Section):
         "optuna", description="optuna: TPE; random: independent draws, and grids"
     )
     scheduler: Literal["asha", "none"] = Field(
-        "asha", description="asha stops trials that are behind; none: all are complete"
+        "asha", description="asha stops trials that fall behind; none trains each to its end"
     )
     num_samples: int = Field(8, ge=1, description="trials; with grids, for each of their points")
     evaluations: int = Field(
-        4, ge=1, description="of a trial, at equal distances: where ASHA may stop it"
+        4,
+        ge=1,
+        description="at most so many of each trial, at equal distances; ASHA may stop it at each",
     )
     grace_period: int = Field(1, ge=1, description="evaluations before ASHA may stop a trial")
     reduction_factor: float = Field(
-        2.0, gt=1, description="ASHA: one of so many trials passes a rung"
+        2.0, gt=1, description="ASHA keeps the best 1 / reduction_factor of the trials at each rung"
     )
     max_concurrent_trials: int | None = operational(
         None,
@@ -152,7 +141,9 @@ class TuneConfig(Section):
         "reward: evaluate.judge's mean reward of samples; reward_and_kl: that, and little "
         "divergence",
     )
-    temperature: float = Field(1.0, ge=0, description="of these samples; 0 is greedy")
+    temperature: float = Field(
+        1.0, ge=0, description="of the samples that the objectives with rewards judge; 0 is greedy"
+    )
     search_space: dict[str, Domain] | None = Field(
         None, description="keys and their ranges; null: a default for the loss_type"
     )
@@ -173,14 +164,16 @@ class TuneConfig(Section):
         for key, domain in (value or {}).items():
             if key not in SEARCHED_KEYS:
                 raise ValueError(
-                    f"{key!r} cannot be searched{did_you_mean(key, SEARCHED_KEYS)}; keys of "
-                    f"section train can, and {SEED}"
+                    f"{key!r} cannot be searched{did_you_mean(key, SEARCHED_KEYS)}; {SEED} can, "
+                    "and those keys of section train that decide results and that the search does "
+                    "not set itself"
                 )
             if isinstance(domain, Reciprocal):
                 other = (value or {}).get(domain.of)
                 if not isinstance(other, Uniform | LogUniform | Integers) or other.min <= 0:
                     raise ValueError(
-                        f"{key} is the reciprocal of {domain.of}, which is no range above 0"
+                        f"{key} is the reciprocal of {domain.of}, which is not a range above 0 in "
+                        "tune.search_space"
                     )
         return value
 

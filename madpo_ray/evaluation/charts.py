@@ -21,6 +21,7 @@ SCALE = 1.5  # pixels of a picture per pixel of its chart
 
 
 def save_picture(chart: alt.TopLevelMixin, file: Path) -> None:
+    """Writes the chart as a PNG file."""
     file.write_bytes(picture(chart))
 
 
@@ -35,7 +36,7 @@ def rows_of(values: Rows) -> alt.Data:
     return alt.Data(values=values)  # type: ignore[no-untyped-call]
 
 
-def margins_chart(report: Mapping[str, Any]) -> Chart:
+def histogram_chart(report: Mapping[str, Any]) -> Chart:
     """The histogram of the training pairs' margins, with the curve of the weight over it.
 
     Args:
@@ -138,7 +139,7 @@ def margin_charts(report: Mapping[str, Any]) -> dict[str, Chart]:
     after = calibration.get("reliability_after", [])
     by_margin = report["accuracy_by_margin"]
     return {
-        "margins": margins_chart(report),
+        "margins": histogram_chart(report),
         "reliability": reliability_chart(before, after),
         "accuracy": accuracy_chart(by_margin["bins"], by_margin["split"]),
     }

@@ -18,7 +18,7 @@ from madpo_ray.report.parts import Section, Table
 from madpo_ray.report.sections import sections_of
 from madpo_ray.stages.stage import Stage
 
-# Of the specifications that Altair writes, such as v6.1.
+# The version that Altair's specifications are of, such as 6.1.
 VEGA_LITE = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
 TEMPLATE = Path(__file__).with_name("page.html")
 
@@ -68,7 +68,7 @@ def render(title: str, subtitle: str, sections: Sequence[Section]) -> str:
         title=title,
         subtitle=subtitle,
         sections=placed,
-        # Neither may end the script that holds it.
+        # `</script>` in a text would end the element.
         charts=json.dumps(specs, allow_nan=False).replace("<", "\\u003c"),
         library=_library(),
         footer=f"madpo_ray {madpo_ray.__version__}",

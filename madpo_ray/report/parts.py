@@ -14,14 +14,18 @@ MAX_TEXT = 600  # characters of a cell
 
 @dataclass(frozen=True)
 class Table:
+    """A table; one without rows is not shown."""
+
     headings: Sequence[str]
     rows: Sequence[Sequence[Any]]  # numbers, and texts
     title: str = ""
-    folded: bool = False  # shown when it is opened
+    is_folded: bool = False  # shown when it is opened
 
 
 @dataclass(frozen=True)
 class Section:
+    """A section; false if it has nothing to show."""
+
     title: str
     note: str = ""
     tables: list[Table] = field(default_factory=list)
@@ -46,7 +50,9 @@ def cut(text: str) -> str:
 
 def cell(value: Any) -> Any:
     """A number as it is, so that it sorts as one, and anything else as a text."""
-    return value if number_or_none(value) is not None or value is None else cut(plain(value))
+    if value is None or number_or_none(value) is not None:
+        return value
+    return cut(plain(value))
 
 
 def plain(value: Any) -> str:
@@ -61,5 +67,5 @@ def number_or_none(value: Any) -> float | None:
 
 
 def or_dash(value: Any) -> Any:
-    """The value, or a dash where there is none."""
+    """The value, or a dash if there is none."""
     return "-" if value is None else value

@@ -12,7 +12,8 @@ from madpo_ray.report.parts import Section, Table, content_text, cut, number_or_
 from madpo_ray.search.outcomes import shown
 
 
-def margins_section(run: Run, name: str) -> Section:
+def margins_section(run: Run, suffix: str) -> Section:
+    """Charts and tables of margins and weights."""
     report = run.margins
     if not report:
         return Section("Margins")
@@ -41,20 +42,21 @@ def margins_section(run: Run, name: str) -> Section:
         if number_or_none(value) is not None
     ]
     return Section(
-        f"Margins{name}",
+        f"Margins{suffix}",
         note="A weight above 1 amplifies a pair's loss. If margins are calibrated, the mean weight "
         f"of pairs below tau is 1. Weights at {weights_at}, as when the pairs were scored.",
         tables=[
             Table(headings, splits, "Margins and weights by split"),
             Table(("label", "pairs", "mean weight"), labels, "Weights by the true scores"),
             Table(("calibration", "value"), errors, "Calibration"),
-            Table(("pairs", "count"), counts, "Counts", folded=True),
+            Table(("pairs", "count"), counts, "Counts", is_folded=True),
         ],
         charts=list(margin_charts(report).values()),
     )
 
 
-def evaluation_section(run: Run, name: str) -> Section:
+def evaluation_section(run: Run, suffix: str) -> Section:
+    """Preferences and samples in numbers."""
     results = run.evaluation
     if not results:
         return Section("Evaluation")
@@ -70,7 +72,7 @@ def evaluation_section(run: Run, name: str) -> Section:
     judged = [entry for entry in results["sampling"] if "reward" in entry]
     charts = [rewards_chart(judged), frontier_chart(judged)] if judged else []
     return Section(
-        f"Evaluation{name}",
+        f"Evaluation{suffix}",
         note="On the test split. Intervals are of 95 %.",
         tables=[
             Table(("ranked by", "accuracy", "from", "to"), rankings, "Which response is preferred"),
@@ -103,7 +105,7 @@ SAMPLE_HEADINGS = (
     "wins against reference",
     "at equal length",
     "KL to reference, nats",
-    "its error",
+    "standard error of KL",
     "tokens",
     "distinct bigrams",
 )
@@ -135,7 +137,7 @@ def _interval(value: Mapping[str, Any] | None) -> tuple[Any, Any, Any]:
     return (value["mean"], low, high)
 
 
-def samples_section(run: Run, name: str) -> Section:
+def samples_section(run: Run, suffix: str) -> Section:
     """Samples of all policies for the same prompts, at the first temperature."""
     if run.samples is None:
         return Section("Samples")
@@ -156,4 +158,4 @@ def samples_section(run: Run, name: str) -> Section:
                 row.append(sample[one.reward])
         rows.append(row)
     note = f"Decoded at temperature {first:g}."
-    return Section(f"Samples{name}", note=note, tables=[Table(headings, rows)])
+    return Section(f"Samples{suffix}", note=note, tables=[Table(headings, rows)])

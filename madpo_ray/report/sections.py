@@ -15,14 +15,14 @@ def sections_of(runs: Sequence[Run]) -> list[Section]:
     """All sections that have something to show."""
     found = [_pipeline(runs), _configs(runs), _trainings(runs)]
     for run in runs:
-        name = f" of {run.name}" if len(runs) > 1 else ""
+        suffix = f" of {run.name}" if len(runs) > 1 else ""
         found += [
-            margins_section(run, name),
-            evaluation_section(run, name),
-            samples_section(run, name),
-            _search(run, name),
-            _suspicious(run, name),
-            _rejects(run, name),
+            margins_section(run, suffix),
+            evaluation_section(run, suffix),
+            samples_section(run, suffix),
+            _search(run, suffix),
+            _suspicious(run, suffix),
+            _rejects(run, suffix),
         ]
     return [section for section in found if section]
 
@@ -51,10 +51,10 @@ def _configs(runs: Sequence[Run]) -> Section:
     versions = [(name, version) for name, version in runs[0].versions.items()]
     tables = [
         Table(headings, different, title="Keys that differ"),
-        Table(headings, [(key, *own) for key, own in values.items()], "All keys", folded=True),
-        Table(("library", "version"), versions, "Versions", folded=True),
+        Table(headings, [(key, *own) for key, own in values.items()], "All keys", is_folded=True),
+        Table(("library", "version"), versions, "Versions", is_folded=True),
     ]
-    return Section("Config", tables=[table for table in tables if table.rows])
+    return Section("Config", tables=tables)
 
 
 def _trainings(runs: Sequence[Run]) -> Section:
@@ -68,7 +68,7 @@ def _trainings(runs: Sequence[Run]) -> Section:
     return Section("Training", charts=charts)
 
 
-def _search(run: Run, name: str) -> Section:
+def _search(run: Run, suffix: str) -> Section:
     found = run.search
     if not found:
         return Section("Search")
@@ -77,23 +77,23 @@ def _search(run: Run, name: str) -> Section:
     rows = [[or_dash(cell(trial.get(key))) for key in headings] for trial in trials]
     charts = search_charts(trials, found["keys"], found["objectives"][0], found["importances"])
     return Section(
-        f"Search{name}", tables=[Table(headings, rows, "Trials")], charts=list(charts.values())
+        f"Search{suffix}", tables=[Table(headings, rows, "Trials")], charts=list(charts.values())
     )
 
 
-def _suspicious(run: Run, name: str) -> Section:
+def _suspicious(run: Run, suffix: str) -> Section:
     rows = [
         (one["margin"], one["weight"], *(content_text(one[column]) for column in TEXT_COLUMNS))
         for one in run.suspicious
     ]
     return Section(
-        f"Suspicious pairs{name}",
+        f"Suspicious pairs{suffix}",
         note="The training pairs whose labels the rewards contradict most.",
         tables=[Table(("margin", "weight", *TEXT_COLUMNS), rows)],
     )
 
 
-def _rejects(run: Run, name: str) -> Section:
+def _rejects(run: Run, suffix: str) -> Section:
     headings = list(dict.fromkeys(key for row in run.rejects for key in row))
     rows = [[or_dash(cell(row.get(key))) for key in headings] for row in run.rejects]
-    return Section(f"Rejected rows{name}", tables=[Table(headings, rows)])
+    return Section(f"Rejected rows{suffix}", tables=[Table(headings, rows)])

@@ -19,7 +19,9 @@ def search_charts(
 
     Args:
         trials: rows, as `outcomes.table_of` gives them.
+        keys: dotted keys of the search space.
         objective: the metric's name.
+        importances: the share of each key, or empty.
     """
     rows = [dict(row) for row in trials if objective in row]
     charts: dict[str, alt.TopLevelMixin] = {"history": _history(rows, objective)}
@@ -73,7 +75,7 @@ def _history(rows: Rows, objective: str) -> alt.TopLevelMixin:
 
 
 def _against(rows: Rows, key: str, objective: str) -> alt.TopLevelMixin:
-    """The objective against a key; bars are the standard error where values repeat."""
+    """The objective against a key; bars are the standard error if values repeat."""
     points = [
         {**plain, "value": row[key]}
         for plain, row in zip(_renamed(rows, objective), rows, strict=True)
@@ -103,7 +105,7 @@ def _axis(values: Sequence[Any], key: str) -> alt.X:
 
 
 def _spread(points: Rows) -> Rows:
-    """Mean and standard error of complete trials, where values repeat."""
+    """Mean and standard error of complete trials, if values repeat."""
     by_value: dict[str, Rows] = {}
     for point in points:
         if point["state"] == "complete":
@@ -145,7 +147,7 @@ def _parallel(rows: Rows, keys: Sequence[str], objective: str) -> alt.Chart:
             detail="trial:N",
             tooltip=["trial:N", "key:N", "value:N", "objective:Q"],
         )
-        .properties(width=WIDTH, height=HEIGHT, title="Trials as lines")
+        .properties(width=WIDTH, height=HEIGHT, title="Parallel coordinates of the trials")
     )
     return chart
 

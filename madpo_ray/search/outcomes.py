@@ -1,4 +1,4 @@
-"""What trials came to: the best of them, a table of all, and which keys matter."""
+"""Outcomes of trials: the best of them, a table of all, and which keys matter."""
 
 import csv
 import warnings
@@ -11,12 +11,12 @@ import numpy as np
 import optuna
 
 from madpo_ray.config import SEED, Domain
-from madpo_ray.config.search import Choice, Grid, Integers, LogUniform, Uniform
 from madpo_ray.evaluation.comparisons import on_frontier
+from madpo_ray.search.sampler import distributions_of
 
 Mode = Literal["min", "max"]
 
-# What each tune.objective compares, the first of them decides which trial is best.
+# What each tune.objective compares; the first metric decides which trial is best.
 OBJECTIVES: dict[str, tuple[tuple[str, Mode], ...]] = {
     "accuracy": (("eval_rewards/accuracies", "max"),),
     "reward": (("reward", "max"),),
@@ -128,26 +128,6 @@ def importances(
         evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
         found = optuna.importance.get_param_importances(study, evaluator=evaluator)
     return {key: float(value) for key, value in found.items()}
-
-
-def distributions_of(
-    space: Mapping[str, Domain],
-) -> dict[str, optuna.distributions.BaseDistribution]:
-    """Optuna's names for what is drawn."""
-    return {key: found for key, one in space.items() if (found := _distribution(one)) is not None}
-
-
-def _distribution(domain: Domain) -> optuna.distributions.BaseDistribution | None:
-    match domain:
-        case Uniform(min=low, max=high):
-            return optuna.distributions.FloatDistribution(low, high)
-        case LogUniform(min=low, max=high):
-            return optuna.distributions.FloatDistribution(low, high, log=True)
-        case Integers(min=low, max=high, log=log):
-            return optuna.distributions.IntDistribution(low, high, log=log)
-        case Choice(values=values) | Grid(values=values):
-            return optuna.distributions.CategoricalDistribution(values)
-    return None
 
 
 def shown(values: Mapping[str, Any]) -> str:

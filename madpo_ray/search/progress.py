@@ -13,7 +13,7 @@ from rich.table import Table
 from madpo_ray.atomic import write_json
 from madpo_ray.search.outcomes import OBJECTIVES, shown
 from madpo_ray.search.space import Values, complete
-from madpo_ray.search.trials import ACCURACY, EVALUATION, Trials
+from madpo_ray.search.trials import EVALUATION, TOTAL_STEPS, Trials
 
 logger = logging.getLogger(__name__)
 
@@ -76,12 +76,12 @@ class SearchProgress(ray.tune.Callback):  # type: ignore[misc]
         value = f"{name} {result[name]:.3f}" if name in result else "nothing measured"
         state = "failed" if trial.status == "ERROR" else "ended"
         logger.info(
-            "trial %d of %d %s at evaluation %d of %d: %s with %s",
+            "trial %d of %d %s at step %d of %d: %s with %s",
             trials.index(trial) + 1,
             self._total,
             state,
-            result.get(EVALUATION, 0),
-            self._trials.config.tune.evaluations,
+            result.get("step", 0),
+            result.get(TOTAL_STEPS, 0),
             value,
             shown(self._values(trial)),
         )
@@ -89,13 +89,14 @@ class SearchProgress(ray.tune.Callback):  # type: ignore[misc]
     def _table(self, trials: list[Any]) -> Table:
         """The newest trials, with how far they are."""
         table = Table(title=f"{len(trials)} of {self._total} trials")
-        for heading in ("trial", "state", "evaluations", ACCURACY, "values"):
+        metric, _ = OBJECTIVES[self._trials.config.tune.objective][0]
+        for heading in ("trial", "state", "evaluations", metric, "values"):
             table.add_column(heading)
         numbered = list(enumerate(trials, start=1))
         for number, trial in numbered[-NUM_ROWS:]:
             result = trial.last_result or {}
-            accuracy = f"{result[ACCURACY]:.3f}" if ACCURACY in result else "-"
+            value = f"{result[metric]:.3f}" if metric in result else "-"
             evaluation = str(result.get(EVALUATION, 0))
             state = trial.status.lower()
-            table.add_row(str(number), state, evaluation, accuracy, shown(self._values(trial)))
+            table.add_row(str(number), state, evaluation, value, shown(self._values(trial)))
         return table

@@ -1,16 +1,24 @@
-"""An Optuna sampler whose draws follow from seed, trial number and earlier results only.
+"""Search spaces for Optuna, and a sampler whose draws follow from seed, trial and results only.
 
 Optuna's own samplers continue one stream of random numbers, which a search that resumes with its
 earlier trials would begin again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from optuna.distributions import BaseDistribution
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
 from optuna.samplers import BaseSampler, TPESampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
+
+from madpo_ray.config import Domain
+from madpo_ray.config.search import Choice, Grid, Integers, LogUniform, Uniform
 
 # Between the seeds of two searches, more than a search has trials.
 STRIDE = 1_000_003
@@ -57,3 +65,23 @@ class NumberedSampler(BaseSampler):
         values: Sequence[float] | None,
     ) -> None:
         self._of(trial).after_trial(study, trial, state, values)
+
+
+def distributions_of(
+    space: Mapping[str, Domain],
+) -> dict[str, BaseDistribution]:
+    """Optuna's distribution of each key that is drawn."""
+    return {key: found for key, one in space.items() if (found := _distribution(one)) is not None}
+
+
+def _distribution(domain: Domain) -> BaseDistribution | None:
+    match domain:
+        case Uniform(min=low, max=high):
+            return FloatDistribution(low, high)
+        case LogUniform(min=low, max=high):
+            return FloatDistribution(low, high, log=True)
+        case Integers(min=low, max=high, log=log):
+            return IntDistribution(low, high, log=log)
+        case Choice(values=values) | Grid(values=values):
+            return CategoricalDistribution(values)
+    return None

@@ -59,10 +59,9 @@ def random_points(config: Config) -> list[Values]:
         if number == 0:
             own = {key: _value_of(config, key) for key in others}
             values |= {key: own[key] for key in others if _holds(others[key], own[key])}
-        for corner in itertools.product(*grids.values()):
-            points.append(
-                {key: (values | dict(zip(grids, corner, strict=True)))[key] for key in drawn}
-            )
+        for combination in itertools.product(*grids.values()):
+            point = values | dict(zip(grids, combination, strict=True))
+            points.append({key: point[key] for key in drawn})  # in the order of the space
     return points
 
 

@@ -43,16 +43,16 @@ class Trials:
     job: TrainingJob  # of stage train
     config: Config
     task: Callable[[Config], Task]  # what is trained with a trial's config
-    measure: Measure | None = None  # None: evaluations are all
+    measure: Measure | None = None  # None: only evaluations count
 
     def config_of(self, values: Mapping[str, Any]) -> Config:
-        """The config of a trial; its seed is not the run's, which decides earlier stages, too."""
+        """The config with a trial's settings, and the seed of the run."""
         settings, _ = settings_of(values)
         train = with_changes(self.config.train, "train", settings)
         return self.config.model_copy(update={"train": train})
 
     def of(self, values: Mapping[str, Any]) -> "Trial":
-        """The trial with these values, wherever it is."""
+        """The trial with these values, begun or not."""
         config = self.config_of(values)
         _, seed = settings_of(values)
         named = json.dumps(dict(values), sort_keys=True)
@@ -81,7 +81,7 @@ class Trials:
 
 @dataclass(frozen=True)
 class Trial:
-    """One trial, and what is on the disk of it."""
+    """One trial and its files."""
 
     config: Config
     job: TrainingJob
@@ -117,7 +117,7 @@ class Trial:
         return self._ended_file.exists()
 
     def reports(self) -> list[dict[str, Any]]:
-        """What the trial has to report, as far as it has come.
+        """The reports of the trial so far.
 
         Each evaluation, or the last one with what was measured after it.
         """
@@ -179,7 +179,7 @@ def _alone(file: Path) -> Iterator[None]:
 
 
 class _EvaluationCallback(TuneReportCallback):  # type: ignore[misc]
-    """Passes evaluations on to Tune. Saves without one are nothing to it."""
+    """Reports evaluations to Tune, and ignores saves without one."""
 
     def __init__(self, trial: Trial) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The search on Ray Tune: searcher, scheduler, resuming, and what the trials came to."""
+"""The search on Ray Tune: searcher, scheduler, resuming, and the outcomes of the trials."""
 
 import functools
 import json
@@ -12,9 +12,9 @@ from ray.tune.search.optuna import OptunaSearch
 
 from madpo_ray.artifacts.building import discard
 from madpo_ray.config import Config
-from madpo_ray.search.outcomes import OBJECTIVES, Outcome, distributions_of
+from madpo_ray.search.outcomes import OBJECTIVES, Outcome
 from madpo_ray.search.progress import SearchProgress
-from madpo_ray.search.sampler import NumberedSampler
+from madpo_ray.search.sampler import NumberedSampler, distributions_of
 from madpo_ray.search.space import Values, complete, count_trials, own_point, random_points
 from madpo_ray.search.trials import ACCURACY, EVALUATION, TOTAL_STEPS, Trials, run_trial
 from madpo_ray.training.metrics import METRICS_FILE
@@ -31,11 +31,11 @@ SIGINT_HANDLER = "TUNE_DISABLE_SIGINT_HANDLER"
 
 
 def search(trials: Trials, *, max_concurrent: int) -> list[Outcome]:
-    """Runs the trials that are left, and returns what all of them came to, in their order.
+    """Runs the trials that are left, and returns the outcomes of all, in their order.
 
     A search that was interrupted begins with the trials that it had, in their order. Those that
     have ended report again what they had reported, without a training, and the others resume from
-    their checkpoints: searcher and scheduler come to the state that they had.
+    their checkpoints, so searcher and scheduler reach the state that they had.
 
     Raises:
         RuntimeError: no trial was evaluated.
@@ -54,7 +54,7 @@ def search(trials: Trials, *, max_concurrent: int) -> list[Outcome]:
     os.environ[SIGINT_HANDLER] = "1"
     logs = f"{job.name}-*/metrics/{METRICS_FILE}"
     with waiting(
-        "no trial has logged anything; their workers may be waiting for a place, loading the "
+        "no trial has logged anything; workers may be waiting for a place, loading the "
         "model, or in a long step",
         progress=lambda: sum(file.stat().st_size for file in job.storage.glob(logs)),
     ):

@@ -172,8 +172,8 @@ def _concurrency(config: Config) -> int:
 
 
 def _count_steps(rows: list[dict[str, Any]]) -> dict[str, int]:
-    """Steps that were trained, and those of the same trials without stopping any."""
-    trained = [row for row in rows if "step" in row]
+    """Steps that trials without an error trained, and would have trained without stopping."""
+    trained = [row for row in rows if "step" in row and row["state"] != "failed"]
     return {
         "steps": sum(row["step"] for row in trained),
         "steps_without_stopping": sum(row["total_steps"] for row in trained),

@@ -320,7 +320,9 @@ def test_node_with_a_scoring_actor_of_a_training_is_removed(
             assert run(raw, train.STAGE) == 0
     assert_each_pair_was_scored_once(config)
     assert losses(config) == pytest.approx(losses(undisturbed), abs=1e-5)
-    record("streamed training", "a scoring actor's node is removed", 1, "same losses")
+    record(
+        "streamed training", "a scoring actor's node is removed", 1, "same losses, each scored once"
+    )
 
 
 def test_second_command_at_random_moments(finished: Config, tmp_path: Path, record: Record) -> None:

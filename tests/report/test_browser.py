@@ -57,7 +57,7 @@ def show(browser: webdriver.Chrome, file: Path, size: tuple[int, int]) -> None:
 @pytest.mark.deepspeed
 @pytest.mark.parametrize("size", [DESKTOP, PHONE])
 def test_report_of_a_run(
-    finished_run: Run, browser: webdriver.Chrome, size: tuple[int, int], tmp_path: Path
+    finished_run: Run, browser: webdriver.Chrome, size: tuple[int, int]
 ) -> None:
     """Every chart is drawn, nothing is wider than the screen, and the console is silent."""
     show(browser, finished_run[0].run.folder / "report.html", size)

@@ -1,7 +1,7 @@
 """Curves of trainings."""
 
-from madpo_ray.evaluation.charts import picture
 from madpo_ray.report.charts import MAX_POINTS, training_charts
+from support.pages import require_drawn
 
 LINES = [{"step": step, "loss": 1 / step, "grad_norm": 1.0} for step in range(1, 2001)]
 LINES[-1] |= {"eval_loss": 0.5, "weight/mean": 1.1}
@@ -10,8 +10,7 @@ LINES[-1] |= {"eval_loss": 0.5, "weight/mean": 1.1}
 def test_one_chart_for_each_kind_of_metric() -> None:
     found = training_charts({"run": LINES})
     assert [chart.title for chart in found] == ["Loss", "Weights", "Gradient norm"]
-    for chart in found:
-        assert picture(chart)
+    require_drawn({str(chart.title): chart for chart in found})
 
 
 def test_long_trainings_are_thinned() -> None:

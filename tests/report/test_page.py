@@ -2,9 +2,7 @@
 
 import json
 from html.parser import HTMLParser
-from pathlib import Path
 
-from madpo_ray.report import page as report_page
 from support.pages import EVIL, page_with_any_text
 
 
@@ -58,8 +56,3 @@ def test_numbers_are_short_and_sort_by_their_value() -> None:
     assert '<td class="number" data-value="10">10</td>' in page
     assert "<summary>All keys</summary>" in page
     assert ">empty<" not in page
-
-
-def test_template_is_part_of_the_package() -> None:
-    assert report_page.TEMPLATE.parent == Path(report_page.__file__).parent
-    assert report_page.TEMPLATE.exists()

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from madpo_ray.config import parse_config
+from madpo_ray.errors import UserError
 from madpo_ray.search.space import (
     complete,
     corners,
@@ -99,7 +100,7 @@ def test_random_draws_stay_in_their_ranges(raw_config: dict[str, Any]) -> None:
         (
             {"train.c_min": {"type": "reciprocal", "of": "train.tau"}},
             {},
-            "which is no range above 0",
+            "which is not a range above 0",
         ),
         ({"train.tau": {"type": "grid", "values": [1.0]}}, {}, r"needs tune\.searcher: random"),
         ({"train.tau": {"type": "choice", "values": [1.0, 1.0]}}, {}, "given twice"),
@@ -109,6 +110,8 @@ def test_random_draws_stay_in_their_ranges(raw_config: dict[str, Any]) -> None:
         ({"beta": {"type": "uniform", "min": 0.1, "max": 1.0}}, {}, r"mean 'train\.beta'\?"),
         ({"train.eval_steps": {"type": "int", "min": 1, "max": 9}}, {}, "cannot be searched"),
         ({"model.dtype": {"type": "choice", "values": ["float32"]}}, {}, "cannot be searched"),
+        ({"train.lora_r": {"type": "int", "min": 0, "max": 9, "log": True}}, {}, "at least 1"),
+        ({"train.tau": {"type": "choice", "values": [[1.0]]}}, {}, "values are texts, numbers"),
         (None, {"grace_period": 9}, r"more than tune\.evaluations"),
         (None, {"objective": "reward"}, r"set tune\.scheduler: none"),
         (None, {"scheduler": "pbt"}, "use asha"),
@@ -117,8 +120,6 @@ def test_random_draws_stay_in_their_ranges(raw_config: dict[str, Any]) -> None:
 def test_refused(
     space: Any, tune: dict[str, Any], message: str, raw_config: dict[str, Any]
 ) -> None:
-    from madpo_ray.errors import UserError
-
     raw_config["tune"] = {**tune, **({"search_space": space} if space else {})}
     with pytest.raises(UserError, match=message):
         parse_config(raw_config)

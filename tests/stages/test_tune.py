@@ -168,7 +168,7 @@ def test_search_for_rewards_of_samples(finished_run: Run, tmp_path: Path) -> Non
 @pytest.mark.deepspeed
 @pytest.mark.slow
 def test_failed_trial_is_recorded(finished_run: Run, tmp_path: Path) -> None:
-    """A learning rate at which the loss is not finite; the search goes on."""
+    """A learning rate at which the loss is not finite; the search continues."""
     file = tmp_path / "config.yaml"
     space = {"train.learning_rate": {"type": "grid", "values": [1e30, 1e-3]}}
     config = write_config(finished_run, file, num_samples=1, searcher="random", search_space=space)
