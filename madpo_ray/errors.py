@@ -32,6 +32,10 @@ class Stopped(Exception):  # noqa: N818 (most often not an error)
         self.exit_code = exit_code
 
 
+class StoppedFromOutside(Stopped):
+    """Stopped by the machines and not by what ran: a disk, or no place for workers."""
+
+
 def did_you_mean(key: str, known: Iterable[str]) -> str:
     """Ending of an error message: `; did you mean 'x'?`, or all known keys if none is close."""
     candidates = sorted(known)

@@ -133,7 +133,7 @@ class TuneConfig(Section):
         None,
         ge=1,
         description="trials at a time, each with cluster.num_workers workers. null: as many as "
-        "fit; 1 with cluster.autoscaling",
+        "fit; 1 with cluster.autoscaling, and with an objective of rewards",
     )
     objective: Literal["accuracy", "reward", "reward_and_kl"] = Field(
         "accuracy",
@@ -183,6 +183,12 @@ class TuneConfig(Section):
         has_grid = any(isinstance(domain, Grid) for domain in space)
         if has_grid and self.searcher != "random":
             raise ValueError("a grid needs tune.searcher: random; optuna takes type choice")
+        is_fixed = all(isinstance(domain, Grid | Reciprocal) for domain in space)
+        if has_grid and is_fixed and self.num_samples > 1:
+            raise ValueError(
+                f"tune.num_samples: {self.num_samples} would repeat the same points: set it to 1, "
+                f"or add a grid of {SEED}"
+            )
         if self.search_space and all(isinstance(domain, Reciprocal) for domain in space):
             raise ValueError("tune.search_space varies nothing")
         if self.grace_period > self.evaluations:

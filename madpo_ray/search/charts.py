@@ -24,6 +24,8 @@ def search_charts(
         importances: the share of each key, or empty.
     """
     rows = [dict(row) for row in trials if objective in row]
+    if not rows:
+        return {}
     charts: dict[str, alt.TopLevelMixin] = {"history": _history(rows, objective)}
     for key in keys:
         charts[key] = _against(rows, key, objective)

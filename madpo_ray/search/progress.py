@@ -45,6 +45,9 @@ class SearchProgress(ray.tune.Callback):  # type: ignore[misc]
             self._live.start()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._record(trials)
+
+    def _record(self, trials: list[Any]) -> None:
         drawn = [dict(one.config) for one in trials]
         write_json(self._drawn_file, drawn + self._known[len(drawn) :])
 
@@ -61,9 +64,11 @@ class SearchProgress(ray.tune.Callback):  # type: ignore[misc]
         self._report(trials, trial)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._record(trials)  # it may not have started
         self._report(trials, trial)
 
-    def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
+    def close(self) -> None:
+        """Ends the table, however the search ended."""
         if self._live is not None:
             self._live.stop()
 

@@ -11,6 +11,8 @@ from madpo_ray.config.search import Choice, Grid, Integers, LogUniform, Reciproc
 
 Values = dict[str, Any]  # by dotted key
 
+MAX_CORNERS = 1000
+
 
 def drawn_domains(space: Mapping[str, Domain]) -> dict[str, Domain]:
     """Those of the space that do not follow from others."""
@@ -99,13 +101,21 @@ def settings_of(values: Mapping[str, Any]) -> tuple[Values, int | None]:
 
 
 def corners(space: Mapping[str, Domain]) -> list[Values]:
-    """Values that together reach both ends of every range and every choice."""
+    """Values at both ends of every range and of every choice, in all combinations.
+
+    In some of them, if there are too many: then each end is in at least one.
+    """
     ends = {key: _ends(domain) for key, domain in drawn_domains(space).items()}
-    longest = max(len(values) for values in ends.values())
-    points = [
-        {key: values[min(i, len(values) - 1)] for key, values in ends.items()}
-        for i in range(longest)
-    ]
+    if math.prod(map(len, ends.values())) <= MAX_CORNERS:
+        points = [
+            dict(zip(ends, point, strict=True)) for point in itertools.product(*ends.values())
+        ]
+    else:
+        longest = max(map(len, ends.values()))
+        points = [
+            {key: values[min(i, len(values) - 1)] for key, values in ends.items()}
+            for i in range(longest)
+        ]
     return [complete(space, point) for point in points]
 
 

@@ -154,8 +154,12 @@ class Trial:
         train_on_ray(self.job, self.config.cluster, callbacks=callbacks)
         if self.measure is not None:
             write_json(self._measured_file, self.measure(self.config, self.job))
-            for report in self.reports():
-                ray.tune.report(report)
+
+        # The last evaluation, again: a restart of the workers may have lost it. A trial that was
+        # stopped meanwhile does not come further than this.
+        last = self.reports()[-1]
+        ray.tune.report(last)
+        write_json(self._ended_file, {EVALUATION: last[EVALUATION]})
 
 
 def run_trial(drawn: dict[str, Any], trials: Trials, space: dict[str, Domain]) -> None:

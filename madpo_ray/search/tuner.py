@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+from typing import Any
 
 import ray.tune
 from ray.tune.schedulers import ASHAScheduler
@@ -12,6 +13,7 @@ from ray.tune.search.optuna import OptunaSearch
 
 from madpo_ray.artifacts.building import discard
 from madpo_ray.config import Config
+from madpo_ray.errors import Stopped, StoppedFromOutside, UserError
 from madpo_ray.search.outcomes import OBJECTIVES, Outcome
 from madpo_ray.search.progress import SearchProgress
 from madpo_ray.search.sampler import NumberedSampler, distributions_of
@@ -35,9 +37,11 @@ def search(trials: Trials, *, max_concurrent: int) -> list[Outcome]:
 
     A search that was interrupted begins with the trials that it had, in their order. Those that
     have ended report again what they had reported, without a training, and the others resume from
-    their checkpoints, so searcher and scheduler reach the state that they had.
+    their checkpoints. With one trial at a time, searcher and scheduler so reach the state that they
+    had.
 
     Raises:
+        Stopped: a disk is full or broken, or workers were not placed.
         RuntimeError: no trial was evaluated.
     """
     job = trials.job
@@ -58,18 +62,31 @@ def search(trials: Trials, *, max_concurrent: int) -> list[Outcome]:
         "model, or in a long step",
         progress=lambda: sum(file.stat().st_size for file in job.storage.glob(logs)),
     ):
-        found = tuner.fit()
-    if len(found) < count_trials(config):
-        raise RuntimeError(f"the search ended after {len(found)} of {count_trials(config)} trials")
+        try:
+            found = tuner.fit()
+        finally:
+            progress.close()
+    _require_complete(found, count_trials(config))
 
     drawn = json.loads(drawn_file.read_text(encoding="utf-8"))
     outcomes = [
         _outcome(trials, values, result) for values, result in zip(drawn, found, strict=True)
     ]
     if not any(outcome.evaluation for outcome in outcomes):
-        reason = f"; the first failed with {found.errors[0]}" if found.errors else ""
+        reason = f"; the first failed with {_reason(found.errors[0])}" if found.errors else ""
         raise RuntimeError(f"no trial was evaluated{reason}")
     return outcomes
+
+
+def _require_complete(found: ray.tune.ResultGrid, count: int) -> None:
+    """Raises Stopped for a failure from outside of a trial, RuntimeError if trials are missing."""
+    for error in found.errors:
+        cause = _cause(error)
+        if isinstance(cause, StoppedFromOutside):
+            raise Stopped(f"{cause.message} (in a trial)", cause.exit_code) from error
+    ended = found.num_terminated + found.num_errors
+    if ended < count:
+        raise RuntimeError(f"the search ended after {ended} of {count} trials")
 
 
 def _first_points(config: Config, drawn: list[Values]) -> list[Values]:
@@ -129,7 +146,7 @@ def _scheduler(config: Config) -> ASHAScheduler | None:
         mode=mode,
         grace_period=settings.grace_period,
         reduction_factor=settings.reduction_factor,
-        # Before the last evaluation, and not there: a trial that is stopped keeps its workers'
+        # Before the last evaluation, and seldom there: a trial that is stopped keeps its workers'
         # place for a while.
         max_t=max(settings.evaluations - 1, settings.grace_period),
         stop_last_trials=False,
@@ -139,19 +156,31 @@ def _scheduler(config: Config) -> ASHAScheduler | None:
 def _outcome(trials: Trials, drawn: Values, result: ray.tune.Result) -> Outcome:
     """What is on the disk of a trial, and its error."""
     values = complete(trials.config.search_space, drawn)
-    reports = trials.of(values).reports()
-    last = reports[-1] if reports else {}
+    last = _last_report(trials, values)
     metrics = {name: last[name] for name in REPORTED if _is_finite(last.get(name))}
     seconds = (result.metrics or {}).get("time_total_s")
     error = None if result.error is None else _reason(result.error)
     return Outcome(values, last.get(EVALUATION, 0), metrics, seconds, error)
 
 
-def _reason(error: Exception) -> str:
-    """What was raised in a trial, without Ray's traceback."""
-    cause = getattr(error, "cause", None) or error
-    message = cause.args[0] if cause.args else ""
-    return f"{type(cause).__name__}: {message}"
+def _last_report(trials: Trials, values: Values) -> dict[str, Any]:
+    try:
+        reports = trials.of(values).reports()
+    except UserError:  # no training has such settings, which its own error says
+        return {}
+    return reports[-1] if reports else {}
+
+
+def _cause(error: Exception | str) -> Exception | str:
+    """What was raised in a trial, without Ray's wrapping."""
+    return getattr(error, "cause", None) or error
+
+
+def _reason(error: Exception | str) -> str:
+    cause = _cause(error)
+    if isinstance(cause, str):
+        return cause
+    return f"{type(cause).__name__}: {getattr(cause, 'message', None) or cause}"
 
 
 def _is_finite(value: float | None) -> bool:

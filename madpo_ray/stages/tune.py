@@ -69,7 +69,8 @@ def _check(config: Config) -> None:
 
     trials = config.tune.max_concurrent_trials or 1
     cluster = config.cluster
-    if trials > 1 and cluster.address is None and not cluster.autoscaling:
+    is_local = cluster.address is None and "RAY_ADDRESS" not in os.environ
+    if trials > 1 and is_local and not cluster.autoscaling:
         available = os.cpu_count() or 1
         if trials * cluster.num_workers * cluster.cpus_per_worker > available:
             raise UserError(
@@ -168,7 +169,8 @@ def _concurrency(config: Config) -> int:
             f"tune.max_concurrent_trials: the cluster has room for {fitting} trainings of "
             f"{config.cluster.num_workers} workers at a time, and {wanted} are asked for"
         )
-    return wanted or fitting or 1
+    # Actors that sample and judge are not counted: trials would wait for each other's.
+    return wanted or (fitting if config.tune.objective == "accuracy" else 1) or 1
 
 
 def _count_steps(rows: list[dict[str, Any]]) -> dict[str, int]:

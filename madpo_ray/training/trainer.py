@@ -16,7 +16,7 @@ from madpo_ray.config import ClusterConfig
 from madpo_ray.data.micro_batches import open_tokens
 from madpo_ray.data.order import Order
 from madpo_ray.disk import explain_disk_error, find_disk_error
-from madpo_ray.errors import ExitCode, Stopped, UserError
+from madpo_ray.errors import ExitCode, Stopped, StoppedFromOutside, UserError
 from madpo_ray.models.loading import check_weights
 from madpo_ray.models.trainable import check_trainable
 from madpo_ray.passes import BatchNotes, ordered_execution
@@ -210,12 +210,15 @@ def end_if_certain(
     for failure in _failures(error):
         if isinstance(failure, UserError):
             raise UserError(str(failure)) from error
-        if isinstance(failure, CheckpointWriteError | NonFiniteError):
+        if isinstance(failure, NonFiniteError):
             raise Stopped(str(failure), ExitCode.FAILED) from error
+        if isinstance(failure, CheckpointWriteError):
+            raise StoppedFromOutside(str(failure), ExitCode.FAILED) from error
         if (broken := find_disk_error(failure)) is not None:
-            raise Stopped(explain_disk_error(broken, folder), ExitCode.FAILED) from error
+            message = explain_disk_error(broken, folder)
+            raise StoppedFromOutside(message, ExitCode.FAILED) from error
         if type(failure).__name__ == "WorkerGroupStartupTimeoutError":  # not public
-            raise Stopped(
+            raise StoppedFromOutside(
                 f"the {cluster.num_workers} workers were not placed within "
                 f"cluster.placement_timeout_s: {cluster.placement_timeout_s:g} seconds. The same "
                 "command resumes",

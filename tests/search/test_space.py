@@ -57,6 +57,7 @@ def test_corners_reach_every_end(raw_config: dict[str, Any]) -> None:
     assert {values["train.c_max"] for values in found} == {1.5, 6.0}
     assert {values["train.c_min"] for values in found} == {1 / 1.5, 1 / 6.0}
     assert {values["train.loss_type"] for values in found} == {"madpo", "sigmoid"}
+    assert len(found) == 2**4  # every combination
 
 
 def test_grid_points_multiply(raw_config: dict[str, Any]) -> None:
@@ -103,6 +104,11 @@ def test_random_draws_stay_in_their_ranges(raw_config: dict[str, Any]) -> None:
             "which is not a range above 0",
         ),
         ({"train.tau": {"type": "grid", "values": [1.0]}}, {}, r"needs tune\.searcher: random"),
+        (
+            {"train.tau": {"type": "grid", "values": [1.0, 2.0]}},
+            {"searcher": "random", "num_samples": 2},
+            "would repeat the same points",
+        ),
         ({"train.tau": {"type": "choice", "values": [1.0, 1.0]}}, {}, "given twice"),
         ({"train.tau": {"type": "uniform", "min": 2.0, "max": 1.0}}, {}, "needs min < max"),
         ({"train.beta": {"type": "loguniform", "min": 0.0, "max": 1.0}}, {}, "greater than 0"),

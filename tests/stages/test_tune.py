@@ -104,8 +104,17 @@ def test_search_over_finished_margins(finished_run: Run, tmp_path: Path) -> None
 @pytest.mark.slow
 def test_search_resumes_after_a_kill(finished_run: Run, tmp_path: Path) -> None:
     """Trials that have ended do not train again, and the result is that of an undisturbed one."""
+    # The second is worse from its first evaluation on, and is stopped there.
+    space = {"train.learning_rate": {"type": "grid", "values": [1e-2, 1e-9, 2e-2]}}
     file = tmp_path / "config.yaml"
-    config = write_config(finished_run, file, num_samples=3, scheduler="none")
+    config = write_config(
+        finished_run,
+        file,
+        num_samples=1,
+        searcher="random",
+        max_concurrent_trials=1,
+        search_space=space,
+    )
     search(file)
     expected = json.loads((tune.STAGE.folder(config) / "trials.json").read_text())
     tune_folder = tune.STAGE.folder(config)
@@ -133,7 +142,8 @@ def test_search_resumes_after_a_kill(finished_run: Run, tmp_path: Path) -> None:
     printed = search(file)
     assert "the search resumes" in printed
     found = json.loads((tune_folder / "trials.json").read_text())
-    names = (METRIC, "eval_loss", "step", "train.beta", "train.c_min", "train.c_max", "state")
+    assert [trial["state"] for trial in expected["trials"]] == ["complete", "stopped", "complete"]
+    names = (METRIC, "eval_loss", "step", "train.learning_rate", "state")
     assert [[trial[name] for name in names] for trial in found["trials"]] == [
         [trial[name] for name in names] for trial in expected["trials"]
     ]
