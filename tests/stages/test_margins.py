@@ -205,11 +205,13 @@ def test_description() -> None:
     report = {"accuracy": 0.75, "accuracy_interval": (0.3, 0.9), "reason": "r"}
     results = {"splits": splits, "calibration": report, "rejects": {"nan": 2}}
     results |= {"mean_weight": {"train": 0.75, "test": 1.0}, "weights_at": {"c_max": 4.0}}
+    results["weights_by_label"] = {"wrong": {"pairs": 3, "mean_weight": 0.5}}
     lines = margins.describe(results)
     assert lines[0].endswith("0.750 (95 % 0.300 to 0.900); not calibrated: r")
     assert lines[1:] == [
         "train: 4 pairs, mean margin 0.500, 25.0% negative",
         "mean weight 0.750 train, 1.000 test at c_max 4; 1 for calibrated margins below tau",
+        "mean weight by the true scores: 0.500 over 3 pairs whose label is wrong",
         "2 pairs could not be scored, listed in rejects.parquet:",
         "  2 x nan",
     ]
