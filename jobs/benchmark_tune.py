@@ -21,7 +21,12 @@ from madpo_ray.cluster import connected
 from madpo_ray.config import Config, parse_config, with_changes
 from madpo_ray.stages import margins, train, tune
 
-SIZE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4}
+SIZE = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+}
 KIND = [f"w{number}" for number in range(100, 140)]
 UNKIND = [f"w{number}" for number in range(200, 240)]
 WRONG_LABELS = 0.2
@@ -37,7 +42,7 @@ def write_pairs(file: Path, count: int, seed: int) -> None:
             is_right = rng.random() > WRONG_LABELS
             chosen, rejected = texts if is_right else texts[::-1]
             margin = (2.0 if is_right else -2.0) + rng.gauss(0, 1)
-            pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "margin": margin}
+            pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "true_margin": margin}
             stream.write(json.dumps(pair) + "\n")
 
 
@@ -49,9 +54,9 @@ def config_of(work: Path, name: str, trials: int, seed: int, **settings: Any) ->
                 "files": [str(work / "pairs.jsonl")],
                 "validation_fraction": 0.2,
                 "test_fraction": 0.0,
-                "keep_columns": ["margin"],
+                "keep_columns": ["true_margin"],
             },
-            "reward": {"source": "columns", "source_columns": ["margin"]},
+            "reward": {"source": "columns", "source_columns": ["true_margin"]},
             "margins": {"calibration": "none"},
             "run": {"name": name, "storage_path": str(work), "seed": seed},
             "cluster": {"num_workers": 1},
