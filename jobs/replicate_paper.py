@@ -18,6 +18,7 @@ import json
 import math
 import os
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -374,8 +375,13 @@ def print_table(storage: Path) -> None:
                 name = result["methods"][0] if name == "policy" else name
                 found.setdefault((name, tier), []).append(entry["reward"]["mean"])
     for (name, tier), rewards in found.items():
-        error = np.std(rewards, ddof=1) / len(rewards) ** 0.5 if len(rewards) > 1 else math.nan
-        say(f"{tier:7} {name:18} {np.mean(rewards):.3f} ± {error:.3f} over {len(rewards)} seeds")
+        say(f"{tier:7} {name:18} {mean_with_error(rewards)} over {len(rewards)} seeds")
+
+
+def mean_with_error(values: Sequence[float]) -> str:
+    """The mean, and its standard error if there are several values."""
+    error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else math.nan
+    return f"{np.mean(values):.3f} ± {error:.3f}"
 
 
 def main() -> None:

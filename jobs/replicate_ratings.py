@@ -22,6 +22,7 @@ from replicate_paper import (
     WEIGHTING,
     changed,
     describe_run,
+    mean_with_error,
     require_same_arguments,
     run_methods,
     write_rows,
@@ -131,11 +132,7 @@ def print_table(storage: Path) -> None:
             found.setdefault(file.stem, []).append(numbers)
     say("method: rank correlation with the true margin, accuracy on noisy labels")
     for name, seeds in found.items():
-        means = np.mean(seeds, axis=0)
-        errors = np.full_like(means, np.nan)
-        if len(seeds) > 1:
-            errors = np.std(seeds, axis=0, ddof=1) / len(seeds) ** 0.5
-        cells = "  ".join(f"{m:.3f} ± {e:.3f}" for m, e in zip(means, errors, strict=True))
+        cells = "  ".join(map(mean_with_error, zip(*seeds, strict=True)))
         say(f"{name:18} {cells}  over {len(seeds)} seeds")
 
 

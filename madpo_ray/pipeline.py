@@ -16,14 +16,20 @@ when its manifest exists; the manifest records what it was made from.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from madpo_ray.artifacts.building import check_trusted, check_writable
 from madpo_ray.artifacts.hashes import MANIFEST
 from madpo_ray.artifacts.lock import locked
-from madpo_ray.artifacts.manifest import damage, differences, read_manifest, refuse_changed_content
+from madpo_ray.artifacts.manifest import (
+    changed_since,
+    damage,
+    differences,
+    read_manifest,
+    refuse_changed_content,
+)
 from madpo_ray.cluster import connected
 from madpo_ray.config import Config, save_config
 from madpo_ray.config.files import dump_config
@@ -211,7 +217,7 @@ def verify(run: Path, *, say: Say) -> None:
             upstream = manifest["inputs"].get("upstream", {})
             missing = [name for name in upstream if not (run / name).is_dir()]
             lost += [f"{name}, which it was made from, is missing" for name in missing]
-            if not lost and (changed := _changed_since(run, upstream)):
+            if not lost and (changed := changed_since(run, upstream)):
                 notes = f"intact, but made from an earlier {' and '.join(changed)}"
         say(f"{folder.relative_to(run)}: {'; '.join(lost) or notes}")
         num_damaged += len(lost)
@@ -222,16 +228,6 @@ def verify(run: Path, *, say: Say) -> None:
             "other damaged stage first",
             ExitCode.FAILED,
         )
-
-
-def _changed_since(run: Path, upstream: Mapping[str, str]) -> list[str]:
-    """Those results that were made again since another was made from them, by fingerprint."""
-    manifests = {name: read_manifest(run / name) for name in upstream}
-    return [
-        name
-        for name, manifest in manifests.items()
-        if manifest is not None and manifest["fingerprint"] != upstream[name]
-    ]
 
 
 def _is_result(folder: Path) -> bool:

@@ -127,8 +127,8 @@ def compare_inputs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Diffe
 
     found = []
     for part in new:
-        old_values = _flat(old.get(part, {}))
-        new_values = _flat(new[part])
+        old_values = flat(old.get(part, {}))
+        new_values = flat(new[part])
         for key in sorted(old_values.keys() | new_values.keys()):
             if old_values.get(key) != new_values.get(key):
                 found.append(Difference(part, key, old_values.get(key), new_values.get(key)))
@@ -143,6 +143,16 @@ def damage(folder: Path, *, compare_hashes: bool = False) -> list[str]:
     """
     files = _finished_manifest(folder)["files"]
     return damaged_files(folder, files, compare_hashes=compare_hashes)
+
+
+def changed_since(run: Path, upstream: Mapping[str, str]) -> list[str]:
+    """Those results that were made again since another was made from them, by fingerprint."""
+    manifests = {name: read_manifest(run / name) for name in upstream}
+    return [
+        name
+        for name, manifest in manifests.items()
+        if manifest is not None and manifest["fingerprint"] != upstream[name]
+    ]
 
 
 def is_finished(folder: Path, inputs: Inputs) -> bool:
@@ -201,14 +211,14 @@ def refuse_changed_content(folder: Path, inputs: Inputs) -> None:
         )
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
     """Nested mappings as one, with dotted keys."""
     if not isinstance(value, dict):
         return {prefix: value}
-    flat = {}
+    found = {}
     for name, part in value.items():
-        flat.update(_flat(part, f"{prefix}.{name}" if prefix else name))
-    return flat
+        found.update(flat(part, f"{prefix}.{name}" if prefix else name))
+    return found
 
 
 def _short(value: Any) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from madpo_ray.artifacts.manifest import read_manifest
+from madpo_ray.artifacts.manifest import changed_since, flat, read_manifest
 from madpo_ray.config.files import read_yaml
 from madpo_ray.errors import UserError
 from madpo_ray.stages import evaluate, margins, pairs, reward, sft, train, tune
@@ -63,10 +63,9 @@ def collect(folder: Path, stages: Sequence[Stage]) -> Run:
     """
     run = Run(name=folder.resolve().name, folder=folder)
     found = {stage: read_manifest(folder / stage.name) for stage in stages}
-    fingerprints = {stage.name: one["fingerprint"] for stage, one in found.items() if one}
     for stage, manifest in found.items():
         if manifest is not None:
-            run.stages.append(_finished(stage, manifest, fingerprints))
+            run.stages.append(_finished(stage, manifest, folder))
             run.versions = manifest.get("versions", {})
     if not run.stages:
         raise UserError(
@@ -75,7 +74,7 @@ def collect(folder: Path, stages: Sequence[Stage]) -> Run:
 
     config_file = folder / "config.yaml"
     if config_file.is_file():
-        run.config = _flat(read_yaml(config_file.read_text(encoding="utf-8")) or {})
+        run.config = flat(read_yaml(config_file.read_text(encoding="utf-8")) or {})
     run.margins = _read_json(folder / margins.STAGE.name / REPORT)
     run.suspicious = _read_lines(folder / margins.STAGE.name / SUSPICIOUS)[:MAX_SUSPICIOUS]
     run.metrics = _metrics(folder)
@@ -88,18 +87,14 @@ def collect(folder: Path, stages: Sequence[Stage]) -> Run:
     return run
 
 
-def _finished(
-    stage: Stage, manifest: dict[str, Any], fingerprints: Mapping[str, str]
-) -> FinishedStage:
+def _finished(stage: Stage, manifest: dict[str, Any], folder: Path) -> FinishedStage:
     """What a stage printed, and whether a stage that it reads was made again since."""
     try:
         lines = [line for line in stage.describe(manifest["results"]) if isinstance(line, str)]
     except (KeyError, TypeError) as error:  # of another version of this package
         logger.warning("%s: its results cannot be described: %s", stage.name, error)
         lines = []
-    upstream = manifest["inputs"].get("upstream", {})
-    changed = [name for name, one in upstream.items() if fingerprints.get(name, one) != one]
-    if changed:
+    if changed := changed_since(folder, manifest["inputs"].get("upstream", {})):
         lines.append(f"made from an earlier {' and '.join(changed)}")
     return FinishedStage(stage.name, manifest.get("seconds"), lines)
 
@@ -137,13 +132,3 @@ def _read_lines(file: Path) -> list[dict[str, Any]]:
         return []
     with file.open(encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted keys."""
-    if not isinstance(value, dict):
-        return {prefix: value}
-    flat: dict[str, Any] = {}
-    for name, part in value.items():
-        flat.update(_flat(part, f"{prefix}.{name}" if prefix else str(name)))
-    return flat

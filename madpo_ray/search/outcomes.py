@@ -16,9 +16,13 @@ from madpo_ray.search.sampler import distributions_of
 
 Mode = Literal["min", "max"]
 
+ACCURACY = "eval_rewards/accuracies"
+EVALUATION = "evaluation"  # how many a trial has reported; ASHA's time
+TOTAL_STEPS = "total_steps"
+
 # What each tune.objective compares; the first metric decides which trial is best.
 OBJECTIVES: dict[str, tuple[tuple[str, Mode], ...]] = {
-    "accuracy": (("eval_rewards/accuracies", "max"),),
+    "accuracy": ((ACCURACY, "max"),),
     "reward": (("reward", "max"),),
     "reward_and_kl": (("reward", "max"), ("kl", "min")),
 }
@@ -41,7 +45,7 @@ class Outcome:
     def is_complete(self) -> bool:
         """Whether it trained to its end: not stopped, and without an error."""
         steps = self.metrics.get("step")
-        return self.error is None and steps is not None and steps >= self.metrics["total_steps"]
+        return self.error is None and steps is not None and steps >= self.metrics[TOTAL_STEPS]
 
     @property
     def state(self) -> str:

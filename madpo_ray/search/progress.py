@@ -11,9 +11,9 @@ from rich.live import Live
 from rich.table import Table
 
 from madpo_ray.atomic import write_json
-from madpo_ray.search.outcomes import OBJECTIVES, shown
+from madpo_ray.search.outcomes import EVALUATION, OBJECTIVES, TOTAL_STEPS, shown
 from madpo_ray.search.space import Values, complete
-from madpo_ray.search.trials import EVALUATION, TOTAL_STEPS, Trials
+from madpo_ray.search.trials import Trials
 
 logger = logging.getLogger(__name__)
 

@@ -22,15 +22,12 @@ from madpo_ray.artifacts.lock import NO_LOCKS
 from madpo_ray.atomic import write_json
 from madpo_ray.config import Config, Domain, with_changes
 from madpo_ray.data.order import Order
+from madpo_ray.search.outcomes import ACCURACY, EVALUATION, TOTAL_STEPS
 from madpo_ray.search.space import complete, settings_of
 from madpo_ray.training.checkpoints import checkpoint_folders, newest_checkpoint
 from madpo_ray.training.job import Task, TrainingJob
 from madpo_ray.training.metrics import METRICS_FILE, read_metrics
 from madpo_ray.training.trainer import train_on_ray
-
-ACCURACY = "eval_rewards/accuracies"
-EVALUATION = "evaluation"  # how many a trial has reported; ASHA's time
-TOTAL_STEPS = "total_steps"
 
 # What else is measured of a trained policy, in the actor of its trial.
 Measure = Callable[[Config, TrainingJob], dict[str, float]]

@@ -14,11 +14,11 @@ from ray.tune.search.optuna import OptunaSearch
 from madpo_ray.artifacts.building import discard
 from madpo_ray.config import Config
 from madpo_ray.errors import Stopped, StoppedFromOutside, UserError
-from madpo_ray.search.outcomes import OBJECTIVES, Outcome
+from madpo_ray.search.outcomes import ACCURACY, EVALUATION, OBJECTIVES, TOTAL_STEPS, Outcome
 from madpo_ray.search.progress import SearchProgress
 from madpo_ray.search.sampler import NumberedSampler, distributions_of
 from madpo_ray.search.space import Values, complete, count_trials, own_point, random_points
-from madpo_ray.search.trials import ACCURACY, EVALUATION, TOTAL_STEPS, Trials, run_trial
+from madpo_ray.search.trials import Trials, run_trial
 from madpo_ray.training.metrics import METRICS_FILE
 from madpo_ray.waiting import waiting
 
