@@ -1,7 +1,7 @@
 """MADPO without generation: labels of single human raters, and how robust the weights are.
 
 A pair is two sentences of movie reviews, labelled by one rater drawn for each, as in the demo; the
-true margin is the difference of their mean ratings. All methods of `replicate_paper.py` train on
+true margin is the difference of their mean ratings. All methods of `paper_methods.py` train on
 the same pairs. Then MADPO trains on margins with noise of growing size added. Measured on test
 pairs: how well the policy's implicit reward follows the true margin, and how often it agrees with
 the label. Every result is a JSON file in the folder of its seed; a second call does what is left.
@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from prepare_demo import build_pairs, read_sentences
-from replicate_paper import (
+from paper_methods import (
     LORA,
     MARGINS,
     METHODS,
@@ -27,6 +26,7 @@ from replicate_paper import (
     run_methods,
     write_rows,
 )
+from prepare_demo import build_pairs, read_sentences
 
 from madpo_ray import pipeline
 from madpo_ray.artifacts.tables import read_columns

@@ -139,12 +139,14 @@ def _known_address() -> Iterator[None]:
         free.bind((host, 0))
         port = free.getsockname()[1]
     added = {"RAY_GCS_SERVER_PORT": str(port), "RAY_ADDRESS": f"{host}:{port}"}
+    before = {name: os.environ[name] for name in added if name in os.environ}
     os.environ.update(added)
     try:
         yield
     finally:
         for name in added:
             del os.environ[name]
+        os.environ.update(before)
 
 
 def _protect_token() -> None:

@@ -60,7 +60,7 @@ def test_other_scripts_explain_themselves(script: str) -> None:
 def test_ablations_are_the_parts_of_the_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     """Below tau c is at least 1, above at most 1: one of both is MADPO's weight, the other 1."""
     monkeypatch.syspath_prepend(str(ROOT / "jobs"))
-    from replicate_paper import WEIGHTING, ablated_weights
+    from paper_methods import WEIGHTING, ablated_weights
 
     def weight(margin: float, c: float) -> float:
         return float(expit(c * margin) / expit(margin))

@@ -26,6 +26,7 @@ TESTED_ELSEWHERE = {
     "config/root": "config/test_sections.py",
     "config/search": "config/test_sections.py and search/test_space.py",
     "search/progress": "stages/test_tune.py, on a real Ray",
+    "search/records": "stages/test_tune.py, on a real Ray",
     "search/trials": "stages/test_tune.py, on a real Ray",
     "search/tuner": "stages/test_tune.py, on a real Ray",
     "report/collect": "report/test_sections.py",

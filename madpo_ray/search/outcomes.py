@@ -38,7 +38,7 @@ class Outcome:
     values: dict[str, Any]  # by dotted key
     evaluation: int  # how many it has reported
     metrics: dict[str, Any]
-    seconds: float | None  # of its last start
+    seconds: float | None  # of its last training
     error: str | None = None
 
     @property

@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import json
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -94,17 +95,19 @@ class Trial:
     def _measured_file(self) -> Path:
         return self.job.checkpoints / "measured.json"
 
-    def record_end(self, evaluation: int, *, keep_checkpoints: bool) -> None:
-        """Notes that a trial has ended for good, and deletes what only resuming would need.
+    def record_end(self, evaluation: int, seconds: float | None) -> None:
+        """Notes that a trial has ended for good, if it has not done so itself.
 
         Args:
             evaluation: the last that was reported; a stopped training may have gone further.
+            seconds: since its last start.
         """
         self.job.checkpoints.mkdir(parents=True, exist_ok=True)
-        if not self._ended_file.exists():
-            write_json(self._ended_file, {EVALUATION: evaluation})
-        if keep_checkpoints:
-            return
+        if not self.has_ended:
+            write_json(self._ended_file, {EVALUATION: evaluation, "seconds": seconds})
+
+    def discard_checkpoints(self) -> None:
+        """Deletes what only resuming would need."""
         for unneeded in (*checkpoint_folders(self.job.checkpoints), self.job.output):
             with contextlib.suppress(FileNotFoundError):  # a training that ends deletes some, too
                 discard(unneeded)
@@ -112,6 +115,18 @@ class Trial:
     @property
     def has_ended(self) -> bool:
         return self._ended_file.exists()
+
+    @property
+    def seconds(self) -> float | None:
+        """How long its last training took, if it has ended."""
+        seconds: float | None = self._end().get("seconds")
+        return seconds
+
+    def _end(self) -> dict[str, Any]:
+        if not self.has_ended:
+            return {}
+        found: dict[str, Any] = json.loads(self._ended_file.read_text(encoding="utf-8"))
+        return found
 
     def reports(self) -> list[dict[str, Any]]:
         """The reports of the trial so far.
@@ -126,7 +141,7 @@ class Trial:
             measured = json.loads(self._measured_file.read_text(encoding="utf-8"))
             return [evaluations[-1] | measured]
         if self.has_ended:
-            last = json.loads(self._ended_file.read_text(encoding="utf-8"))[EVALUATION]
+            last = self._end()[EVALUATION]
             return [one for one in evaluations if one[EVALUATION] <= last]
         newest = newest_checkpoint(self.job.checkpoints)
         step = newest[0] if newest else 0
@@ -141,6 +156,7 @@ class Trial:
 
     def run(self) -> None:
         """Trains from where an earlier run ended; reports every evaluation to Ray Tune."""
+        began = time.monotonic()
         reported = self.reports()
         for report in reported:
             ray.tune.report(report)
@@ -156,7 +172,7 @@ class Trial:
         # stopped meanwhile does not come further than this.
         last = self.reports()[-1]
         ray.tune.report(last)
-        write_json(self._ended_file, {EVALUATION: last[EVALUATION]})
+        self.record_end(last[EVALUATION], time.monotonic() - began)
 
 
 def run_trial(drawn: dict[str, Any], trials: Trials, space: dict[str, Domain]) -> None:

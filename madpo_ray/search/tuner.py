@@ -1,5 +1,6 @@
 """The search on Ray Tune: searcher, scheduler, resuming, and the outcomes of the trials."""
 
+import contextlib
 import functools
 import json
 import logging
@@ -16,6 +17,7 @@ from madpo_ray.config import Config
 from madpo_ray.errors import Stopped, StoppedFromOutside, UserError
 from madpo_ray.search.outcomes import ACCURACY, EVALUATION, OBJECTIVES, TOTAL_STEPS, Outcome
 from madpo_ray.search.progress import SearchProgress
+from madpo_ray.search.records import TrialRecords
 from madpo_ray.search.sampler import NumberedSampler, distributions_of
 from madpo_ray.search.space import Values, complete, count_trials, own_point, random_points
 from madpo_ray.search.trials import Trials, run_trial
@@ -53,8 +55,9 @@ def search(trials: Trials, *, max_concurrent: int) -> list[Outcome]:
     if drawn:
         logger.info("the search resumes with the %d trials that it had begun", len(drawn))
 
-    progress = SearchProgress(trials, drawn_file, drawn)
-    tuner = _tuner(trials, _first_points(config, drawn), progress, max_concurrent)
+    progress = SearchProgress(config)
+    callbacks = [TrialRecords(trials, drawn_file, drawn), progress]
+    tuner = _tuner(trials, _first_points(config, drawn), callbacks, max_concurrent)
     os.environ[SIGINT_HANDLER] = "1"
     logs = f"{job.name}-*/metrics/{METRICS_FILE}"
     with waiting(
@@ -103,7 +106,7 @@ def _first_points(config: Config, drawn: list[Values]) -> list[Values]:
 
 
 def _tuner(
-    trials: Trials, points: list[Values], progress: SearchProgress, max_concurrent: int
+    trials: Trials, points: list[Values], callbacks: list[ray.tune.Callback], max_concurrent: int
 ) -> ray.tune.Tuner:
     config = trials.config
     metrics = OBJECTIVES[config.tune.objective]
@@ -130,7 +133,7 @@ def _tuner(
             search_alg=search_alg,
         ),
         run_config=ray.tune.RunConfig(
-            name="tune", storage_path=str(storage), verbose=0, callbacks=[progress]
+            name="tune", storage_path=str(storage), verbose=0, callbacks=callbacks
         ),
     )
 
@@ -156,19 +159,15 @@ def _scheduler(config: Config) -> ASHAScheduler | None:
 def _outcome(trials: Trials, drawn: Values, result: ray.tune.Result) -> Outcome:
     """What is on the disk of a trial, and its error."""
     values = complete(trials.config.search_space, drawn)
-    last = _last_report(trials, values)
-    metrics = {name: last[name] for name in REPORTED if _is_finite(last.get(name))}
     seconds = (result.metrics or {}).get("time_total_s")
+    last: dict[str, Any] = {}
+    with contextlib.suppress(UserError):  # no training has such settings: that is its error
+        trial = trials.of(values)
+        last = next(reversed(trial.reports()), {})
+        seconds = trial.seconds or seconds
+    metrics = {name: last[name] for name in REPORTED if _is_finite(last.get(name))}
     error = None if result.error is None else _reason(result.error)
     return Outcome(values, last.get(EVALUATION, 0), metrics, seconds, error)
-
-
-def _last_report(trials: Trials, values: Values) -> dict[str, Any]:
-    try:
-        reports = trials.of(values).reports()
-    except UserError:  # no training has such settings, which its own error says
-        return {}
-    return reports[-1] if reports else {}
 
 
 def _cause(error: Exception | str) -> Exception | str:

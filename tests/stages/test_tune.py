@@ -1,7 +1,10 @@
 """The search: real trials on stored margins, and a config to train with at the end."""
 
+import contextlib
 import csv
 import json
+import os
+import pty
 import shutil
 import signal
 import subprocess
@@ -38,15 +41,31 @@ def write_config(run: Run, file: Path, **settings: Any) -> Config:
     return load_config(file)
 
 
-def search(file: Path) -> str:
+def search(file: Path, *options: str) -> str:
     """In a process of its own.
 
     Tune needs a Ray with the dashboard's state API, which the tests' shared one omits.
     """
-    command = [PROGRAM, "tune", "--config", file]
+    command = [PROGRAM, "tune", "--config", file, *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+def search_on_a_terminal(file: Path) -> tuple[str, str]:
+    """What it prints, and what its terminal shows meanwhile."""
+    controller, terminal = pty.openpty()
+    command = [PROGRAM, "tune", "--config", file]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=terminal, text=True)
+    os.close(terminal)
+    shown = b""
+    with contextlib.suppress(OSError):  # the other end is closed
+        while part := os.read(controller, 4096):
+            shown += part
+    os.close(controller)
+    printed, _ = process.communicate()
+    assert process.returncode == 0, printed + shown.decode()
+    return printed, shown.decode()
 
 
 def trained_steps(config: Config) -> dict[str, list[int]]:
@@ -144,6 +163,7 @@ def test_search_resumes_after_a_kill(finished_run: Run, tmp_path: Path) -> None:
     found = json.loads((tune_folder / "trials.json").read_text())
     assert [trial["state"] for trial in expected["trials"]] == ["complete", "stopped", "complete"]
     names = (METRIC, "eval_loss", "step", "train.learning_rate", "state")
+    assert found["trials"][0]["seconds"] > 5  # of the training, not of its replay
     assert [[trial[name] for name in names] for trial in found["trials"]] == [
         [trial[name] for name in names] for trial in expected["trials"]
     ]
@@ -166,8 +186,11 @@ def test_search_for_rewards_of_samples(finished_run: Run, tmp_path: Path) -> Non
         scheduler="none",
         search_space={"train.beta": {"type": "loguniform", "min": 0.01, "max": 1.0}},
     )
-    printed = search(file)
+    printed, shown = search_on_a_terminal(file)
     assert "2 trials, 0 stopped early, 0 failed" in printed
+    assert "2 of 2 trials" in shown  # the table's title
+    assert "running" in shown
+    assert "beta 0.1" in shown
     found = json.loads((tune.STAGE.folder(config) / "trials.json").read_text())
     assert found["objectives"] == ["reward", "kl"]
     assert all(trial["kl"] > 0 for trial in found["trials"])
@@ -182,7 +205,7 @@ def test_failed_trial_is_recorded(finished_run: Run, tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     space = {"train.learning_rate": {"type": "grid", "values": [1e30, 1e-3]}}
     config = write_config(finished_run, file, num_samples=1, searcher="random", search_space=space)
-    printed = search(file)
+    printed = search(file, "--retrain")
     assert "2 trials, 0 stopped early, 1 failed" in printed
     found = json.loads((tune.STAGE.folder(config) / "trials.json").read_text())
     failed, good = found["trials"]
@@ -191,6 +214,9 @@ def test_failed_trial_is_recorded(finished_run: Run, tmp_path: Path) -> None:
     assert good["state"] == "complete"
     best = load_config(tune.STAGE.folder(config) / "best.yaml")
     assert best.train.learning_rate == 1e-3
+    assert not pipeline.pending(best)  # it was trained and evaluated, as asked
+    assert train.STAGE.is_finished(best)
+    assert not train.STAGE.is_finished(config)
 
 
 def test_ranges_within_bounds(raw_config: dict[str, Any]) -> None:
