@@ -135,6 +135,11 @@ class ModelConfig(Section):
         False,
         description="Liger's fused norms, rotary embedding and MLPs, on GPUs; needs liger-kernel",
     )
+    torch_compile: bool = Field(
+        False,
+        description="compile each layer apart from its attention, in training and scoring; takes a "
+        "minute at the first step; not with ZeRO-3 or gradient_checkpointing",
+    )
     packed_rows: Literal["auto", "off"] = Field(
         "auto",
         description="auto: all pairs of a micro-batch in one row, each prompt once, if that gives "
@@ -143,10 +148,8 @@ class ModelConfig(Section):
 
     def numerics(self) -> dict[str, Any]:
         """How the model computes, as far as it affects results; for fingerprints."""
-        return self.model_dump(
-            mode="json",
-            include={"dtype", "attn_implementation", "load_in_4bit", "use_liger_kernel"},
-        )
+        names = {"dtype", "attn_implementation", "load_in_4bit", "use_liger_kernel"}
+        return self.model_dump(mode="json", include=names | {"torch_compile"})
 
     def names(self) -> dict[str, Any]:
         """The config's names of model and tokenizer; their content is hashed separately."""

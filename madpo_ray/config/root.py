@@ -111,6 +111,24 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_compile(self) -> "Config":
+        sections = {"sft": self.sft, "reward": self.reward, "train": self.train}
+        for name, section in sections.items():
+            if not self.model.torch_compile or section is None:
+                continue
+            if section.zero_stage == 3:
+                raise ValueError(
+                    f"model.torch_compile does not work with {name}.zero_stage: 3, which gathers "
+                    "weights inside layers: lower the stage, or remove it"
+                )
+            if section.gradient_checkpointing:
+                raise ValueError(
+                    f"model.torch_compile does not work with {name}.gradient_checkpointing, inside "
+                    "of which attention cannot be left out of what is compiled: remove one of both"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _check_shares_of_gpus(self) -> "Config":
         shares = {
             "cluster.gpus_per_worker": self.cluster.gpus_per_worker != 1,

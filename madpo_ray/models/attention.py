@@ -71,7 +71,8 @@ def use_attention(transformer: Any, *, packed: bool) -> None:
     if packed:
         from transformers import AttentionInterface
 
-        AttentionInterface.register(PACKED, packed_attention)  # each process has its own table
+        if PACKED not in AttentionInterface().valid_keys():  # each process has its own table
+            AttentionInterface.register(PACKED, packed_attention)
     if packed == (current == PACKED):
         return
     if packed:

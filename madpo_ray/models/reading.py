@@ -19,6 +19,7 @@ from madpo_ray.config import ModelConfig
 from madpo_ray.data.batching import MicroBatch, collate
 from madpo_ray.errors import UserError
 from madpo_ray.models.attention import may_pack
+from madpo_ray.models.compiling import compile_layers
 from madpo_ray.models.loading import transformer_of
 
 logger = logging.getLogger(__name__)
@@ -51,8 +52,8 @@ class Reading:
 def find_reading(module: Any, device: torch.device, settings: ModelConfig) -> Reading:
     """The fastest way to read pairs that gives the numbers of the model's own forward.
 
-    Sets `module.own_forward` accordingly, and the module in evaluation mode. Under ZeRO-3 all ranks
-    call this, after DeepSpeed's start.
+    Sets `module.own_forward` accordingly, and the module in evaluation mode; compiles its layers if
+    the settings ask for that. Under ZeRO-3 all ranks call this, after DeepSpeed's start.
 
     Args:
         module: `ResponseLogps` or `ResponseRewards`.
@@ -91,6 +92,8 @@ def find_reading(module: Any, device: torch.device, settings: ModelConfig) -> Re
         batch = collate(pairs, packed=reading.packed).to(device)
         difference = _difference(module, transformer, batch, expected)
         if isinstance(difference, float) and difference <= tolerance:
+            if settings.torch_compile:
+                compile_layers(transformer)
             return _with_note(reading, name, seen) if settings.packed_rows == "auto" else reading
         seen.append(f"{reading}: {difference}")
     raise UserError(

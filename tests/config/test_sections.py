@@ -79,6 +79,17 @@ def test_bad_values_name_key_and_fix(raw_config: dict[str, Any], edit: Edit, mes
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(("key", "value"), [("zero_stage", 3), ("gradient_checkpointing", True)])
+def test_compiled_layers_and_what_changes_them(
+    raw_config: dict[str, Any], key: str, value: Any
+) -> None:
+    raw_config["model"]["torch_compile"] = True
+    parse_config(raw_config)
+    raw_config["train"][key] = value
+    with pytest.raises(UserError, match=rf"torch_compile does not work with train\.{key}"):
+        parse_config(raw_config)
+
+
 def test_defaults() -> None:
     """Those of the MADPO authors' best setting, and TRL's."""
     settings = PolicyConfig()

@@ -20,14 +20,19 @@ CUDA = torch.device("cuda")
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 1.0}
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler looks
+@pytest.mark.parametrize("torch_compile", [False, True])
 @pytest.mark.parametrize("dtype", list(TOLERANCES), ids=str)
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "mistral", "gemma3_text", "gpt2"])
-def test_rows_are_packed_and_give_the_models_log_probs(model_type: str, dtype: torch.dtype) -> None:
+def test_rows_are_packed_and_give_the_models_log_probs(
+    model_type: str, dtype: torch.dtype, torch_compile: bool
+) -> None:
+    torch.compiler.reset()
     model = make_model(model_type)
     with torch.no_grad():
         expected = separate_logps(model)
         module = ResponseLogps(model.to(CUDA, dtype))
-        settings = ModelConfig(model_name_or_path="x")
+        settings = ModelConfig(model_name_or_path="x", torch_compile=torch_compile)
         reading = find_reading(module, CUDA, settings)
         assert reading.packed
         logps = module(collate(PAIRS, packed=True).to(CUDA))["logps"]

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AttentionInterface
 
 from madpo_ray.config import ModelConfig, PolicyConfig
 from madpo_ray.data.batching import collate
 from madpo_ray.errors import UserError
 from madpo_ray.models import attention
-from madpo_ray.models.attention import packed_attention, use_attention
 from madpo_ray.models.loading import prepare_for_training
 from madpo_ray.models.logprobs import ResponseLogps, ResponseRewards
 from madpo_ray.models.reading import NARROW_WINDOW, TOLERANCES, Reading, find_reading
@@ -126,21 +126,20 @@ def test_recurrent_layers_read_separate_rows(
     torch.testing.assert_close(logps, separate_logps(model), rtol=0, atol=1e-3)
 
 
-def test_a_window_that_short_pairs_would_not_show_is_compared(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_window_that_short_pairs_would_not_show_is_compared() -> None:
     """Attention without the window: windows are narrowed for the check, and put back."""
     model = make_model("mistral", sliding_window=4096)
     widths: list[int] = []
 
     def without_window(*states: Any, sliding_window: int, **others: Any) -> Any:
         widths.append(sliding_window)
-        return packed_attention(*states, **others)
+        return attention.packed_attention(*states, **others)
 
-    monkeypatch.setattr(attention, "packed_attention", without_window)
-    reading = reading_of(ResponseLogps(model))
-    monkeypatch.undo()
-    use_attention(model, packed=True)  # registers the real one again
+    AttentionInterface.register(attention.PACKED, without_window)
+    try:
+        reading = reading_of(ResponseLogps(model))
+    finally:
+        AttentionInterface.register(attention.PACKED, attention.packed_attention)
     assert reading == SEPARATE
     assert re.search(r"packed rows: 0\.\d", reading.note)
     assert set(widths) == {4096, NARROW_WINDOW}

@@ -31,6 +31,7 @@ SETTINGS: dict[str, tuple[int, dict[str, Any]]] = {
     "budget": (2, {"max_tokens_per_device": 90}),
     "sharded": (2, {"per_device_train_batch_size": 3, **SHARDED}),
     "separate-rows": (2, {"model": {"packed_rows": "off"}}),
+    "compiled": (2, {"model": {"torch_compile": True}}),
     "offloaded": (2, {"zero_stage": 2, "offload_optimizer": True}),
     "all-offloaded": (2, {"offload_optimizer": True, "offload_param": True, **SHARDED}),
     "recomputed": (
@@ -40,7 +41,10 @@ SETTINGS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(one, marks=pytest.mark.slow) if one == "compiled" else one for one in SETTINGS],
+)
 def test_losses_are_equal(
     name: str, undisturbed: TrainingJob, policy_job: MakeJob, train_on: TrainOn
 ) -> None:
