@@ -47,6 +47,12 @@ class ScoringConfig(Section):
         None, gt=0, le=1, description="share of a GPU per actor; null: 1 if cluster.use_gpu is set"
     )
 
+    one_model_at_a_time: bool = operational(
+        False,
+        description="a pass of stage margins for each model, instead of all models in each actor: "
+        "for models that do not fit a GPU together",
+    )
+
     @property
     def forward_limits(self) -> dict[str, Any]:
         """What bounds a forward, as arguments of scorers with a model."""

@@ -111,6 +111,15 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_streamed_models(self) -> "Config":
+        if self.scoring.one_model_at_a_time and self.margins.mode == "stream":
+            raise ValueError(
+                "scoring.one_model_at_a_time needs margins.mode: stored: a training that streams "
+                "its margins reads a pair with all models at once"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_compile(self) -> "Config":
         sections = {"sft": self.sft, "reward": self.reward, "train": self.train}
         for name, section in sections.items():

@@ -1,6 +1,6 @@
 """What scoring and sampling need: models that are complete in each actor."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,17 @@ class PassNeeds:
         return self.weights + self.activations
 
 
+def _together(name: str, passes: Sequence[PassNeeds]) -> PassNeeds:
+    """One pass with the models of all."""
+    seconds = sum(1 / one.pairs_per_second for one in passes if one.pairs_per_second)
+    return PassNeeds(
+        name,
+        weights=sum(one.weights for one in passes),
+        activations=max(one.activations for one in passes),
+        pairs_per_second=1 / seconds,
+    )
+
+
 def pass_needs(
     config: Config, architecture: "PretrainedConfig", cluster: Cluster, lengths: Lengths
 ) -> Iterator[PassNeeds]:
@@ -42,22 +53,36 @@ def pass_needs(
     def footprint(model: ModelConfig, task_type: TaskType) -> Footprint:
         return measure_footprint(architecture, model, shape, task_type=task_type, settings=None)
 
-    # One pass has all models that are scored with, and reads each pair with the reference and, of
-    # several folds, one reward model. A merged one is float32.
+    # Each pair is read with the reference and, of several folds, one reward model. A merged one is
+    # float32.
+    name = margins.STAGE.name
     dtype = config.model.dtype
     reference = footprint(config.model, "CAUSAL_LM")
     reference_bytes = weight_bytes(reference, dtype)
-    weights = reference_bytes
-    activations = reference.activations
-    seconds = reference.flops / cluster.speed(dtype)
+    scorers = [
+        PassNeeds(
+            f"{name}: reference",
+            reference_bytes,
+            reference.activations,
+            shape.pairs / (reference.flops / cluster.speed(dtype)),
+        )
+    ]
     if reward.STAGE.is_wanted(config):
         reward_dtype = "float32" if config.reward.use_peft else dtype
         model = config.model.model_copy(update={"dtype": reward_dtype, "load_in_4bit": False})
         classifier = footprint(model, "SEQ_CLS")
-        weights += config.reward.folds * weight_bytes(classifier, reward_dtype)
-        activations = max(activations, classifier.activations)
-        seconds += classifier.flops / cluster.speed(reward_dtype)
-    yield PassNeeds(margins.STAGE.name, weights, activations, shape.pairs / seconds)
+        scorers.append(
+            PassNeeds(
+                f"{name}: reward",
+                config.reward.folds * weight_bytes(classifier, reward_dtype),
+                classifier.activations,
+                shape.pairs / (classifier.flops / cluster.speed(reward_dtype)),
+            )
+        )
+    if scoring.one_model_at_a_time:
+        yield from scorers
+    else:
+        yield _together(name, scorers)
 
     # Samples of all policies, with the keys and values of one at a time.
     evaluated = config.evaluate

@@ -61,11 +61,10 @@ def make(build: Build) -> dict[str, Any]:
     from madpo_ray.scoring.streamed import with_margins, with_source
 
     config = build.config
-    missing = scores.missing_passes(config)
-    if missing:
-        scored = scores.score(config, missing, build.notes)
+    for group in scores.grouped(scores.missing_passes(config), config):
+        scored = scores.score(config, group, build.notes)
         STAGE.require_upstream(config)  # again, after a pass of hours
-        scores.write(missing, scored)
+        scores.write(group, scored)
 
     rows = pairs.STAGE.rows(config)
     numbers, reason = _scored(rows, config)

@@ -103,6 +103,13 @@ def kept_folder(config: Config) -> Path:
     return config.run.ray_folder / f"{MARGINS}-{name}" / KEPT
 
 
+def grouped(missing: Sequence[Pass], config: Config) -> list[list[Pass]]:
+    """Those whose models an actor holds together; reward models of folds or an ensemble are one."""
+    if config.scoring.one_model_at_a_time:
+        return [[one] for one in missing]
+    return [list(missing)] if missing else []
+
+
 def score(
     config: Config,
     missing: Sequence[Pass],

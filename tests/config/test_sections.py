@@ -79,6 +79,14 @@ def test_bad_values_name_key_and_fix(raw_config: dict[str, Any], edit: Edit, mes
     assert message in str(error.value)
 
 
+def test_streamed_margins_need_all_models_at_once(raw_config: dict[str, Any]) -> None:
+    raw_config["scoring"] = {"one_model_at_a_time": True}
+    parse_config(raw_config)
+    raw_config["margins"] = {"mode": "stream"}
+    with pytest.raises(UserError, match=r"needs margins\.mode: stored"):
+        parse_config(raw_config)
+
+
 @pytest.mark.parametrize(("key", "value"), [("zero_stage", 3), ("gradient_checkpointing", True)])
 def test_compiled_layers_and_what_changes_them(
     raw_config: dict[str, Any], key: str, value: Any

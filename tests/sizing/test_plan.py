@@ -9,6 +9,7 @@ from madpo_ray.config import Config, parse_config
 from madpo_ray.errors import UserError
 from madpo_ray.sizing.footprint import Lengths
 from madpo_ray.sizing.gpus import GPU, USABLE, Cluster
+from madpo_ray.sizing.passes import PassNeeds
 from madpo_ray.sizing.plan import choose_lengths, find_needs
 from madpo_ray.sizing.trainings import TrainingNeeds
 from support.models import make_model
@@ -49,6 +50,24 @@ def test_covers_every_training_and_pass(config: Config) -> None:
     assert [one.name for one in needs.passes] == ["margins", "evaluate: sampling"]
     # SFT reads one response of a pair.
     assert [one.footprint.tokens // one.shape.pairs for one in needs.trainings] == [24, 32, 32]
+
+
+def test_models_apart_need_what_they_need_together(config: Config) -> None:
+    def passes(**scoring: bool) -> list[PassNeeds]:
+        changed = config.scoring.model_copy(update=scoring)
+        needs = find_needs(
+            config.model_copy(update={"scoring": changed}), cluster_of(2**40), LENGTHS
+        )
+        return needs.passes[:-1]
+
+    (both,) = passes()
+    apart = passes(one_model_at_a_time=True)
+    assert [one.name for one in apart] == ["margins: reference", "margins: reward"]
+    assert both.weights == sum(one.weights for one in apart)
+    assert both.activations == max(one.activations for one in apart)
+    speeds = [one.pairs_per_second for one in (both, *apart)]
+    together, reference, reward = (1 / speed for speed in speeds if speed)
+    assert together == pytest.approx(reference + reward)
 
 
 def test_fastest_settings_that_fit(config: Config) -> None:

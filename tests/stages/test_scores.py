@@ -11,7 +11,7 @@ import pytest
 from madpo_ray import pipeline
 from madpo_ray.artifacts.tables import read_columns
 from madpo_ray.config import Config, parse_config
-from madpo_ray.stages import evaluate, margins, pairs, train
+from madpo_ray.stages import evaluate, margins, pairs, scores, train
 from madpo_ray.training.metrics import read_metrics
 from support.judges import count_kind_words
 
@@ -40,6 +40,18 @@ def unscored(finished_run: Run, tmp_path: Path) -> dict[str, Any]:
     raw["run"]["storage_path"] = str(tmp_path)
     raw["margins"]["mode"] = "stream"
     return raw
+
+
+def test_one_model_at_a_time_gives_the_same(unscored: dict[str, Any], finished_run: Run) -> None:
+    unscored["margins"]["mode"] = "stored"
+    unscored["scoring"]["one_model_at_a_time"] = True
+    config = parse_config(unscored)
+    groups = scores.grouped(scores.missing_passes(config), config)
+    assert [[one.folder.name for one in group] for group in groups] == [["reward"], ["reference"]]
+    pipeline.run_stage(config, margins.STAGE, say=ignore)
+    names = ["pair_id", "margin", "ref_chosen_logps", "ref_rejected_logps"]
+    both = [read_columns(margins.STAGE.rows(one), names) for one in (config, finished_run[0])]
+    assert both[0].equals(both[1])
 
 
 @pytest.mark.slow
