@@ -19,6 +19,9 @@ from scipy.stats import spearmanr
 
 FILE_VARIABLE = "MADPO_GROUND_TRUTH"
 PENALTY = 3.0
+# Rewards are twice the rating: those of two samples then differ by 2 (a standard deviation), about
+# as on the paper's scale of -3 to 3, and 80 % of the noisy labels agree with them.
+SCALE = 2.0
 BATCH_SIZE = 64
 HELD_OUT = 0.2
 
@@ -90,9 +93,9 @@ def _weights(file: str) -> Values:
 
 
 def score(texts: Sequence[str]) -> Values:
-    """The ground truth of complete texts, in units of the ratings (-4 to 4)."""
+    """The ground truth of complete texts, in half points of the ratings, which are -4 to 4."""
     features = np.column_stack([embed(texts), np.ones(len(texts))])
-    found: Values = features @ _weights(os.environ[FILE_VARIABLE])
+    found: Values = SCALE * (features @ _weights(os.environ[FILE_VARIABLE]))
     return found
 
 

@@ -62,6 +62,15 @@ LORA = {
     "global_batch_size": 32,
     "logging_steps": 4,
 }
+# Up to the evaluation after which three were not better, as in the paper.
+REWARD = {
+    **LORA,
+    "learning_rate": 1e-3,
+    "num_train_epochs": 3,
+    "eval_steps": 16,
+    "metric_for_best_model": "eval_loss",
+    "early_stopping_patience": 3,
+}
 
 
 def changed(raw: dict[str, Any], name: str, *sections: dict[str, dict[str, Any]]) -> Config:

@@ -9,8 +9,8 @@ two samples against the human text; medium: half of each.
 All methods train on the same pairs, for the same steps, from the same initial policy. MADPO runs on
 margins of a reward model that has seen the pairs, as in the paper; on cross-fitted ones; and on
 cross-fitted and calibrated ones. Unlike the paper: the model, fewer pairs, a higher learning rate
-for all, no dropout, and rewards in units of human ratings. Every tier and seed has a JSON file of
-results; a second call does what is left.
+for all, no dropout, and rewards that come from human ratings. Every tier and seed has a JSON file
+of results; a second call does what is left.
 """
 
 import argparse
@@ -26,6 +26,7 @@ import pyarrow as pa
 from paper_methods import (
     LORA,
     METHODS,
+    REWARD,
     WEIGHTING,
     changed,
     describe_run,
@@ -68,7 +69,7 @@ def base_config(arguments: argparse.Namespace, folder: Path, seed: int) -> dict[
         "data": {"files": [str(folder / "pairs.jsonl")], "max_length": 96},
         "run": {"storage_path": str(folder), "seed": seed},
         "cluster": {"num_workers": 2},
-        "reward": {**LORA, "learning_rate": 5e-4, "num_train_epochs": 2},
+        "reward": REWARD,
         "margins": {"with_rewards": True},
         "train": {**policy, "beta": 0.1, **WEIGHTING},
         "evaluate": {
@@ -239,7 +240,7 @@ def main() -> None:
     parser.add_argument("--storage", type=Path, default=Path("runs/paper"))
     parser.add_argument("--pairs", type=int, default=1000, help="training pairs")
     parser.add_argument("--epochs", type=int, default=2, help="of the policies")
-    parser.add_argument("--learning-rate", type=float, default=2e-4, help="of the policies")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="of the policies")
     parser.add_argument("--seeds", type=int, default=3, help="of tier high; 1 of the others")
     parser.add_argument("--sentences", type=int, default=3000, help="that the SFT sees")
     parser.add_argument("--tiers", nargs="+", choices=TIERS, default=list(TIERS))

@@ -18,6 +18,7 @@ from paper_methods import (
     LORA,
     MARGINS,
     METHODS,
+    REWARD,
     WEIGHTING,
     changed,
     describe_run,
@@ -60,7 +61,7 @@ def base_config(arguments: argparse.Namespace, folder: Path, seed: int) -> dict[
         },
         "run": {"storage_path": str(folder), "seed": seed},
         "cluster": {"num_workers": 2},
-        "reward": {**LORA, "learning_rate": 5e-4, "num_train_epochs": 2},
+        "reward": REWARD,
         "margins": {"with_rewards": True},
         "train": {**LORA, **rates, "beta": 0.1, **WEIGHTING},
         "evaluate": {
