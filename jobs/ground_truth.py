@@ -93,7 +93,7 @@ def _weights(file: str) -> Values:
 
 
 def score(texts: Sequence[str]) -> Values:
-    """The ground truth of complete texts, in half points of the ratings, which are -4 to 4."""
+    """The ground truth of complete texts, twice the rating: -8 to 8."""
     features = np.column_stack([embed(texts), np.ones(len(texts))])
     found: Values = SCALE * (features @ _weights(os.environ[FILE_VARIABLE]))
     return found

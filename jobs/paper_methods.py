@@ -25,26 +25,30 @@ from madpo_ray.config import Config, PolicyConfig, parse_config, with_changes
 from madpo_ray.data.messages import from_text
 from madpo_ray.errors import UserError
 from madpo_ray.scoring.report import describe_weights
-from madpo_ray.stages import margins, train
+from madpo_ray.stages import margins, reward, train
 from madpo_ray.stages.margins_report import weights_of
 
 # Where margins come from: the reward model's folds, and its calibration. `weighted` has the weights
-# of `seen` as columns, for the ablation.
+# of `seen` as columns, for the ablation; `true` has the columns of true scores.
 MARGINS: dict[str, dict[str, dict[str, Any]]] = {
     "seen": {"reward": {"folds": 1}, "margins": {"calibration": "none"}},
     "weighted": {"margins": {"with_rewards": False}},
     "folds": {"reward": {"folds": 2}, "margins": {"calibration": "none"}},
     "calibrated": {"reward": {"folds": 2}, "margins": {"calibration": "temperature"}},
+    "true": {"margins": {"calibration": "none"}},
 }
 ABLATIONS = ("amplify_only", "dampen_only")
-# A method: its margins, and its keys of section train. beta is 0.1 for all, as in the paper.
+# A method: its margins, and its keys of section train. beta is 0.1, as in the paper, except in one:
+# for small margins MADPO's amplifier is about c_max, as if beta were that much smaller.
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "dpo": ("seen", {"loss_type": "sigmoid"}),
+    "dpo_small_beta": ("seen", {"loss_type": "sigmoid", "beta": 0.025}),
     "ipo": ("seen", {"loss_type": "ipo_sum"}),
     "beta_dpo": ("seen", {"loss_type": "beta_dpo", "beta_dpo_variant": "madpo_paper"}),
     "madpo": ("seen", {"loss_type": "madpo"}),
     "madpo_folds": ("folds", {"loss_type": "madpo"}),
     "madpo_calibrated": ("calibrated", {"loss_type": "madpo"}),
+    "madpo_true": ("true", {"loss_type": "madpo"}),
     # MADPO's amplifier c with its part below 1, or above 1, set to 1.
     **{name: ("weighted", {"loss_type": "sigmoid", "weight_column": name}) for name in ABLATIONS},
 }
@@ -60,9 +64,10 @@ LORA = {
     "weight_decay": 0.01,
     "warmup_steps": 0.03,
     "global_batch_size": 32,
+    "per_device_train_batch_size": 16,  # beta-DPO's statistics are of a step, on two workers
     "logging_steps": 4,
 }
-# Up to the evaluation after which three were not better, as in the paper.
+# Early stopping after three evaluations without improvement, as in the paper.
 REWARD = {
     **LORA,
     "learning_rate": 1e-3,
@@ -87,10 +92,12 @@ def write_rows(file: Path, rows: list[dict[str, Any]]) -> None:
     write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def require_same_arguments(file: Path, arguments: argparse.Namespace) -> None:
+def require_same_arguments(
+    file: Path, arguments: argparse.Namespace, constants: dict[str, Any]
+) -> None:
     """Refuses to add to results that other arguments made, apart from which of them to make."""
-    given = vars(arguments).items()
-    now = {name: str(value) for name, value in given if name not in UNCOMPARED}
+    given = {**vars(arguments), **constants}
+    now = {name: str(value) for name, value in given.items() if name not in UNCOMPARED}
     if file.exists() and (then := json.loads(file.read_text())) != now:
         raise UserError(f"{file.parent} was made with {then}, not {now}: set another --storage")
     write_json(file, now)
@@ -113,7 +120,7 @@ def run_methods(
         run = source.run.model_copy(update={"name": name})
         keys = with_changes(source.train, "train", settings)
         config = source.model_copy(update={"run": run, "train": keys})
-        if not train.STAGE.exists(config):
+        if not config.run.folder.exists():
             copy_run(source.run.folder, config.run.folder)
         pipeline.run_all(config, say=say, until=train.STAGE)
         trained.append(config)
@@ -133,9 +140,11 @@ def score_margins(
     own = [*sections, MARGINS[kind]]
     if kind == "weighted":
         own.append(weighted_data(scored["seen"], folder))
+    if kind == "true":
+        own.append(true_rewards(changed(raw, "any", *sections)))
     config = changed(raw, f"margins-{kind}", *own)
     # Reward models and the reference pass are those of `folds`.
-    if kind == "calibrated" and "folds" in scored and not margins.STAGE.exists(config):
+    if kind == "calibrated" and "folds" in scored and not config.run.folder.exists():
         copy_run(scored["folds"].run.folder, config.run.folder)
     pipeline.run_all(config, say=say, until=margins.STAGE)
     scored[kind] = config
@@ -145,9 +154,14 @@ def score_margins(
 def weighted_data(seen: Config, folder: Path) -> dict[str, Any]:
     """Section data of the pairs with the weights of the ablations."""
     file = folder / "weighted.jsonl"
-    if not file.exists():
-        write_weighted(seen, file)
+    write_weighted(seen, file)  # again: other settings give other weights
     return {"data": {"files": [str(file)], "keep_columns": [*seen.data.keep_columns, *ABLATIONS]}}
+
+
+def true_rewards(config: Config) -> dict[str, Any]:
+    """Section reward for the true scores of the data."""
+    names = [config.evaluate.chosen_score_column, config.evaluate.rejected_score_column]
+    return {"reward": {"source": "columns", "source_columns": names}}
 
 
 def write_weighted(scored: Config, file: Path) -> None:
@@ -171,8 +185,11 @@ def ablated_weights(margin: np.ndarray, settings: PolicyConfig) -> tuple[np.ndar
 
 
 def describe_run(config: Config) -> dict[str, Any]:
-    """The training's last evaluation, its weights, and the seconds of each stage."""
+    """What the stages found, the weights, and the seconds of each stage."""
     found: dict[str, Any] = {"final": train.STAGE.require(config), "seconds": {}}
+    if config.reward.source == "trained":
+        found["reward"] = reward.STAGE.require(config)
+    found["margins"] = margins.STAGE.require(config)
     for stage in pipeline.wanted_stages(config, train.STAGE):
         manifest = read_manifest(stage.folder(config))
         assert manifest is not None

@@ -52,8 +52,10 @@ from madpo_ray.stages import evaluate, sft
 TIERS = ("high", "medium", "low")
 PROMPT_WORDS = 4
 MIN_WORDS = 8
-MAX_WORDS = 30
+MAX_WORDS = 20  # the rest has about as many tokens as a sample may have
 MAX_NEW_TOKENS = 24
+RATED_WORDS = 30  # of the sentences that the ground truth is fitted to
+PAIRS_SEED = 1000  # of the samples in the pairs, plus the run's: a test draws others
 TEST_PROMPTS = 200
 
 
@@ -116,7 +118,7 @@ def make_pairs(
     config = changed(base_config(arguments, folder, seed), "sampling", model_of(policy))
     rng = random.Random(f"{tier} {seed}")
     count = arguments.pairs + arguments.pairs // 5 + TEST_PROMPTS
-    chosen_texts = distinct(rng.sample(texts, len(texts)))[:count]
+    chosen_texts = rng.sample(texts, count)
     prompts = [split_text(text)[0] for text in chosen_texts]
     tokenizer = load_tokenizer(base_model(config.model, config.run), config.model)
     table = pa.table({"prompt_ids": tokenizer(prompts * 2)["input_ids"]})
@@ -129,7 +131,7 @@ def make_pairs(
         policies={"sft": PolicyFiles(policy, policy)},
         temperatures=[1.0],
         max_new_tokens=MAX_NEW_TOKENS,
-        seed=seed,
+        seed=PAIRS_SEED + seed,
     )
     responses = sampled[SampleSet("sft", 1.0).text].to_pylist()
     rewards = ground_truth.reward(prompts * 2, responses)
@@ -189,7 +191,6 @@ def run_tier(
     """All methods on the pairs of a tier and a seed."""
     folder = arguments.storage / f"{tier}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    require_same_arguments(folder / "arguments.json", arguments)
     if not (folder / "pairs.jsonl").exists():
         make_pairs(arguments, policy, folder, tier, seed, texts)
     raw = base_config(arguments, folder, seed)
@@ -219,8 +220,8 @@ def summary(trained: list[Config]) -> dict[str, Any]:
 
 
 def print_table(storage: Path) -> None:
-    """Mean ground-truth reward of samples at temperature 1, over the seeds of each tier."""
-    found: dict[tuple[str, str], list[float]] = {}
+    """Mean ground-truth reward and KL of samples at temperature 1, over the seeds of each tier."""
+    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for file in sorted(storage.glob("*-*/result.json")):
         tier = file.parent.name.rpartition("-")[0]
         result = json.loads(file.read_text())
@@ -228,9 +229,12 @@ def print_table(storage: Path) -> None:
             if entry["temperature"] == 1.0:
                 name = entry["policy"]
                 name = result["methods"][0] if name == "policy" else name
-                found.setdefault((name, tier), []).append(entry["reward"]["mean"])
-    for (name, tier), rewards in found.items():
-        say(f"{tier:7} {name:18} {mean_with_error(rewards)} over {len(rewards)} seeds")
+                numbers = (entry["reward"]["mean"], entry["kl"])
+                found.setdefault((name, tier), []).append(numbers)
+    say("tier, method: ground-truth reward, KL")
+    for (name, tier), seeds in found.items():
+        cells = "  ".join(map(mean_with_error, zip(*seeds, strict=True)))
+        say(f"{tier:7} {name:18} {cells}  over {len(seeds)} seeds")
 
 
 def main() -> None:
@@ -242,7 +246,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2, help="of the policies")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="of the policies")
     parser.add_argument("--seeds", type=int, default=3, help="of tier high; 1 of the others")
-    parser.add_argument("--sentences", type=int, default=3000, help="that the SFT sees")
+    parser.add_argument("--sentences", type=int, default=2500, help="for the SFT")
     parser.add_argument("--tiers", nargs="+", choices=TIERS, default=list(TIERS))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--temperatures", nargs="+", type=float, default=[1.0, 0.7, 0.0])
@@ -250,8 +254,10 @@ def main() -> None:
     arguments.storage = arguments.storage.absolute()
 
     # The ground truth.
-    sentences = read_sentences(arguments.sdist, MAX_WORDS)
+    sentences = read_sentences(arguments.sdist, RATED_WORDS)
     arguments.storage.mkdir(parents=True, exist_ok=True)
+    constants = {"words": (PROMPT_WORDS, MIN_WORDS, MAX_WORDS), "scale": ground_truth.SCALE}
+    require_same_arguments(arguments.storage / "arguments.json", arguments, constants)
     file = arguments.storage / "ground-truth.npy"
     os.environ[ground_truth.FILE_VARIABLE] = str(file)
     if not file.exists():
@@ -260,15 +266,22 @@ def main() -> None:
         write_json(arguments.storage / "ground-truth.json", quality)
         say(f"ground truth: {quality}")
 
-    texts = [one.text for one in sentences if len(one.text.split(" ")) >= MIN_WORDS]
-    for_sft = random.Random(0).sample(texts, min(arguments.sentences, len(texts)))
+    # The policy is fine-tuned on some sentences; prompts and human responses come from the others.
+    texts = [one.text for one in sentences if MIN_WORDS <= len(one.text.split(" ")) <= MAX_WORDS]
+    texts = random.Random(0).sample(texts, len(texts))
+    for_sft, others = texts[: arguments.sentences], texts[arguments.sentences :]
+    seen = {split_text(text)[0] for text in for_sft}
+    others = [text for text in distinct(others) if split_text(text)[0] not in seen]
+    needed = arguments.pairs + arguments.pairs // 5 + TEST_PROMPTS
+    if len(others) < needed:
+        raise SystemExit(f"{len(others)} prompts are left, and {needed} are needed: lower --pairs")
     with exit_codes():
         any_config = changed(base_config(arguments, arguments.storage, 0), "any")
         with connected(any_config.cluster, actors=any_config.actors):
             policy = fine_tune(arguments, for_sft)
             for tier in arguments.tiers:
                 for seed in range(arguments.seeds if tier == "high" else 1):
-                    run_tier(arguments, policy, tier, seed, texts)
+                    run_tier(arguments, policy, tier, seed, others)
         print_table(arguments.storage)
 
 

@@ -41,8 +41,10 @@ from madpo_ray.stages import evaluate, margins
 
 MAX_WORDS = 16
 SIZES = {"validation": 200, "test": 500}
+# Differences of ratings are no log-odds: MADPO on the true margins would mean nothing.
+OWN_METHODS = [name for name in METHODS if name != "madpo_true"]
 NOISY = "noisy_margin"
-NOISES = (0.0, 1.0, 2.0, 4.0)  # standard deviations, in units of the margins
+NOISES = (1.0, 2.0, 4.0)  # standard deviations, in those of the margins
 
 
 def base_config(arguments: argparse.Namespace, folder: Path, seed: int) -> dict[str, Any]:
@@ -76,7 +78,7 @@ def base_config(arguments: argparse.Namespace, folder: Path, seed: int) -> dict[
 def run_seed(arguments: argparse.Namespace, seed: int) -> None:
     folder = arguments.storage / f"ratings-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    require_same_arguments(folder / "arguments.json", arguments)
+    require_same_arguments(folder / "arguments.json", arguments, {"sizes": SIZES})
     if not (folder / "pairs.jsonl").exists():
         sentences = read_sentences(arguments.sdist, MAX_WORDS)
         rows = build_pairs(sentences, {"train": arguments.pairs, **SIZES}, seed)
@@ -91,9 +93,8 @@ def run_seed(arguments: argparse.Namespace, seed: int) -> None:
     for noise in arguments.noises:
         file = folder / f"noise-{noise:g}.jsonl"
         scored = changed(raw, "margins-calibrated", MARGINS["calibrated"])
-        if not file.exists():
-            pipeline.run_all(scored, say=say, until=margins.STAGE)
-            write_noisy(scored, noise, seed, file)
+        pipeline.run_all(scored, say=say, until=margins.STAGE)
+        write_noisy(scored, noise, seed, file)  # again: other settings give other margins
         keys: dict[str, dict[str, Any]] = {
             "data": {"files": [str(file)], "keep_columns": [*raw["data"]["keep_columns"], NOISY]},
             "reward": {"source": "columns", "source_columns": [NOISY]},
@@ -103,10 +104,10 @@ def run_seed(arguments: argparse.Namespace, seed: int) -> None:
 
 
 def write_noisy(scored: Config, noise: float, seed: int, file: Path) -> None:
-    """The scored pairs with their margins, plus noise."""
+    """The scored pairs with their margins, plus noise. Only training pairs' margins are used."""
     names = [*TEXT_COLUMNS, "split", "group", "chosen_rating", "rejected_rating", MARGIN]
     table = read_columns(margins.STAGE.rows(scored), names)
-    drawn = np.random.default_rng(seed).normal(0, 1, table.num_rows)
+    drawn = np.random.default_rng(seed).normal(0, np.std(table[MARGIN]), table.num_rows)
     rows = table.to_pylist()
     for row, value in zip(rows, drawn, strict=True):
         row[NOISY] = row.pop(MARGIN) + noise * value
@@ -146,7 +147,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=1, help="of the policies")
     parser.add_argument("--learning-rate", type=float, default=5e-4, help="of the policies")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--methods", nargs="*", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--methods", nargs="*", choices=OWN_METHODS, default=OWN_METHODS)
     parser.add_argument("--noises", nargs="*", type=float, default=list(NOISES))
     arguments = parser.parse_args()
     arguments.storage = Path(os.path.abspath(arguments.storage))

@@ -40,7 +40,8 @@ def dpo_config(file: Path, overrides: list[str]) -> Config:
 def run_both(madpo: Config, dpo: Config) -> None:
     pipeline.run_all(madpo, say=say, until=margins.STAGE)
     if not train.STAGE.is_finished(dpo):
-        copy_run(madpo.run.folder, dpo.run.folder)
+        if not dpo.run.folder.exists():
+            copy_run(madpo.run.folder, dpo.run.folder)
         say("\nDPO on these pairs, where every pair counts the same")
         pipeline.run_all(dpo, say=say, until=train.STAGE)
     say("\nMADPO on these pairs, each with its weight")
@@ -48,9 +49,12 @@ def run_both(madpo: Config, dpo: Config) -> None:
 
 
 def copy_run(source: Path, target: Path) -> None:
-    """Copies a run's finished stages up to margins."""
+    """Copies a run's finished stages up to margins; the target is complete or not there."""
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
     others = shutil.ignore_patterns("ray", "train", "evaluate", ".*", "*.html")
-    shutil.copytree(source, target, dirs_exist_ok=True, ignore=others)
+    shutil.copytree(source, partial, ignore=others)
+    partial.rename(target)
 
 
 if __name__ == "__main__":

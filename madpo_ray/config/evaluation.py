@@ -49,8 +49,8 @@ class ScoringConfig(Section):
 
     one_model_at_a_time: bool = operational(
         False,
-        description="a pass of stage margins for each model, instead of all models in each actor: "
-        "for models that do not fit a GPU together",
+        description="stage margins scores with the reward models and with the reference in two "
+        "passes: for models that do not fit a GPU together",
     )
 
     @property

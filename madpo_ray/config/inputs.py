@@ -148,8 +148,14 @@ class ModelConfig(Section):
 
     def numerics(self) -> dict[str, Any]:
         """How the model computes, as far as it affects results; for fingerprints."""
-        names = {"dtype", "attn_implementation", "load_in_4bit", "use_liger_kernel"}
-        return self.model_dump(mode="json", include=names | {"torch_compile"})
+        names = {
+            "dtype",
+            "attn_implementation",
+            "load_in_4bit",
+            "use_liger_kernel",
+            "torch_compile",
+        }
+        return self.model_dump(mode="json", include=names)
 
     def names(self) -> dict[str, Any]:
         """The config's names of model and tokenizer; their content is hashed separately."""

@@ -121,19 +121,19 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check_compile(self) -> "Config":
+        if not self.model.torch_compile:
+            return self
         sections = {"sft": self.sft, "reward": self.reward, "train": self.train}
         for name, section in sections.items():
-            if not self.model.torch_compile or section is None:
-                continue
-            if section.zero_stage == 3:
+            if section is not None and section.zero_stage == 3:
                 raise ValueError(
                     f"model.torch_compile does not work with {name}.zero_stage: 3, which gathers "
-                    "weights inside layers: lower the stage, or remove it"
+                    "weights inside layers: lower the stage, or remove model.torch_compile"
                 )
-            if section.gradient_checkpointing:
+            if section is not None and section.gradient_checkpointing:
                 raise ValueError(
-                    f"model.torch_compile does not work with {name}.gradient_checkpointing, inside "
-                    "of which attention cannot be left out of what is compiled: remove one of both"
+                    f"model.torch_compile does not work with {name}.gradient_checkpointing, where "
+                    "PyTorch cannot compile a part of a layer: remove one of the two"
                 )
         return self
 

@@ -71,7 +71,8 @@ def use_attention(transformer: Any, *, packed: bool) -> None:
     if packed:
         from transformers import AttentionInterface
 
-        if PACKED not in AttentionInterface().valid_keys():  # each process has its own table
+        # Each process has its own table. Not again: compile_layers puts another one there.
+        if PACKED not in AttentionInterface().valid_keys():
             AttentionInterface.register(PACKED, packed_attention)
     if packed == (current == PACKED):
         return

@@ -94,6 +94,7 @@ def find_reading(module: Any, device: torch.device, settings: ModelConfig) -> Re
         if isinstance(difference, float) and difference <= tolerance:
             if settings.torch_compile:
                 compile_layers(transformer)
+                _require_same(module, transformer, batch, expected, tolerance)
             return _with_note(reading, name, seen) if settings.packed_rows == "auto" else reading
         seen.append(f"{reading}: {difference}")
     raise UserError(
@@ -204,6 +205,23 @@ def _difference(
 
     distances = [_distance(one, own) for one, own in zip(found, expected, strict=True)]
     return "not finite" if any(map(math.isnan, distances)) else max(distances)
+
+
+def _require_same(
+    module: Any,
+    transformer: Any,
+    batch: MicroBatch,
+    expected: Sequence[Tensor],
+    tolerance: float,
+) -> None:
+    """Raises UserError if compiled layers give other numbers."""
+    difference = _difference(module, transformer, batch, expected)
+    if not (isinstance(difference, float) and difference <= tolerance):
+        name = transformer.config.model_type
+        raise UserError(
+            f"the {name} model's compiled layers give other numbers ({difference}; allowed: "
+            f"{tolerance}): remove model.torch_compile"
+        )
 
 
 def _window_owners(transformer: Any) -> list[Any]:

@@ -85,15 +85,15 @@ class ScoredChunks:
     def _read(self, path: Path) -> pa.Table | None:
         """A file's scores; None if it is missing, damaged, or of other columns."""
         try:
-            table = pq.read_table(path, partitioning=None)
+            with pq.ParquetFile(path) as file:
+                if not set(self._names) <= set(file.schema_arrow.names):
+                    return None
+                return file.read(self._names)
         except FileNotFoundError:
             return None
         except (OSError, pa.ArrowException) as error:
             logger.warning("%s cannot be read, so its pairs are scored again: %s", path, error)
             return None
-        if not set(self._names) <= set(table.column_names):
-            return None
-        return table.select(self._names)
 
     def _path(self, ids: pa.ChunkedArray) -> Path:
         content = "\n".join([*self._names, *ids.to_pylist()])

@@ -1,4 +1,4 @@
-"""What a search notes on the disk while it runs, so that its next start can go on."""
+"""What a search notes on the disk while it runs, so that its next start can resume it."""
 
 from pathlib import Path
 from typing import Any

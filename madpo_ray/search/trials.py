@@ -96,11 +96,11 @@ class Trial:
         return self.job.checkpoints / "measured.json"
 
     def record_end(self, evaluation: int, seconds: float | None) -> None:
-        """Notes that a trial has ended for good, if it has not done so itself.
+        """Writes that the trial has ended for good, unless that is written already.
 
         Args:
             evaluation: the last that was reported; a stopped training may have gone further.
-            seconds: since its last start.
+            seconds: of its last training; None if that is not known.
         """
         self.job.checkpoints.mkdir(parents=True, exist_ok=True)
         if not self.has_ended:
@@ -118,11 +118,11 @@ class Trial:
 
     @property
     def seconds(self) -> float | None:
-        """How long its last training took, if it has ended."""
-        seconds: float | None = self._end().get("seconds")
+        """How long its last training took, if that is known."""
+        seconds: float | None = self._ended_record().get("seconds")
         return seconds
 
-    def _end(self) -> dict[str, Any]:
+    def _ended_record(self) -> dict[str, Any]:
         if not self.has_ended:
             return {}
         found: dict[str, Any] = json.loads(self._ended_file.read_text(encoding="utf-8"))
@@ -141,7 +141,7 @@ class Trial:
             measured = json.loads(self._measured_file.read_text(encoding="utf-8"))
             return [evaluations[-1] | measured]
         if self.has_ended:
-            last = self._end()[EVALUATION]
+            last = self._ended_record()[EVALUATION]
             return [one for one in evaluations if one[EVALUATION] <= last]
         newest = newest_checkpoint(self.job.checkpoints)
         step = newest[0] if newest else 0
@@ -160,7 +160,10 @@ class Trial:
         reported = self.reports()
         for report in reported:
             ray.tune.report(report)
-        if self.has_ended or (self.measure is not None and reported):
+        if self.has_ended:
+            return
+        if self.measure is not None and reported:  # it was killed just before its end
+            self.record_end(reported[-1][EVALUATION], None)
             return
 
         callbacks = [_EvaluationCallback(self)] if self.measure is None else []

@@ -164,7 +164,7 @@ def _outcome(trials: Trials, drawn: Values, result: ray.tune.Result) -> Outcome:
     with contextlib.suppress(UserError):  # no training has such settings: that is its error
         trial = trials.of(values)
         last = next(reversed(trial.reports()), {})
-        seconds = trial.seconds or seconds
+        seconds = trial.seconds if trial.has_ended else seconds
     metrics = {name: last[name] for name in REPORTED if _is_finite(last.get(name))}
     error = None if result.error is None else _reason(result.error)
     return Outcome(values, last.get(EVALUATION, 0), metrics, seconds, error)

@@ -137,9 +137,13 @@ class _Sizer:
 
     def first_that_fits(self) -> Choice | None:
         """The first of the ladder's settings, with as many pairs per forward as possible."""
-        # ZeRO-3 cannot shard 4-bit weights.
-        most = 2 if self._model.load_in_4bit else 3
+        # ZeRO-3 cannot shard 4-bit weights, and gathers weights inside layers, as compiled ones
+        # must not.
+        is_compiled = self._model.torch_compile
+        most = 2 if self._model.load_in_4bit or is_compiled else 3
         ladder = [changes for changes in LADDER if changes["zero_stage"] <= most]
+        if is_compiled:
+            ladder = [changes for changes in ladder if "gradient_checkpointing" not in changes]
         num_pairs = self.shape.pairs
         while num_pairs:
             for changes in ladder:

@@ -1,7 +1,7 @@
 """Stage margins: the reward margin of every pair and the reference's log-probs, computed once.
 
 What no earlier run of it, and no training that streamed its margins, has scored is computed in one
-pass over the pairs.
+pass over the pairs, or in one for each scorer (`scoring.one_model_at_a_time`).
 """
 
 from collections import Counter

@@ -5,6 +5,7 @@ Another reward model does not repeat the reference pass, and another reference n
 
 import dataclasses
 import hashlib
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 # Torch, Ray Data and scipy are imported inside functions: they take seconds, and neither
 # `--help` nor a wrong config should wait.
+
+logger = logging.getLogger(__name__)
 
 MARGINS = "margins"  # the stage whose scores these are
 MAX_REASONS = 5  # in a message
@@ -104,7 +107,10 @@ def kept_folder(config: Config) -> Path:
 
 
 def grouped(missing: Sequence[Pass], config: Config) -> list[list[Pass]]:
-    """Those whose models an actor holds together; reward models of folds or an ensemble are one."""
+    """Those whose models an actor holds together.
+
+    Reward models of several folds, or of an ensemble, are one scorer: they stay together.
+    """
     if config.scoring.one_model_at_a_time:
         return [[one] for one in missing]
     return [list(missing)] if missing else []
@@ -123,6 +129,7 @@ def score(
     """
     from madpo_ray.scoring.actors import score_rows
 
+    logger.info("scores of this pass: %s", ", ".join(one.folder.name for one in missing))
     scored = score_rows(
         pairs.STAGE.rows(config),
         [one.scorer for one in missing],

@@ -88,7 +88,7 @@ def test_streamed_margins_need_all_models_at_once(raw_config: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize(("key", "value"), [("zero_stage", 3), ("gradient_checkpointing", True)])
-def test_compiled_layers_and_what_changes_them(
+def test_torch_compile_refuses_zero_3_and_checkpointing(
     raw_config: dict[str, Any], key: str, value: Any
 ) -> None:
     raw_config["model"]["torch_compile"] = True

@@ -20,7 +20,7 @@ CUDA = torch.device("cuda")
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 1.0}
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler looks
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler reads it
 @pytest.mark.parametrize("torch_compile", [False, True])
 @pytest.mark.parametrize("dtype", list(TOLERANCES), ids=str)
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "mistral", "gemma3_text", "gpt2"])

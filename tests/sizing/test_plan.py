@@ -52,7 +52,7 @@ def test_covers_every_training_and_pass(config: Config) -> None:
     assert [one.footprint.tokens // one.shape.pairs for one in needs.trainings] == [24, 32, 32]
 
 
-def test_models_apart_need_what_they_need_together(config: Config) -> None:
+def test_separate_passes_add_up(config: Config) -> None:
     def passes(**scoring: bool) -> list[PassNeeds]:
         changed = config.scoring.model_copy(update=scoring)
         needs = find_needs(
@@ -79,6 +79,18 @@ def test_fastest_settings_that_fit(config: Config) -> None:
     tighter = policy_needs(config, int(roomy.by_zero_stage[0].peak / USABLE) - 1)
     assert settings_that_fit(tighter) == {"zero_stage": 1}
     assert policy_needs(config, 1000).fitting is None
+
+
+def test_compiled_layers_are_neither_sharded_nor_recomputed(config: Config) -> None:
+    """Such settings would be refused."""
+    model = config.model.model_copy(update={"torch_compile": True})
+    config = config.model_copy(update={"model": model})
+    roomy = policy_needs(config, 2**40)
+    memory = min(roomy.by_zero_stage[stage].peak for stage in range(3))
+    tighter = policy_needs(config, int(memory / USABLE) - 1)
+    assert settings_that_fit(tighter).keys() >= {"per_device_train_batch_size"}
+    assert settings_that_fit(tighter).get("zero_stage", 0) < 3
+    assert "gradient_checkpointing" not in settings_that_fit(tighter)
 
 
 def test_budget_of_tokens_is_kept(config: Config) -> None:

@@ -1,5 +1,6 @@
 """Pairs that are scored while the policy is trained on them."""
 
+import logging
 import math
 import shutil
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from madpo_ray import pipeline
 from madpo_ray.artifacts.tables import read_columns
 from madpo_ray.config import Config, parse_config
-from madpo_ray.stages import evaluate, margins, pairs, scores, train
+from madpo_ray.stages import evaluate, margins, pairs, train
 from madpo_ray.training.metrics import read_metrics
 from support.judges import count_kind_words
 
@@ -42,13 +43,16 @@ def unscored(finished_run: Run, tmp_path: Path) -> dict[str, Any]:
     return raw
 
 
-def test_one_model_at_a_time_gives_the_same(unscored: dict[str, Any], finished_run: Run) -> None:
+def test_one_model_at_a_time_gives_the_same(
+    unscored: dict[str, Any], finished_run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
     unscored["margins"]["mode"] = "stored"
     unscored["scoring"]["one_model_at_a_time"] = True
     config = parse_config(unscored)
-    groups = scores.grouped(scores.missing_passes(config), config)
-    assert [[one.folder.name for one in group] for group in groups] == [["reward"], ["reference"]]
-    pipeline.run_stage(config, margins.STAGE, say=ignore)
+    with caplog.at_level(logging.INFO, logger="madpo_ray"):
+        pipeline.run_stage(config, margins.STAGE, say=ignore)
+    passes = [one for one in caplog.messages if one.startswith("scores of this pass")]
+    assert passes == ["scores of this pass: reward", "scores of this pass: reference"]
     names = ["pair_id", "margin", "ref_chosen_logps", "ref_rejected_logps"]
     both = [read_columns(margins.STAGE.rows(one), names) for one in (config, finished_run[0])]
     assert both[0].equals(both[1])

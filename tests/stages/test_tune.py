@@ -56,14 +56,20 @@ def search_on_a_terminal(file: Path) -> tuple[str, str]:
     """What it prints, and what its terminal shows meanwhile."""
     controller, terminal = pty.openpty()
     command = [PROGRAM, "tune", "--config", file]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=terminal, text=True)
-    os.close(terminal)
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
     shown = b""
-    with contextlib.suppress(OSError):  # the other end is closed
-        while part := os.read(controller, 4096):
-            shown += part
-    os.close(controller)
-    printed, _ = process.communicate()
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=terminal, text=True, env=environment
+    ) as process:
+        os.close(terminal)
+        try:
+            with contextlib.suppress(OSError):  # the other end is closed
+                while part := os.read(controller, 4096):
+                    shown += part
+            printed, _ = process.communicate()
+        finally:
+            process.kill()
+            os.close(controller)
     assert process.returncode == 0, printed + shown.decode()
     return printed, shown.decode()
 
@@ -151,10 +157,11 @@ def test_search_resumes_after_a_kill(finished_run: Run, tmp_path: Path) -> None:
     process.send_signal(signal.SIGKILL)
     process.wait()
     time.sleep(3)  # the workers of a killed driver end a moment later
+    ended = list(config.run.ray_folder.glob("tune-*-*/ended.json"))
+    seconds = [json.loads(file.read_text())["seconds"] for file in ended]
     before = {
-        log.parent.parent.name: log.stat().st_mtime_ns
-        for log in config.run.ray_folder.glob(f"tune-*-*/metrics/{METRICS_FILE}")
-        if (log.parent.parent / "ended.json").exists()
+        file.parent.name: (file.parent / "metrics" / METRICS_FILE).stat().st_mtime_ns
+        for file in ended
     }
     assert len(before) == 1
 
@@ -163,7 +170,7 @@ def test_search_resumes_after_a_kill(finished_run: Run, tmp_path: Path) -> None:
     found = json.loads((tune_folder / "trials.json").read_text())
     assert [trial["state"] for trial in expected["trials"]] == ["complete", "stopped", "complete"]
     names = (METRIC, "eval_loss", "step", "train.learning_rate", "state")
-    assert found["trials"][0]["seconds"] > 5  # of the training, not of its replay
+    assert [found["trials"][0]["seconds"]] == seconds  # of the training, not of its replay
     assert [[trial[name] for name in names] for trial in found["trials"]] == [
         [trial[name] for name in names] for trial in expected["trials"]
     ]
@@ -189,8 +196,8 @@ def test_search_for_rewards_of_samples(finished_run: Run, tmp_path: Path) -> Non
     printed, shown = search_on_a_terminal(file)
     assert "2 trials, 0 stopped early, 0 failed" in printed
     assert "2 of 2 trials" in shown  # the table's title
+    assert "evaluations" in shown  # a heading
     assert "running" in shown
-    assert "beta 0.1" in shown
     found = json.loads((tune.STAGE.folder(config) / "trials.json").read_text())
     assert found["objectives"] == ["reward", "kl"]
     assert all(trial["kl"] > 0 for trial in found["trials"])
@@ -216,7 +223,6 @@ def test_failed_trial_is_recorded(finished_run: Run, tmp_path: Path) -> None:
     assert best.train.learning_rate == 1e-3
     assert not pipeline.pending(best)  # it was trained and evaluated, as asked
     assert train.STAGE.is_finished(best)
-    assert not train.STAGE.is_finished(config)
 
 
 def test_ranges_within_bounds(raw_config: dict[str, Any]) -> None:
