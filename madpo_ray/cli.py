@@ -17,6 +17,7 @@ from rich.console import Console
 from madpo_ray import pipeline
 from madpo_ray.config import Config, load_config
 from madpo_ray.config.files import dump_config
+from madpo_ray.config.options import describe_options
 from madpo_ray.errors import ExitCode, Stopped, UserError
 from madpo_ray.preview import preview
 from madpo_ray.stages import export, margins, tune
@@ -230,6 +231,14 @@ def _plan(
         lengths = choose_lengths(loaded, prompt_tokens, response_tokens)
         for part in needs_tables(find_needs(loaded, cluster, lengths), cluster):
             say(part)
+
+
+@app.command("options", help="All keys of a config: their defaults, and what they mean.")
+def _options(
+    section: Annotated[str | None, typer.Argument(help="such as train; default: all")] = None,
+) -> None:
+    with exit_codes():
+        say(describe_options(section))
 
 
 @app.command("verify", help="Compare every file of a run with the hash that its manifest has.")

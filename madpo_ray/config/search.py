@@ -186,8 +186,8 @@ class TuneConfig(Section):
         is_fixed = all(isinstance(domain, Grid | Reciprocal) for domain in space)
         if has_grid and is_fixed and self.num_samples > 1:
             raise ValueError(
-                f"tune.num_samples: {self.num_samples} would repeat the same points: set it to 1, "
-                f"or add a grid of {SEED}"
+                f"tune.num_samples: {self.num_samples} would repeat the same points: set it to 1 "
+                f"(a grid of {SEED} repeats points with other seeds)"
             )
         if self.search_space and all(isinstance(domain, Reciprocal) for domain in space):
             raise ValueError("tune.search_space varies nothing")
