@@ -120,8 +120,7 @@ def run_methods(
         run = source.run.model_copy(update={"name": name})
         keys = with_changes(source.train, "train", settings)
         config = source.model_copy(update={"run": run, "train": keys})
-        if not config.run.folder.exists():
-            copy_run(source.run.folder, config.run.folder)
+        copy_run(source.run.folder, config.run.folder)
         pipeline.run_all(config, say=say, until=train.STAGE)
         trained.append(config)
     return trained
@@ -144,7 +143,7 @@ def score_margins(
         own.append(true_rewards(changed(raw, "any", *sections)))
     config = changed(raw, f"margins-{kind}", *own)
     # Reward models and the reference pass are those of `folds`.
-    if kind == "calibrated" and "folds" in scored and not config.run.folder.exists():
+    if kind == "calibrated" and "folds" in scored:
         copy_run(scored["folds"].run.folder, config.run.folder)
     pipeline.run_all(config, say=say, until=margins.STAGE)
     scored[kind] = config
@@ -187,10 +186,11 @@ def ablated_weights(margin: np.ndarray, settings: PolicyConfig) -> tuple[np.ndar
 def describe_run(config: Config) -> dict[str, Any]:
     """What the stages found, the weights, and the seconds of each stage."""
     found: dict[str, Any] = {"final": train.STAGE.require(config), "seconds": {}}
-    if config.reward.source == "trained":
+    stages = pipeline.wanted_stages(config, train.STAGE)
+    if reward.STAGE in stages:  # not for true margins, and not for weights that are columns
         found["reward"] = reward.STAGE.require(config)
     found["margins"] = margins.STAGE.require(config)
-    for stage in pipeline.wanted_stages(config, train.STAGE):
+    for stage in stages:
         manifest = read_manifest(stage.folder(config))
         assert manifest is not None
         found["seconds"][stage.name] = manifest["seconds"]

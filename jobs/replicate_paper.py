@@ -256,7 +256,11 @@ def main() -> None:
     # The ground truth.
     sentences = read_sentences(arguments.sdist, RATED_WORDS)
     arguments.storage.mkdir(parents=True, exist_ok=True)
-    constants = {"words": (PROMPT_WORDS, MIN_WORDS, MAX_WORDS), "scale": ground_truth.SCALE}
+    constants = {
+        "words": (PROMPT_WORDS, MIN_WORDS, MAX_WORDS, RATED_WORDS),
+        "max_new_tokens": MAX_NEW_TOKENS,
+        "ground_truth": (ground_truth.SCALE, ground_truth.PENALTY),
+    }
     require_same_arguments(arguments.storage / "arguments.json", arguments, constants)
     file = arguments.storage / "ground-truth.npy"
     os.environ[ground_truth.FILE_VARIABLE] = str(file)

@@ -90,10 +90,11 @@ def run_seed(arguments: argparse.Namespace, seed: int) -> None:
         measure(config, folder / f"{config.run.name}.json")
 
     # MADPO on margins with noise, which come as a column of the data.
+    scored = changed(raw, "margins-calibrated", MARGINS["calibrated"])
+    if arguments.noises:
+        pipeline.run_all(scored, say=say, until=margins.STAGE)
     for noise in arguments.noises:
         file = folder / f"noise-{noise:g}.jsonl"
-        scored = changed(raw, "margins-calibrated", MARGINS["calibrated"])
-        pipeline.run_all(scored, say=say, until=margins.STAGE)
         write_noisy(scored, noise, seed, file)  # again: other settings give other margins
         keys: dict[str, dict[str, Any]] = {
             "data": {"files": [str(file)], "keep_columns": [*raw["data"]["keep_columns"], NOISY]},

@@ -24,6 +24,7 @@ def main() -> None:
     with exit_codes():
         madpo = load_config(file, arguments.set)
         dpo = dpo_config(file, arguments.set)
+        pipeline.check(dpo, pipeline.wanted_stages(dpo))  # the judge, too, which comes last
         if not train.STAGE.is_finished(dpo) or pipeline.pending(madpo):
             with connected(madpo.cluster, actors=madpo.actors):
                 run_both(madpo, dpo)
@@ -40,8 +41,7 @@ def dpo_config(file: Path, overrides: list[str]) -> Config:
 def run_both(madpo: Config, dpo: Config) -> None:
     pipeline.run_all(madpo, say=say, until=margins.STAGE)
     if not train.STAGE.is_finished(dpo):
-        if not dpo.run.folder.exists():
-            copy_run(madpo.run.folder, dpo.run.folder)
+        copy_run(madpo.run.folder, dpo.run.folder)
         say("\nDPO on these pairs, where every pair counts the same")
         pipeline.run_all(dpo, say=say, until=train.STAGE)
     say("\nMADPO on these pairs, each with its weight")
@@ -49,7 +49,9 @@ def run_both(madpo: Config, dpo: Config) -> None:
 
 
 def copy_run(source: Path, target: Path) -> None:
-    """Copies a run's finished stages up to margins; the target is complete or not there."""
+    """Copies a run's finished stages up to margins, unless the target is there; all or nothing."""
+    if target.exists():
+        return
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     others = shutil.ignore_patterns("ray", "train", "evaluate", ".*", "*.html")
