@@ -10,7 +10,8 @@ from pathlib import Path
 
 from madpo_ray.errors import ExitCode, Stopped, UserError
 
-RUST_ERROR = re.compile(r"\(os error (\d+)\)")
+# In texts: of Rust, and of Python and Arrow inside of an error that Ray has passed on.
+ERROR_NUMBER = re.compile(r"(?:\(os error |\[[Ee]rrno )(\d+)")
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE}
 
 
@@ -25,9 +26,11 @@ def find_disk_error(error: BaseException) -> OSError | None:
         seen.add(id(found))
         if isinstance(found, OSError) and found.errno in DISK_ERRORS:
             return found
-        # safetensors and tokenizers are written in Rust; their errors are text.
-        if (match := RUST_ERROR.search(str(found))) and int(match[1]) in DISK_ERRORS:
-            return OSError(int(match[1]), os.strerror(int(match[1])))
+        # safetensors and tokenizers are written in Rust, and of what a function of Ray Data raises
+        # only the traceback comes here: text.
+        for number in map(int, ERROR_NUMBER.findall(str(found))):
+            if number in DISK_ERRORS:
+                return OSError(number, os.strerror(number))
         # `cause`: Ray's errors of tasks and actors.
         todo += [found.__cause__, found.__context__, getattr(found, "cause", None)]
     return None

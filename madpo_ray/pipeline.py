@@ -62,10 +62,7 @@ def wanted_stages(config: Config, until: Stage | None = None) -> list[Stage]:
     if until is not None:
         return _with_needed(config, until)
     stages = [stage for stage in STAGES if stage.is_wanted(config)]
-    if config.margins.mode == "stream":  # training scores the pairs; then margins collects them
-        stages.remove(margins.STAGE)
-        stages.insert(stages.index(train.STAGE) + 1, margins.STAGE)
-    return stages
+    return _in_order(config, stages)
 
 
 def _with_needed(config: Config, last: Stage) -> list[Stage]:
@@ -75,6 +72,14 @@ def _with_needed(config: Config, last: Stage) -> list[Stage]:
         if stage.name in found:
             stages.insert(0, stage)
             found |= {one.name for one in stage.needed(config)}
+    return _in_order(config, stages)
+
+
+def _in_order(config: Config, stages: list[Stage]) -> list[Stage]:
+    if config.margins.mode == "stream" and {train.STAGE, margins.STAGE} <= set(stages):
+        # Training scores the pairs; then margins collects them.
+        stages.remove(margins.STAGE)
+        stages.insert(stages.index(train.STAGE) + 1, margins.STAGE)
     return stages
 
 

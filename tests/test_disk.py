@@ -4,6 +4,7 @@ import errno
 from pathlib import Path
 
 import pytest
+from ray.exceptions import RayTaskError, UserCodeException
 
 from madpo_ray.disk import find_disk_error, find_write_error, in_units, stopping_on_disk_errors
 from madpo_ray.errors import ExitCode, Stopped, UserError
@@ -35,6 +36,18 @@ def test_full_disk_is_found_in_the_text_of_rusts_errors(tmp_path: Path) -> None:
     assert found is not None
     assert found.errno == errno.ENOSPC
     assert find_disk_error(Exception("No such file or directory (os error 2)")) is None
+
+
+def test_full_disk_is_found_in_the_text_of_rays_errors() -> None:
+    """Of what a function of Ray Data raises, the driver gets the traceback only."""
+    cause = UserCodeException("UDF failed to process a data block.")
+    text = "  File chunks.py\nOSError: [Errno 28] No space left on device: '/data/a'"
+    sent = RayTaskError("_score", text, cause, pid=1, ip="127.0.0.1").to_bytes()
+    error = RayTaskError.from_bytes(sent)
+    assert isinstance(error, RayTaskError)
+    found = find_disk_error(error.as_instanceof_cause())
+    assert found is not None
+    assert found.errno == errno.ENOSPC
 
 
 def test_torchs_write_error_is_one() -> None:

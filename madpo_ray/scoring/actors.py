@@ -87,21 +87,25 @@ class ScoringActor:
         with self._notes.working_on(f"the {rows.num_rows} pairs from {first} to {last}"):
             try:
                 scored = self._score(rows)
+                self._require_success(scored)
             except UserError as error:
                 self._refusal = str(error)
                 return self(rows)
-        self._require_success(scored)
         if self._kept is not None:
             self._kept.write(scored)
         return scored if known is None else rows_of(pa.concat_tables([known, scored]), ids)
 
     def _require_success(self, scored: pa.Table) -> None:
-        """Raises RuntimeError if many pairs were tried, and none has scores."""
+        """Raises UserError if many pairs were tried, and none has scores."""
         reasons = scored[REASON]
         self._num_failed += len(reasons) - reasons.null_count
         self._has_succeeded = self._has_succeeded or reasons.null_count > 0
-        if not self._has_succeeded and self._num_failed >= MAX_FAILURES:
-            raise RuntimeError(
+        if self._has_succeeded or self._num_failed < MAX_FAILURES:
+            return
+        # A pass that resumes tries those pairs first that failed before.
+        self._has_succeeded = self._kept is not None and self._kept.has_scores()
+        if not self._has_succeeded:
+            raise UserError(
                 f"none of the first {self._num_failed} pairs could be scored, such as "
                 f"{scored[PAIR_ID][0]}: {reasons[0]}"
             )
@@ -140,9 +144,9 @@ def score_rows(
         splits: of the rows to score.
 
     Raises:
-        UserError: a scorer's model is not one that can be scored with.
+        UserError: a scorer's model is not one that can be scored with, or no pair can be scored.
         Stopped: a batch killed its actor again and again.
-        RuntimeError: no pair can be scored, or rows were lost.
+        RuntimeError: rows were lost.
     """
     table = read_columns(rows, [PAIR_ID, SPLIT, *LENGTHS.values()])
     table = table.filter(pc.field(SPLIT).isin(list(splits)))

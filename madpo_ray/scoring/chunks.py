@@ -43,23 +43,25 @@ class ScoredChunks:
                 is tried again.
         """
         own = self._read(self._path(ids))
-        if own is not None and own[PAIR_ID].to_pylist() == ids.to_pylist():
-            found = own
-        else:
-            if self._known is None:
-                self._known = self._read_all()
-            found = self._known.filter(pc.is_in(self._known[PAIR_ID], value_set=ids))
-        if found.num_rows == 0:
-            return None
+        if own is not None and own[PAIR_ID].to_pylist() != ids.to_pylist():
+            own = None
+        if own is not None and not pc.any(_has_raised(own)).as_py():
+            return own
 
-        # A pair that failed may have succeeded since.
-        has_failed = pc.fill_null(pc.match_substring(found[REASON], RAISED), False)
-        good = found.filter(pc.invert(has_failed))
+        # In other chunks; a pair that failed may have succeeded since.
+        known = self._all_known()
+        found = known.filter(pc.is_in(known[PAIR_ID], value_set=ids))
+        if own is not None:
+            found = pa.concat_tables([found, own])
+        has_raised = _has_raised(found)
+        candidates = [found.filter(pc.invert(has_raised))]
         if with_failed:
-            failed = found.filter(has_failed)
-            is_new = pc.invert(pc.is_in(failed[PAIR_ID], value_set=good[PAIR_ID]))
-            good = pa.concat_tables([good, failed.filter(is_new)])
-        return good if good.num_rows else None
+            candidates.append(found.filter(has_raised))
+        return _first_of_each(pa.concat_tables(candidates), ids)
+
+    def has_scores(self) -> bool:
+        """Whether any pair has scores."""
+        return bool(self._all_known()[REASON].null_count)
 
     def write(self, scored: pa.Table) -> None:
         """Keeps the scores of a chunk."""
@@ -77,10 +79,14 @@ class ScoredChunks:
     def _files(self) -> list[Path]:
         return sorted(self._folder.glob("[!.]*.parquet"))
 
-    def _read_all(self) -> pa.Table:
-        tables = [table for path in self._files() if (table := self._read(path)) is not None]
-        empty = pa.table({PAIR_ID: pa.array([], "string"), REASON: pa.array([], "string")})
-        return pa.concat_tables(tables) if tables else empty
+    def _all_known(self) -> pa.Table:
+        if self._known is None:
+            tables = [table for path in self._files() if (table := self._read(path)) is not None]
+            numbers = dict.fromkeys(self._names[1:-1], pa.array([], "double"))
+            texts = pa.array([], "string")
+            empty = pa.table({PAIR_ID: texts, **numbers, REASON: texts})
+            self._known = pa.concat_tables(tables) if tables else empty
+        return self._known
 
     def _read(self, path: Path) -> pa.Table | None:
         """A file's scores; None if it is missing, damaged, or of other columns."""
@@ -98,6 +104,17 @@ class ScoredChunks:
     def _path(self, ids: pa.ChunkedArray) -> Path:
         content = "\n".join([*self._names, *ids.to_pylist()])
         return self._folder / f"{hashlib.sha256(content.encode()).hexdigest()[:32]}.parquet"
+
+
+def _has_raised(scored: pa.Table) -> pa.ChunkedArray:
+    """Whether a scorer raised an exception for a pair."""
+    return pc.fill_null(pc.match_substring(scored[REASON], RAISED), False)
+
+
+def _first_of_each(scored: pa.Table, ids: pa.ChunkedArray) -> pa.Table | None:
+    """The first row of each of these pairs that has one; None if none has."""
+    places = pc.index_in(ids, value_set=scored[PAIR_ID].combine_chunks()).drop_null()
+    return scored.take(places) if len(places) else None
 
 
 def rows_of(scored: pa.Table, ids: pa.ChunkedArray) -> pa.Table:

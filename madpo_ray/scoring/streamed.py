@@ -15,6 +15,7 @@ from madpo_ray.artifacts.tables import column_names, read_columns
 from madpo_ray.columns import PAIR_ID
 from madpo_ray.config import ActorPool
 from madpo_ray.scoring.chunks import ScoredChunks, rows_of
+from madpo_ray.scoring.reasons import check_reasons
 from madpo_ray.scoring.scaling import Scaling
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class StreamedScores:
         finished: folders of rows with the columns of scorers that are done.
         source_columns: columns of the data that hold rewards, or the margin.
         scaling: what makes margins calibrated; None if there are no rewards.
+        max_reject_fraction: of the pairs, those that may fail.
     """
 
     kept: Path
@@ -45,6 +47,7 @@ class StreamedScores:
     finished: tuple[Path, ...] = ()
     source_columns: tuple[str, ...] = ()
     scaling: Scaling | None = None
+    max_reject_fraction: float = 1.0
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -112,7 +115,26 @@ class StreamedScores:
         """What the scorers gave, also if they failed, and has been kept; in any order."""
         names = [name for scorer in self.scorers for name in scorer.columns]
         known = ScoredChunks(self.kept, names).find(ids, with_failed=True)
-        return pa.table({PAIR_ID: pa.array([], pa.string())}) if known is None else known
+        if known is None:
+            texts = pa.chunked_array([], pa.string())
+            return pa.table({PAIR_ID: texts, columns.REASON: texts})
+        return known
+
+    def count_failures(self, ids: pa.ChunkedArray) -> int:
+        """How many of those pairs that have been tried could not be scored.
+
+        Raises:
+            UserError: more than `max_reject_fraction` of them.
+        """
+        tables = [self.find(ids)] if self.scorers else []
+        for table in self._finished_tables:
+            tables.append(table.filter(pc.is_in(table[PAIR_ID], value_set=ids)))
+        failed: set[str] = set()
+        for table in tables:
+            has_failed = pc.is_valid(table[columns.REASON])
+            failed.update(table[PAIR_ID].filter(has_failed).to_pylist())
+            check_reasons(table[columns.REASON], self.max_reject_fraction)
+        return len(failed)
 
     def _with_known(self, own: pa.Table, scored: pa.Table) -> pa.Table:
         """The scorers' columns with what needs no scoring."""

@@ -18,6 +18,7 @@ from madpo_ray.artifacts.tables import column_names, read_columns, read_split, w
 from madpo_ray.atomic import write_json
 from madpo_ray.config import Config
 from madpo_ray.data.splits import folds_of
+from madpo_ray.scoring.reasons import MAX_REASONS, check_reasons
 from madpo_ray.stages import pairs, reward, reward_source, scores
 from madpo_ray.stages.margins_report import write_report
 from madpo_ray.stages.sft import initial_policy_content, stages_before_policy
@@ -141,7 +142,7 @@ def describe(results: Mapping[str, Any]) -> Description:
     failed = []
     if rejects:
         failed.append(f"{rejects.total()} pairs could not be scored, listed in rejects.parquet:")
-        failed += [f"  {count} x {kind}" for kind, count in rejects.most_common(scores.MAX_REASONS)]
+        failed += [f"  {count} x {kind}" for kind, count in rejects.most_common(MAX_REASONS)]
     return [
         *_describe_splits(results),
         *_describe_optimism(results),
@@ -231,7 +232,7 @@ def _write_rejects(numbers: pa.Table, reason: pa.ChunkedArray, build: Build) -> 
     Raises:
         UserError: they are more than data.max_reject_fraction allows.
     """
-    counts = scores.check_reasons(reason, build.config)
+    counts = check_reasons(reason, build.config.data.max_reject_fraction)
     table = numbers.select([columns.PAIR_ID]).append_column(columns.REASON, reason)
     table = table.filter(pc.is_valid(table[columns.REASON]))
     pq.write_table(table, build.folder / "rejects.parquet")

@@ -6,7 +6,6 @@ Another reward model does not repeat the reference pass, and another reference n
 import dataclasses
 import hashlib
 import logging
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from madpo_ray.artifacts.tables import read_split, rows_folder, write_table
 from madpo_ray.config import Config
 from madpo_ray.errors import UserError
 from madpo_ray.passes import BatchNotes
+from madpo_ray.scoring.reasons import check_reasons
 from madpo_ray.stages import pairs, reward, reward_source
 from madpo_ray.stages.sft import initial_policy, initial_policy_inputs
 from madpo_ray.stages.stage import KEPT
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MARGINS = "margins"  # the stage whose scores these are
-MAX_REASONS = 5  # in a message
 
 
 @dataclass(frozen=True)
@@ -139,26 +138,8 @@ def score(
         kept=kept_folder(config),
         splits=splits,
     )
-    check_reasons(scored[columns.REASON], config)
+    check_reasons(scored[columns.REASON], config.data.max_reject_fraction)
     return scored
-
-
-def check_reasons(reasons: pa.ChunkedArray, config: Config) -> "Counter[str]":
-    """How many pairs could not be scored, by kind of reason; a pair's is null if it could.
-
-    Raises:
-        UserError: they are more than data.max_reject_fraction allows.
-    """
-    failed = reasons.drop_null().to_pylist()
-    counts = Counter(reason.partition(": ")[0] for reason in failed)
-    allowed = config.data.max_reject_fraction
-    if len(failed) > allowed * len(reasons):
-        kinds = "; ".join(f"{count} x {kind}" for kind, count in counts.most_common(MAX_REASONS))
-        raise UserError(
-            f"{len(failed)} of {len(reasons)} pairs cannot be scored, more than "
-            f"data.max_reject_fraction {allowed:g} allows: {kinds}. Such as: {failed[0]}"
-        )
-    return counts
 
 
 def write(missing: Sequence[Pass], scored: pa.Table) -> None:
@@ -194,6 +175,7 @@ def streamed_scores(config: Config, notes: BatchNotes) -> "StreamedScores":
         scorers=tuple(one.scorer for one in missing),
         finished=tuple(one.rows for one in passes_of(config) if one.is_finished()),
         source_columns=sources,
+        max_reject_fraction=config.data.max_reject_fraction,
     )
     if not reward.uses_rewards(config):
         return streamed

@@ -163,6 +163,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return kept
 
 
+def evaluation_of(metrics: list[dict[str, Any]], step: int) -> dict[str, Any] | None:
+    """The line of a step's evaluation; None if there is none."""
+    lines = (line for line in metrics if line["step"] == step and "eval_loss" in line)
+    return next(lines, None)
+
+
 def _parse_line(text: str) -> dict[str, Any] | None:
     try:
         line = json.loads(text)

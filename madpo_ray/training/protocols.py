@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from madpo_ray.columns import MARGIN, REF_LOGPS
 from madpo_ray.data.batching import MicroBatch
-from madpo_ray.training.metrics import Metric
+from madpo_ray.training.metrics import Metric, evaluation_of
 from madpo_ray.training.schedule import Progress
 
 
@@ -172,6 +172,22 @@ class Notice(enum.IntEnum):
     SAVE = 1  # a node will be preempted: save and continue
     OUT_OF_TIME = 2  # save and exit
     TERMINATED = 3  # save and exit
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a training ended."""
+
+    step: int  # whose weights are the result
+    notice: Notice = Notice.NONE  # to exit, if it got one before its end
+    note: str = ""  # what a user may want to know of how it ran
+
+    def evaluation(self, metrics: list[dict[str, Any]]) -> dict[str, Any]:
+        """The line of that step's evaluation. Raises RuntimeError if it was lost."""
+        line = evaluation_of(metrics, self.step)
+        if line is None:
+            raise RuntimeError(f"the metrics have no evaluation of step {self.step}")
+        return line
 
 
 class Site(Protocol):

@@ -4,7 +4,6 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from madpo_ray.artifacts.manifest import model_folder
+from madpo_ray.artifacts.tables import read_split
+from madpo_ray.columns import PAIR_ID, TRAIN
 from madpo_ray.data.batching import MicroBatch, collate
 from madpo_ray.data.micro_batches import NUMBER, MicroBatchReader, decode_micro_batch
 from madpo_ray.data.order import Order
@@ -35,32 +36,10 @@ from madpo_ray.training.collectives import broadcast_object, gather_objects, sum
 from madpo_ray.training.engine import DeepSpeedEngine, sharded_construction
 from madpo_ray.training.job import TrainingJob
 from madpo_ray.training.loop import TrainingRun, fit, measure_validation
-from madpo_ray.training.metrics import METRICS_FILE, MetricsLog, read_metrics
-from madpo_ray.training.protocols import Notice, Site
+from madpo_ray.training.metrics import METRICS_FILE, MetricsLog, evaluation_of, read_metrics
+from madpo_ray.training.protocols import Notice, Outcome, Site
 from madpo_ray.training.reporting import Noticeboard, RunReporter
 from madpo_ray.training.schedule import Progress, Schedule
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a training ended."""
-
-    step: int  # whose weights are the result
-    notice: Notice = Notice.NONE  # to exit, if it got one before its end
-    note: str = ""  # what a user may want to know of how it ran
-
-    def evaluation(self, metrics: list[dict[str, Any]]) -> dict[str, Any]:
-        """The line of that step's evaluation. Raises RuntimeError if it was lost."""
-        line = evaluation_of(metrics, self.step)
-        if line is None:
-            raise RuntimeError(f"the metrics have no evaluation of step {self.step}")
-        return line
-
-
-def evaluation_of(metrics: list[dict[str, Any]], step: int) -> dict[str, Any] | None:
-    """The line of a step's evaluation; None if there is none."""
-    lines = (line for line in metrics if line["step"] == step and "eval_loss" in line)
-    return next(lines, None)
 
 
 def run_rank(job: TrainingJob, site: Site) -> Outcome:
@@ -71,10 +50,10 @@ def run_rank(job: TrainingJob, site: Site) -> Outcome:
     checkpoint = agreed_checkpoint(job.checkpoints)
     engine = rank.start_engine(checkpoint)
     progress, notice = rank.train(engine, checkpoint)
-    note = rank.describe(engine)
     if notice > Notice.NONE:
-        return Outcome(progress.step, notice, note=note)
+        return Outcome(progress.step, notice, note=rank.reading.note)
 
+    note = rank.describe()
     result_step = progress.best_step or progress.step
     if job.export:
         if result_step != progress.step:
@@ -97,7 +76,6 @@ class _Rank:
         self._check_agreement()
         self.reading = Reading(packed=False)  # until an engine is started
         self._validation_reader: MicroBatchReader | None = None
-        self._num_unscored = 0
         self._collate = functools.partial(
             collate, column_names=job.task.columns, responses=job.task.responses
         )
@@ -230,9 +208,12 @@ class _Rank:
         numbers = itertools.count(first + self._site.rank, world_size)
         rows = self._site.micro_batches(start_step)
         decoded = itertools.starmap(self._decoded, zip(rows, numbers, strict=False))
-        for micro_batch, num_unscored in prefetched(decoded):
+        end_of_epoch = order.steps_per_epoch if start_step < order.steps_per_epoch else None
+        for micro_batch in prefetched(decoded):
+            if micro_batch.place.step == end_of_epoch:
+                end_of_epoch = None
+                self.count_unscored()  # before pairs are trained on again
             if micro_batch.place.step >= start_step:
-                self._num_unscored += num_unscored
                 yield micro_batch
 
     def _validation_batches(self) -> Iterator[MicroBatch]:
@@ -242,10 +223,10 @@ class _Rank:
             self._validation_reader = MicroBatchReader(order, self._job.complete)
         numbers = range(self._site.rank, order.num_micro_batches, self._site.world_size)
         rows = (self._validation_reader.read([number]) for number in numbers)
-        return (batch for batch, _ in prefetched(map(self._decoded, rows, numbers)))
+        return prefetched(map(self._decoded, rows, numbers))
 
-    def _decoded(self, row: pa.Table, number: int) -> tuple[MicroBatch, int]:
-        """A micro-batch without the pairs that could not be scored on their way, and how many.
+    def _decoded(self, row: pa.Table, number: int) -> MicroBatch:
+        """A micro-batch without the pairs that could not be scored on their way.
 
         Raises:
             RuntimeError: the row is not of the micro-batch of this number.
@@ -253,21 +234,35 @@ class _Rank:
         if row[NUMBER][0].as_py() != number:
             raise RuntimeError(f"micro-batch {row[NUMBER][0]} came instead of {number}")
         pairs, place = decode_micro_batch(row, self._order.spec.token_columns)
-        scored = pairs
         if self._job.streamed is not None:
             names = self._job.task.columns
-            scored = [pair for pair in pairs if all(math.isfinite(pair[name]) for name in names)]
-        micro_batch = self._collate(scored, packed=self.reading.packed, place=place)
-        return micro_batch.pinned(), len(pairs) - len(scored)
+            pairs = [pair for pair in pairs if all(math.isfinite(pair[name]) for name in names)]
+        return self._collate(pairs, packed=self.reading.packed, place=place).pinned()
 
-    def describe(self, engine: DeepSpeedEngine) -> str:
-        """What a user may want to know of how it ran. A collective."""
-        num_unscored = sum_over_ranks(self._num_unscored, engine.device)
+    def count_unscored(self) -> int:
+        """How many training pairs could not be scored on their way. A collective.
+
+        Raises:
+            UserError: more than data.max_reject_fraction allows, on every rank.
+        """
+        found: int | str | None = None
+        if self._site.rank == 0 and self._job.streamed is not None:
+            ids = read_split(self._job.rows, TRAIN, [PAIR_ID])[PAIR_ID]
+            try:
+                found = self._job.streamed.count_failures(ids)
+            except UserError as error:
+                found = str(error)
+        found = broadcast_object(found)
+        if isinstance(found, str):
+            raise UserError(found)
+        return found or 0
+
+    def describe(self) -> str:
+        """What a user may want to know of how it ran. A collective. Raises as above."""
+        num_unscored = self.count_unscored()
         notes = [self.reading.note] if self.reading.note else []
         if num_unscored:
-            notes.append(
-                f"not trained on, since they could not be scored: {num_unscored:.0f} pairs"
-            )
+            notes.append(f"not trained on, since they could not be scored: {num_unscored} pairs")
         return "; ".join(notes)
 
 

@@ -32,8 +32,8 @@ from madpo_ray.training.checkpoints import (
 from madpo_ray.training.feed import datasets_of
 from madpo_ray.training.job import TrainingJob
 from madpo_ray.training.metrics import METRICS_FILE
-from madpo_ray.training.protocols import NonFiniteError, Notice
-from madpo_ray.training.rank import Outcome, run_rank
+from madpo_ray.training.protocols import NonFiniteError, Notice, Outcome
+from madpo_ray.training.rank import run_rank
 from madpo_ray.waiting import waiting
 
 logger = logging.getLogger(__name__)

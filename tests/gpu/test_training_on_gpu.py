@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from madpo_ray.training.job import TrainingJob
-from madpo_ray.training.protocols import Notice
-from madpo_ray.training.rank import Outcome
+from madpo_ray.training.protocols import Notice, Outcome
 from support.ranks import SHARDED, MakeJob, TrainOn, logged
 
 needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -51,6 +51,27 @@ def test_finds_pairs_of_other_chunks(tmp_path: Path) -> None:
         rows_of(found, ids)
 
 
+def test_a_success_counts_whatever_chunk_it_is_in(tmp_path: Path) -> None:
+    """Also if the chunk of these very pairs has only the failure; each pair is found once."""
+    folder = tmp_path / "kept"
+    both = scored("a", "b")
+    raised = both.set_column(2, "reason", pa.array([None, "raised ValueError: no"]))
+    ScoredChunks(folder, ["margin"]).write(raised)
+    ScoredChunks(folder, ["margin"]).write(raised.slice(1))
+    ids = both["pair_id"]
+    found = ScoredChunks(folder, ["margin"]).find(ids)
+    assert found is not None
+    assert found["pair_id"].to_pylist() == ["a"]
+    found = ScoredChunks(folder, ["margin"]).find(ids, with_failed=True)
+    assert found is not None
+    assert found["pair_id"].to_pylist() == ["a", "b"]
+
+    ScoredChunks(folder, ["margin"]).write(scored("b"))
+    found = ScoredChunks(folder, ["margin"]).find(ids)
+    assert found is not None
+    assert found["reason"].to_pylist() == [None, None]
+
+
 def test_scores_of_other_columns_do_not_count(tmp_path: Path) -> None:
     """A scorer that finished in between needs no scores, and has some of all."""
     both = scored("a", "b").append_column("ref", pa.array([1.0, 2.0]))

@@ -1,5 +1,6 @@
 """Scores on the disk become the columns that a training reads."""
 
+import dataclasses
 from pathlib import Path
 
 import pyarrow as pa
@@ -8,6 +9,7 @@ import pytest
 from madpo_ray.artifacts.tables import write_table
 from madpo_ray.columns import PAIR_ID, REASON, REF_LOGPS, REWARDS
 from madpo_ray.config import ActorPool, ModelConfig
+from madpo_ray.errors import UserError
 from madpo_ray.scoring import streamed as streamed_module
 from madpo_ray.scoring.chunks import ScoredChunks
 from madpo_ray.scoring.judges import FunctionReward
@@ -60,6 +62,30 @@ def test_pairs_without_scores_are_named(tmp_path: Path, monkeypatch: pytest.Monk
     ScoredChunks(tmp_path / "kept", REF_LOGPS).write(scored.slice(0, 2))
     with pytest.raises(RuntimeError, match="1 pairs have no scores, such as c"):
         streamed.complete(OWN)
+
+
+def test_pairs_that_failed_are_counted_once(tmp_path: Path) -> None:
+    """By whichever scorer; too many of them are refused."""
+    some = pa.array([None, "rewards are nan", None])
+    write_table(REWARDED.append_column(REASON, some), tmp_path / "reward")
+    raised = pa.array([None, "raised ValueError: no", "raised ValueError: no"])
+    ScoredChunks(tmp_path / "kept", REF_LOGPS).write(REFERENCE.append_column(REASON, raised))
+    streamed = StreamedScores(
+        kept=tmp_path / "kept",
+        actors=ACTORS,
+        batch_size=8,
+        scorers=(reference(tmp_path),),
+        finished=(tmp_path / "reward",),
+        max_reject_fraction=0.7,
+    )
+    ids = OWN[PAIR_ID]
+    assert streamed.count_failures(ids) == 2
+    assert streamed.count_failures(ids.slice(0, 1)) == 0
+    strict = dataclasses.replace(streamed, max_reject_fraction=0.6)
+    with pytest.raises(UserError, match="2 of 3 pairs cannot be scored"):
+        strict.count_failures(ids)
+    nothing = dataclasses.replace(strict, kept=tmp_path / "empty", finished=())
+    assert nothing.count_failures(ids) == 0
 
 
 def test_margin_of_the_data(tmp_path: Path) -> None:

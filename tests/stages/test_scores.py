@@ -12,6 +12,7 @@ import pytest
 from madpo_ray import pipeline
 from madpo_ray.artifacts.tables import read_columns
 from madpo_ray.config import Config, parse_config
+from madpo_ray.errors import UserError
 from madpo_ray.stages import evaluate, margins, pairs, train
 from madpo_ray.training.metrics import read_metrics
 from support.judges import count_kind_words
@@ -89,14 +90,22 @@ def test_streamed_run_equals_a_stored_one(unscored: dict[str, Any]) -> None:
 def test_streamed_texts_reach_a_function(unscored: dict[str, Any]) -> None:
     """It scores each pair from its texts; a pair that it fails for is not trained on.
 
-    The other member of the ensemble gives the same rewards.
+    The other member of the ensemble gives the same rewards. If one failure is too many, the
+    training does not end well; the same command continues it with another limit.
     """
     unscored["reward"] = {
         "source": "support.judges:fail_for_one",
         "ensemble": ["support.judges:count_kind_words"],
     }
     unscored["margins"]["calibration"] = "none"
-    unscored["train"] |= {"max_steps": -1, "num_train_epochs": 1}
+    unscored["train"] |= {"max_steps": -1, "num_train_epochs": 2}
+    unscored["data"]["max_reject_fraction"] = 0.01
+    config = parse_config(unscored)
+    with pytest.raises(UserError, match="1 of 76 pairs cannot be scored"):
+        pipeline.run_all(config, say=ignore)
+    (metrics,) = config.run.ray_folder.glob("train-*/metrics/metrics.jsonl")
+    assert read_metrics(metrics)[-1]["step"] == 10  # of 20
+    unscored["data"]["max_reject_fraction"] = 0.5
     config = parse_config(unscored)
     pipeline.run_all(config, say=ignore)
     names = ["prompt", "chosen", "rejected", "margin", "margin_std"]

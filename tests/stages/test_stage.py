@@ -7,7 +7,7 @@ import pytest
 from madpo_ray import pipeline
 from madpo_ray.config import Config, parse_config
 from madpo_ray.errors import UserError
-from madpo_ray.stages import evaluate, margins, pairs, reward, sft, train, tune
+from madpo_ray.stages import evaluate, export, margins, pairs, reward, sft, train, tune
 from madpo_ray.stages.stage import Build, Stage
 
 
@@ -66,6 +66,16 @@ def test_stages_read_earlier_ones_only(raw_config: dict[str, Any]) -> None:
         assert set(one.upstream(config)) <= set(pipeline.STAGES[:i])
     assert margins.STAGE.upstream(config) == (pairs.STAGE, sft.STAGE, reward.STAGE)
     assert train.STAGE.upstream(config) == (sft.STAGE, margins.STAGE)
+
+
+def test_training_that_scores_comes_before_margins(raw_config: dict[str, Any]) -> None:
+    """However the stages were asked for."""
+    raw_config["margins"] = {"mode": "stream"}
+    config = parse_config(raw_config)
+    for until in (None, evaluate.STAGE):
+        names = [stage.name for stage in pipeline.wanted_stages(config, until)]
+        assert names.index("train") + 1 == names.index("margins")
+    assert train.STAGE not in pipeline.wanted_stages(config, export.STAGE)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from madpo_ray.errors import UserError
 from madpo_ray.training.job import TrainingJob
 from madpo_ray.training.metrics import read_metrics
-from madpo_ray.training.rank import Outcome, run_rank
+from madpo_ray.training.protocols import Outcome
+from madpo_ray.training.rank import run_rank
 from madpo_ray.training.sites import LocalSite, join_ranks
 
 MakeJob = Callable[..., TrainingJob]

@@ -10,7 +10,7 @@ import torch
 
 from madpo_ray.training.checkpoints import newest_checkpoint
 from madpo_ray.training.job import TrainingJob
-from madpo_ray.training.rank import Outcome
+from madpo_ray.training.protocols import Outcome
 from support.ranks import (
     MakeJob,
     Ranks,

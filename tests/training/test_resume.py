@@ -16,8 +16,7 @@ import torch
 from madpo_ray.artifacts.tables import read_split
 from madpo_ray.training.checkpoints import newest_checkpoint
 from madpo_ray.training.job import TrainingJob
-from madpo_ray.training.protocols import Notice
-from madpo_ray.training.rank import Outcome
+from madpo_ray.training.protocols import Notice, Outcome
 from support.ranks import (
     SHARDED,
     THIRTY_STEPS,
