@@ -130,7 +130,7 @@ def check_counts(results: Mapping[str, Any], data: DataConfig) -> None:
             raise UserError(f"{count} rows of {', '.join(data.files)}: {kind}")
 
     # Some, but too few.
-    num_rows = num_pairs + rejects.total()
+    num_rows = num_pairs + rejects.total() + left_out.total()
     if rejects.total() > data.max_reject_fraction * num_rows:
         raise UserError(
             f"{rejects.total()} of {num_rows} rows are rejected, more than "

@@ -32,6 +32,8 @@ COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 
 # The kind of reason after which a file has no more rows.
 DAMAGED = "the rest of the file cannot be read"
+# Instead of a row: a line with nothing on it, which is no row but counts as a line.
+BLANK = ""
 
 # What pyarrow raises for a file, or a store, that cannot be read.
 READ_ERRORS = (OSError, pa.ArrowException)
@@ -72,7 +74,8 @@ class Source(Protocol):
     def rows(self, piece: Piece = WHOLE) -> Iterator[Row | str]:
         """The rows in order.
 
-        Instead of a row that cannot be read, the reason: what it is, and after ": " its values.
+        Instead of a row that cannot be read, the reason: what it is, and after ": " its values. Or
+        BLANK.
         """
 
     def count(self) -> int:

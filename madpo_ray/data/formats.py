@@ -23,6 +23,7 @@ from madpo_ray.data.messages import (
     Content,
     UnreadColumnError,
     as_text,
+    from_text,
     read_content,
     says_something,
     without_nulls,
@@ -273,6 +274,9 @@ def _check_texts(parts: Mapping[str, Content]) -> None:
             as_text(value).encode("utf-8")
         except UnicodeEncodeError:
             raise BadRowError(f"{name} is not valid Unicode (half a surrogate pair)") from None
+        # What is left of a response without its prompt.
+        if isinstance(value, str) and from_text(value) != value:
+            raise BadRowError(f"{name} is text that looks like stored messages")
 
 
 def _check_roles(responses: Mapping[str, Content]) -> None:

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from madpo_ray import columns
 from madpo_ray.config import DataConfig
-from madpo_ray.data.files import ROWS_PER_BATCH, WHOLE, Piece, Row
+from madpo_ray.data.files import BLANK, ROWS_PER_BATCH, WHOLE, Piece, Row
 from madpo_ray.data.formats import Pair, parse_pair
 from madpo_ray.data.messages import BadRowError, as_text
 from madpo_ray.data.responses import pairs_in
@@ -44,6 +44,8 @@ class PairReader:
         places: list[Row] = []
         source = open_source(file)
         for row_number, row in enumerate(source.rows(piece), piece.first_row):
+            if row == BLANK:
+                continue
             place = {
                 columns.FILE: file,
                 columns.FILE_NUMBER: file_number,

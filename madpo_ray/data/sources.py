@@ -3,7 +3,7 @@
 import glob
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pyarrow.fs
@@ -12,7 +12,7 @@ from fsspec.implementations.arrow import ArrowFSWrapper
 from madpo_ray.config import is_remote
 from madpo_ray.data.files import DataFile, Place, Source, explaining
 from madpo_ray.data.table_sources import ArrowSource, ParquetSource
-from madpo_ray.data.text_sources import CSVSource, JSONLinesSource, JSONSource
+from madpo_ray.data.text_sources import UNPACK_ERRORS, CSVSource, JSONLinesSource, JSONSource
 from madpo_ray.errors import UserError
 
 KINDS = (ParquetSource, ArrowSource, JSONLinesSource, JSONSource, CSVSource)
@@ -48,7 +48,7 @@ def _files_of(name: str) -> Iterator[str]:
     elif path.is_dir():
         yield from map(str, _files_in(path))
     elif glob.has_magic(name):
-        found = sorted(file for file in glob.glob(name, recursive=True) if os.path.isfile(file))
+        found = sorted(file for file in glob.glob(name, recursive=True) if _is_file(file))
         if not found:
             raise UserError(f"data.files: no file matches {name}")
         yield from found
@@ -57,18 +57,41 @@ def _files_of(name: str) -> Iterator[str]:
 
 
 def _files_in(folder: Path) -> list[Path]:
-    if (folder / "dataset_dict.json").is_file():
-        raise UserError(f"data.files: {folder} holds several data sets: name one of its folders")
-    if (folder / "state.json").is_file():  # of `datasets.save_to_disk`
-        try:
-            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-            return [folder / str(file["filename"]) for file in state["_data_files"]]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"data.files: {folder / 'state.json'} cannot be read") from None
-    found = [path for path in sorted(folder.iterdir()) if path.is_file() and _is_data(path.name)]
+    names = sorted(path.name for path in folder.iterdir())
+    saved = _saved_files(names, lambda name: (folder / name).read_bytes(), str(folder))
+    if saved is not None:
+        return [folder / name for name in saved]
+    found = [folder / name for name in names if _is_data(name) and _is_file(folder / name)]
     if not found:
         raise UserError(f"data.files: {folder} holds no file that ends in {_known()}")
     return found
+
+
+def _is_file(path: str | Path) -> bool:
+    """Raises UserError for a link to nothing, whose rows nobody would miss."""
+    if os.path.islink(path) and not os.path.exists(path):
+        raise UserError(f"data.files: {path} is a link to nothing: fetch its file, or remove it")
+    return os.path.isfile(path)
+
+
+def _saved_files(
+    names: Sequence[str], read: Callable[[str], bytes], folder: str
+) -> list[str] | None:
+    """The Arrow files of what `datasets.save_to_disk` wrote, in order; None if it did not.
+
+    Args:
+        names: of the files in the folder.
+        read: gives the content of one.
+    """
+    if "dataset_dict.json" in names:
+        raise UserError(f"data.files: {folder} holds several data sets: name one of its folders")
+    if "state.json" not in names:
+        return None
+    try:
+        state = json.loads(read("state.json"))
+        return [str(file["filename"]) for file in state["_data_files"]]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"data.files: {folder}/state.json cannot be read") from None
 
 
 def _remote_files(name: str) -> list[str]:
@@ -83,8 +106,8 @@ def _remote_files(name: str) -> list[str]:
         # A pattern.
         if glob.has_magic(place.path):
             # fsspec's patterns: the standard library's are those of local files.
-            found = ArrowFSWrapper(place.system).glob(place.path, detail=True)
-            files = sorted(path for path, info in found.items() if info["type"] == "file")
+            matches = ArrowFSWrapper(place.system).glob(place.path, detail=True)
+            files = sorted(path for path, info in matches.items() if info["type"] == "file")
             if not files:
                 raise UserError(f"data.files: no file matches {name}")
             return [place.uri(path) for path in files]
@@ -93,10 +116,19 @@ def _remote_files(name: str) -> list[str]:
         if info.type is pyarrow.fs.FileType.NotFound:
             raise UserError(f"data.files: {name} does not exist")
         below = place.system.get_file_info(pyarrow.fs.FileSelector(place.path))
-        files = sorted(one.path for one in below if one.is_file and _is_data(one.base_name))
-        if not files:
+        folder = place.path.rstrip("/")
+        names = sorted(one.base_name for one in below if one.is_file)
+        found = _saved_files(names, lambda one: _read(place, f"{folder}/{one}"), name)
+        if found is None:
+            found = [one for one in names if _is_data(one)]
+        if not found:
             raise UserError(f"data.files: {name} holds no file that ends in {_known()}")
-        return [place.uri(path) for path in files]
+        return [place.uri(f"{folder}/{one}") for one in found]
+
+
+def _read(place: Place, path: str) -> bytes:
+    with place.system.open_input_stream(path) as stream:
+        return bytes(stream.read())
 
 
 def _is_data(name: str) -> bool:
@@ -121,3 +153,11 @@ def open_source(name: str) -> Source:
 def _known() -> str:
     plain = [suffix for suffix in SUFFIXES if suffix.count(".") == 1]
     return f"{', '.join(plain[:-1])} or {plain[-1]} (text also with .gz or .zst)"
+
+
+def count_rows(name: str) -> int:
+    """An upper bound of a file's rows. Raises UserError if it cannot be read."""
+    try:
+        return open_source(name).count()
+    except UNPACK_ERRORS as error:
+        raise UserError(f"data.files: {name} cannot be read: {error}") from None

@@ -1,17 +1,15 @@
 """JSON Lines, JSON arrays and CSV files of preference pairs, plain or compressed."""
 
-import codecs
 import csv
 import io
 import itertools
-import re
 from collections.abc import Callable, Iterator
 from typing import BinaryIO, ClassVar
 
 from madpo_ray.config import is_remote
 from madpo_ray.data import files
 from madpo_ray.data.files import COMPRESSIONS, READ_BYTES, WHOLE, DataFile, Piece, Row
-from madpo_ray.data.strict_json import parse_json, parse_json_at
+from madpo_ray.data.strict_json import ArrayParser, parse_json
 from madpo_ray.errors import UserError
 
 # Rows whose keys are the columns of a JSON file.
@@ -119,7 +117,7 @@ class JSONLinesSource:
                     _skip_line(stream)
                     yield f"line is longer than {files.MAX_LINE_BYTES // 2**20} MiB"
                 else:
-                    yield _json_row(line)
+                    yield _json_row(line) if line.strip() else files.BLANK
 
     def count(self) -> int:
         return _count(self._file, b"\n")
@@ -147,7 +145,7 @@ class JSONSource:
 
     def _rows(self) -> Iterator[Row | str]:
         with self._file.open_text() as stream:
-            yield from _ArrayParser(stream).elements()
+            yield from ArrayParser(stream).elements()
 
     def count(self) -> int:
         return _count(self._file, b"{")  # each row has one, or more
@@ -226,75 +224,3 @@ def _json_row(line: bytes) -> Row | str:
     if repeated is not None:
         return f"a key appears twice: {repeated!r}"
     return row if isinstance(row, dict) else "line is not a JSON object"
-
-
-class _ArrayParser:
-    """The elements of a JSON array, of which one at a time is in memory."""
-
-    _space = re.compile(r"[ \t\r\n]*")
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
-        self._decoder = codecs.getincrementaldecoder("utf-8")()
-        self._text = ""
-        self._start = 0
-        self._is_at_end = False
-
-    def elements(self) -> Iterator[Row | str]:
-        """Objects, or reasons. Ends at the first place that is no JSON."""
-        self._expect("[")
-        if self._next() == "]":
-            return
-        while True:
-            try:
-                row, repeated = self._element()
-            except (ValueError, RecursionError) as error:
-                yield f"{files.DAMAGED}: {error}"
-                return
-            if repeated is not None:
-                yield f"a key appears twice: {repeated!r}"
-            else:
-                yield row if isinstance(row, dict) else "element is not a JSON object"
-            if self._next() == "]":
-                return
-            if not self._expect(","):
-                yield f"{files.DAMAGED}: {self._next()!r} after an element"
-                return
-
-    def _element(self) -> tuple[object, str | None]:
-        self._next()
-        while True:
-            try:
-                parsed, end = parse_json_at(self._text, self._start)
-            except (ValueError, RecursionError):
-                is_too_long = len(self._text) - self._start > files.MAX_LINE_BYTES
-                if self._is_at_end or is_too_long or not self._read():
-                    raise
-                continue
-            # A number at the end of what was read may go on.
-            if end < len(self._text) or not self._read():
-                self._start = end
-                return parsed
-
-    def _next(self) -> str:
-        """The next character that is no space, not taken; empty at the end."""
-        while True:
-            space = self._space.match(self._text, self._start)
-            assert space is not None
-            self._start = space.end()
-            if self._start < len(self._text) or not self._read():
-                return self._text[self._start : self._start + 1]
-
-    def _expect(self, character: str) -> bool:
-        is_next = self._next() == character
-        self._start += is_next
-        return is_next
-
-    def _read(self) -> bool:
-        """Reads as much again as there is, so that a long element is parsed few times."""
-        self._text = self._text[self._start :]
-        self._start = 0
-        block = self._stream.read(max(READ_BYTES, len(self._text)))
-        self._is_at_end = not block
-        self._text += self._decoder.decode(block, final=self._is_at_end)
-        return not self._is_at_end

@@ -20,7 +20,7 @@ from madpo_ray.data.files import DataFile, Piece, forget_versions
 from madpo_ray.data.reader import PairReader
 from madpo_ray.data.responses import TIE
 from madpo_ray.data.sources import list_files, open_source
-from madpo_ray.data.splits import Found, Repeats, find_repeats, require_order
+from madpo_ray.data.splits import Found, Place, Repeats, find_repeats, require_order
 from madpo_ray.data.tokens import TOO_LONG
 from madpo_ray.errors import UserError
 from madpo_ray.models.limits import check_lengths, check_vocabulary
@@ -228,7 +228,7 @@ def _counts(
     per_file: Counter[str] = Counter()
     for table in _tables(facts):
         reasons.update(table[columns.REASON_KIND].drop_null().to_pylist())
-        good = table.filter(pc.is_null(table[columns.REASON_KIND]))
+        good = _kept(table.filter(pc.is_null(table[columns.REASON_KIND])), repeats)
         splits = good[columns.SPLIT].to_pylist()
         pairs.update(splits)
         for split, num_cut in zip(splits, good[columns.NUM_CUT].to_pylist(), strict=True):
@@ -242,7 +242,7 @@ def _counts(
 
     # By split, in the order of the splits.
     return {
-        "pairs": {split: pairs[split] - repeats.num_left_out[split] for split in columns.SPLITS},
+        "pairs": {split: pairs[split] for split in columns.SPLITS},
         "duplicates": repeats.num_duplicates,
         "contradictions": repeats.num_contradictions,
         "left_out": left_out,
@@ -271,16 +271,26 @@ def _found(facts: "ray.data.Dataset") -> Iterator[Found]:
 
 def _identify(table: pa.Table, repeats: Repeats) -> pa.Table:
     """The good rows that are kept, with `pair_id` = content hash and occurrence number."""
-    good = table.filter(pc.is_null(table[columns.REASON]))
-    places = list(zip(*(good[name].to_pylist() for name in PLACE), strict=True))
+    good = _kept(table.filter(pc.is_null(table[columns.REASON])), repeats)
+    places = _places(good)
     digests = good[columns.CONTENT_HASH].to_pylist()
     ids = [
         f"{digest}-{repeats.occurrences.get(place, 0)}"
         for digest, place in zip(digests, places, strict=True)
     ]
     kept = good.drop_columns(ONLY_WHILE_READING)
-    kept = kept.add_column(0, columns.PAIR_ID, pa.array(ids, type=pa.string()))
-    return kept.filter(pa.array([place not in repeats.left_out for place in places], pa.bool_()))
+    return kept.add_column(0, columns.PAIR_ID, pa.array(ids, type=pa.string()))
+
+
+def _kept(good: pa.Table, repeats: Repeats) -> pa.Table:
+    """The rows without those that repeat and are left out."""
+    if not repeats.left_out:
+        return good
+    return good.filter(pa.array([place not in repeats.left_out for place in _places(good)]))
+
+
+def _places(table: pa.Table) -> list[Place]:
+    return list(zip(*(table[name].to_pylist() for name in PLACE), strict=True))
 
 
 def _rejects(table: pa.Table, left_out: Sequence[str]) -> pa.Table:

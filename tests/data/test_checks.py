@@ -135,6 +135,18 @@ def test_no_good_row_holds_no_messages(tmp_path: Path) -> None:
     assert holds_messages(data(tmp_path, "{")) is False
 
 
+def test_share_of_rejects_is_of_all_rows(tmp_path: Path) -> None:
+    """Also of those that the config leaves out."""
+    results = {
+        "pairs": {"train": 30, "validation": 5, "test": 5},
+        "rejects": {"prompt is empty": 60},
+        "left_out": {"prompt + response is longer than max_length": 900},
+    }
+    check_counts(results, DataConfig(files=("a.parquet",), max_reject_fraction=0.06))
+    with pytest.raises(UserError, match="60 of 1000 rows are rejected"):
+        check_counts(results, DataConfig(files=("a.parquet",), max_reject_fraction=0.05))
+
+
 def test_damaged_file_is_refused_whatever_fraction_is_rejected(tmp_path: Path) -> None:
     """It is one reason, and nobody knows how many rows."""
     tolerant = DataConfig(files=("a.parquet",), max_reject_fraction=1.0)

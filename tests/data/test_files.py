@@ -3,12 +3,14 @@
 import json
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset, DatasetDict
 from moto.server import ThreadedMotoServer
 
 from madpo_ray.config import parse_config
@@ -67,6 +69,21 @@ def test_files_of_a_bucket(name: str, expected: list[str], options: str) -> None
         assert source.columns() == ["prompt", "chosen", "rejected"]
         assert list(source.rows()) == ROWS
         assert source.count() >= len(ROWS)
+
+
+def test_saved_folder_in_a_bucket(
+    store: pyarrow.fs.FileSystem, options: str, tmp_path: Path
+) -> None:
+    """Its files are those that `datasets` lists, and its notes are no rows."""
+    data = Dataset.from_list(ROWS)
+    data.save_to_disk(tmp_path / "saved", num_shards=2)
+    DatasetDict(train=data).save_to_disk(tmp_path / "several")
+    for name in ("saved", "several"):
+        pyarrow.fs.copy_files(str(tmp_path / name), f"pairs/{name}", destination_filesystem=store)
+    files = list_files([f"s3://pairs/saved/{options}"])
+    assert [row for file in files for row in open_source(file).rows()] == ROWS
+    with pytest.raises(UserError, match="holds several data sets: name one of its folders"):
+        list_files([f"s3://pairs/several{options}"])
 
 
 def test_version_changes_with_the_file(store: pyarrow.fs.FileSystem, options: str) -> None:

@@ -37,6 +37,16 @@ def test_columns_are_mapped() -> None:
     assert parts(parsed(row, **columns)) == TEXTS
 
 
+@pytest.mark.parametrize("rest", ['{"role": "user", "content": "hi"}', '[{"role": "user"}]'])
+def test_rest_that_reads_as_messages_is_refused(rest: str) -> None:
+    """An artifact stores messages as such a text, and would be read differently."""
+    prompt = "Write a chat message as JSON.\n"
+    row = {"prompt": prompt, "chosen": prompt + rest, "rejected": prompt + "no"}
+    with pytest.raises(BadRowError, match="stored"):
+        parsed(row)
+    assert parsed({**row, "chosen": prompt + "[1]"}).chosen == "[1]"
+
+
 def test_text_prompt_with_messages() -> None:
     """The most used public layout: the responses hold the prompt as their first turn, or not."""
     plain = {**CONVERSATION, "prompt": "p"}

@@ -1,5 +1,6 @@
 """The files that a config names."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from madpo_ray.data import files
-from madpo_ray.data.sources import KINDS, list_files, open_source
+from madpo_ray.data.sources import KINDS, count_rows, list_files, open_source
 from madpo_ray.errors import UserError
 
 
@@ -67,6 +68,26 @@ def test_folder_of_datasets_is_read_in_its_order(tmp_path: Path) -> None:
     (tmp_path / "saved" / "state.json").write_text(json.dumps([]))
     with pytest.raises(UserError, match=r"state\.json cannot be read"):
         list_files([str(tmp_path / "saved")])
+
+
+@pytest.mark.parametrize("name", ["", "*.jsonl", "b.jsonl"])
+def test_link_to_nothing_is_refused(name: str, tmp_path: Path) -> None:
+    """Half of the data would be missing; links that are no data do not matter."""
+    names_in(tmp_path, "a.jsonl")
+    (tmp_path / "notes").symlink_to(tmp_path / "none")
+    assert len(list_files([str(tmp_path)])) == 1
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "none.jsonl")
+    with pytest.raises(UserError, match=r"b\.jsonl (is a link to nothing|does not exist)"):
+        list_files([str(tmp_path / name)])
+
+
+def test_torn_file_has_no_count(tmp_path: Path) -> None:
+    whole = gzip.compress(b"".join(b'{"a": %d}\n' % (i * 7919) for i in range(9000)))
+    (tmp_path / "a.jsonl.gz").write_bytes(whole)
+    assert count_rows(str(tmp_path / "a.jsonl.gz")) == 9000
+    (tmp_path / "a.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"a\.jsonl\.gz cannot be read"):
+        count_rows(str(tmp_path / "a.jsonl.gz"))
 
 
 def test_empty_folder_and_missing_file_are_refused(tmp_path: Path) -> None:

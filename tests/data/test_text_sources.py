@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from madpo_ray.data import files, text_sources
+from madpo_ray.data import files, strict_json, text_sources
 from madpo_ray.data.files import WHOLE
 from madpo_ray.data.sources import open_source
 from madpo_ray.errors import UserError
@@ -164,7 +164,7 @@ def test_json_array_is_read_in_blocks_of_any_size(
 ) -> None:
     file = tmp_path_factory.mktemp("json") / "a.json"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text_sources, "READ_BYTES", block)
+        patch.setattr(strict_json, "READ_BYTES", block)
         for indent in (None, 2):
             content = json.dumps(elements, indent=indent, ensure_ascii=False)
             assert read(file, content.encode("utf-8")) == elements
@@ -183,6 +183,8 @@ def test_json_array_is_read_in_blocks_of_any_size(
         (b'[{"a": 1}, {"b":', [{"a": 1}, "the rest of the file cannot be read"]),
         (b'[{"a": 1}', [{"a": 1}, "the rest of the file cannot be read"]),
         (b'[{"a": 1}, {"b": "\xff"}]', ["the rest of the file cannot be read"]),
+        (b'[{"a": 1}]\n[{"a": 2}]', [{"a": 1}, "the rest of the file cannot be read"]),
+        (b'[] {"a": 2}', ["the rest of the file cannot be read"]),
         (b"[" * 200_000, ["the rest of the file cannot be read"]),
     ],
 )
@@ -248,6 +250,18 @@ def test_pieces_are_the_file(
     pieces = source.pieces()
     assert [row for one in pieces for row in enumerate(source.rows(one), one.first_row)] == whole
     assert len(pieces) > 1 or piece_bytes > 10 or len(whole) < 2
+
+
+def test_blank_line_is_no_row_but_a_line(tmp_path: Path) -> None:
+    content = b'\n{"a": 1}\n \t\r\n{"a": 2}\n\n'
+    assert read(tmp_path / "a.jsonl", content) == [
+        files.BLANK,
+        {"a": 1},
+        files.BLANK,
+        {"a": 2},
+        files.BLANK,
+    ]
+    assert open_source(str(tmp_path / "a.jsonl")).columns() == ["a"]
 
 
 def test_endless_line_is_in_one_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

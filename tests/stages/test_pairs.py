@@ -180,9 +180,10 @@ def test_duplicates_contradictions_and_long_pairs(
 ) -> None:
     """All that is read is a pair, a reject, or left out."""
     rows = make_rows(60)
+    blank: list[Any] = [""]
     swapped = {**rows[3], "chosen": rows[3]["rejected"], "rejected": rows[3]["chosen"]}
     long = {**rows[4], "chosen": " good" * 90}
-    rows += [rows[0], rows[1], rows[1], swapped, long]
+    rows += [rows[0], rows[1], *blank, rows[1], swapped, long]  # a blank line is nothing
     kept = run(raw_config, rows, tmp_path)
     assert kept.results["duplicates"] == 3
     assert kept.results["contradictions"] == 2
@@ -199,6 +200,21 @@ def test_duplicates_contradictions_and_long_pairs(
     raw_config["run"]["name"] = "rejected"
     rejected = run(raw_config, rows, tmp_path, over_length="reject")
     assert rejected.results["rejects"] == {"prompt + response is longer than max_length": 1}
+
+
+def test_counts_are_of_the_pairs_that_are_left(raw_config: dict[str, Any], tmp_path: Path) -> None:
+    """Not of those that repeat; a file may have no other."""
+    rows = make_rows(40)
+    long = {**rows[0], "chosen": " good" * 90, "rejected": " bad" * 90}
+    own = write_jsonl(tmp_path / "own.jsonl", [*rows, long, long])
+    repeated = write_jsonl(tmp_path / "repeated.jsonl", [rows[1], long])
+    raw_config["data"]["files"] = [str(own), str(repeated)]
+    raw_config["data"] |= {"duplicates": "drop", "over_length": "truncate"}
+    config = parse_config(raw_config)
+    results = pairs.STAGE.run(config)
+    assert sum(results["pairs"].values()) == 41
+    assert sum(results["cut_responses"].values()) == 2
+    assert results["files_without_pairs"] == [str(repeated)]
 
 
 def test_share_of_rejects_is_limited(raw_config: dict[str, Any], tmp_path: Path) -> None:
