@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from madpo_ray.config import ActorPool, ClusterConfig
+from madpo_ray.environment import runtime_env, set_for_local_ray
 from madpo_ray.errors import ExitCode, Stopped, UserError
 from madpo_ray.passes import ordered_execution
 from madpo_ray.signals import on_sigterm
@@ -101,7 +102,7 @@ def _start_or_connect(
     if address:
         try:
             _check_reachable(address, cluster.connect_timeout_s)
-            ray.init(address=address, **options)
+            ray.init(address=address, runtime_env=runtime_env(), **options)
         except OSError as error:
             raise UserError(
                 f"no Ray cluster answers at {address} ({error}); start one, or remove "
@@ -110,12 +111,7 @@ def _start_or_connect(
         return
 
     _check_local(cluster)
-    # Workers without a GPU of their own see none: PyTorch and DeepSpeed would take the first.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
-    # On a GPU, freed pieces of memory can be joined for a larger micro-batch.
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    # Parquet footers are read by up to 32 one-CPU actors, which would starve a small machine.
-    os.environ.setdefault("RAY_DATA_PARQUET_FOOTER_NUM_ACTORS", "1")
+    set_for_local_ray()
     _protect_token()
     # "local": never a cluster that happens to run on this machine; its address has to be given.
     num_cpus = (os.cpu_count() or 1) + LOCAL_EXTRA_CPUS

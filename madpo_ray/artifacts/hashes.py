@@ -2,13 +2,15 @@
 
 import functools
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
 THREADS = 8
+
+FileEntry = dict[str, Any]  # `sha256` and `size` (bytes) of a file
 
 
 def hash_file(path: Path) -> str:
@@ -40,11 +42,35 @@ def hash_files(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hash_file(path) for path in files_below(folder)}
 
 
-def describe_files(folder: Path, files: Iterable[Path] | None = None) -> dict[str, dict[str, Any]]:
-    """`sha256` and `size` (bytes) of files below a folder, of all by default, by relative path."""
+class HashingWriter:
+    """A new file that is hashed while it is written, in one go from its beginning."""
+
+    def __init__(self, path: Path) -> None:
+        self._stream = path.open("wb")
+        self._hash = hashlib.sha256()
+        self._size = 0
+
+    def write(self, data: bytes | memoryview) -> int:
+        view = memoryview(data)
+        self._hash.update(view)
+        self._stream.write(view)
+        self._size += view.nbytes
+        return view.nbytes
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def close(self) -> FileEntry:
+        """Closes the file; its entry, as `describe_files` gives it."""
+        self._stream.close()
+        return {"sha256": self._hash.hexdigest(), "size": self._size}
+
+
+def describe_files(folder: Path) -> dict[str, FileEntry]:
+    """`sha256` and `size` (bytes) of every file below a folder, by relative path."""
     return {
         str(path.relative_to(folder)): {"sha256": hash_file(path), "size": path.stat().st_size}
-        for path in (files_below(folder) if files is None else files)
+        for path in files_below(folder)
     }
 
 

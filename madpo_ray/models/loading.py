@@ -1,4 +1,4 @@
-"""Load a model as policy or reward model, and add LoRA."""
+"""Load a model as policy or reward model."""
 
 import contextlib
 import os
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import nn
 
-from madpo_ray.config import ModelConfig, TrainingConfig
+from madpo_ray.config import ModelConfig
 from madpo_ray.errors import UserError
 
 if TYPE_CHECKING:
@@ -47,21 +47,45 @@ def load_tokenizer(folder: Path, model: ModelConfig) -> "PreTrainedTokenizerBase
         raise UserError(f"the tokenizer of {folder} cannot be loaded: {error}") from None
 
 
-def load_policy(folder: Path, model: ModelConfig, *, base: Path | None = None) -> nn.Module:
+def remote_code(model: ModelConfig) -> dict[str, Any]:
+    """Arguments of `from_config` that decide whose code is run, and which commit of it."""
+    if not model.trust_remote_code:
+        return {"trust_remote_code": False}
+    return {"trust_remote_code": True, "code_revision": model.model_revision}
+
+
+def load_policy(
+    folder: Path,
+    model: ModelConfig,
+    *,
+    base: Path | None = None,
+    device: torch.device | None = None,
+) -> nn.Module:
     """A causal language model in the config's dtype.
 
     Args:
+        device: where its weights go; None: the CPU.
         base: folder of the model that the adapter in `folder`, if it holds one, was trained on. The
             base that an adapter names is never loaded: it may be gone, or another one by now.
     """
     if (folder / "adapter_config.json").exists():
         assert base is not None, f"{folder} is an adapter, and its base was not given"
-        return _with_adapter(load_policy(base, model), folder)
+        return _with_adapter(load_policy(base, model, device=device), folder)
 
-    options: dict[str, Any] = {"dtype": DTYPES[model.dtype]}
+    options: dict[str, Any] = {"dtype": DTYPES[model.dtype], **_placement(device)}
     if model.load_in_4bit:
         options |= _four_bits(model)
     return _load("CAUSAL_LM", folder, model, **options)
+
+
+def _placement(device: torch.device | None) -> dict[str, Any]:
+    """Weights go from the file to a GPU one by one: no rank converts all of them on the host."""
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    # Under ZeRO-3 DeepSpeed decides.
+    if device is None or device.type == "cpu" or is_deepspeed_zero3_enabled():
+        return {}
+    return {"device_map": {"": device}}
 
 
 def _with_adapter(base: nn.Module, folder: Path) -> nn.Module:
@@ -84,12 +108,12 @@ def load_policy_float32(folder: Path, model: ModelConfig) -> nn.Module:
 
 
 def load_reward_model(folder: Path, model: ModelConfig) -> nn.Module:
-    """A trained sequence classifier with one label, in its own dtype: merged LoRA is float32.
+    """A trained sequence classifier with one label, in the config's dtype: merged LoRA is float32.
 
     Raises:
         UserError: weights are missing, among them the head.
     """
-    return _load("SEQ_CLS", folder, model, dtype="auto", num_labels=1)
+    return _load("SEQ_CLS", folder, model, dtype=DTYPES[model.dtype], num_labels=1)
 
 
 def load_classifier(folder: Path, model: ModelConfig) -> nn.Module:
@@ -98,13 +122,15 @@ def load_classifier(folder: Path, model: ModelConfig) -> nn.Module:
     return _load("SEQ_CLS", folder, model, dtype="auto", num_labels=1, **options)
 
 
-def new_reward_model(folder: Path, model: ModelConfig) -> nn.Module:
-    """A language model with a new head of zeros, to train.
+def new_reward_model(
+    folder: Path, model: ModelConfig, *, device: torch.device | None = None
+) -> nn.Module:
+    """A language model with a new head of zeros, to train; its weights go to the device.
 
     All rewards start at 0: the first loss is ln 2, and there is no random direction to unlearn.
     """
-    dtype = DTYPES[model.dtype]
-    loaded = _load("SEQ_CLS", folder, model, (REWARD_HEAD,), dtype=dtype, num_labels=1)
+    options = {"dtype": DTYPES[model.dtype], **_placement(device)}
+    loaded = _load("SEQ_CLS", folder, model, (REWARD_HEAD,), num_labels=1, **options)
     weight: Any = loaded.score.weight  # type: ignore[union-attr]
     nn.init.zeros_(getattr(weight, "ds_tensor", weight))  # under ZeRO-3 this rank's shard
     return loaded
@@ -238,53 +264,3 @@ def _four_bits(model: ModelConfig) -> dict[str, Any]:
 def transformer_of(model: nn.Module) -> Any:
     """The transformers model, without a LoRA wrapper."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-
-
-def prepare_for_training(
-    model: nn.Module, settings: TrainingConfig, *, task_type: TaskType
-) -> nn.Module:
-    """Adds LoRA, sets dropout and turns on activation checkpointing, according to the settings."""
-    if settings.gradient_checkpointing:
-        model.activation_checkpointing_enable(  # type: ignore[operator]
-            activation_checkpointing_kwargs={"use_reentrant": False}
-        )
-        if settings.use_peft:
-            model.enable_input_require_grads()  # type: ignore[operator]
-    if settings.use_peft:
-        model = with_lora(model, settings, task_type)
-    if settings.disable_dropout:
-        _zero_dropout(model)
-    return model
-
-
-def with_lora(model: nn.Module, settings: TrainingConfig, task_type: TaskType) -> nn.Module:
-    """The model with fresh adapters. Raises ValueError if peft finds no module for them."""
-    from peft import LoraConfig, get_peft_model
-
-    targets = settings.lora_target_modules
-    lora = LoraConfig(
-        r=settings.lora_r,
-        lora_alpha=settings.lora_alpha,
-        lora_dropout=settings.lora_dropout,
-        target_modules="all-linear" if targets == ("all-linear",) else list(targets),
-        layers_to_transform=list(settings.lora_layers_to_transform) or None,
-        modules_to_save=["score"] if task_type == "SEQ_CLS" else None,
-        task_type=task_type,
-    )
-    with warnings.catch_warnings():
-        # peft 0.21 reads the old name of an attribute of transformers 5.
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-        # Adapters have the model's dtype: DeepSpeed would cast them below stage 3 only.
-        adapted: nn.Module = get_peft_model(model, lora, autocast_adapter_dtype=False)
-    return adapted
-
-
-def _zero_dropout(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        # Numbers that layers read at each forward, such as attention_dropout, residual_dropout,
-        # layerdrop and router_jitter_noise.
-        for name, value in vars(module).items():
-            if isinstance(value, float) and ("drop" in name or "jitter" in name):
-                setattr(module, name, 0.0)

@@ -1,7 +1,7 @@
 """Write a model as a folder that transformers loads."""
 
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from madpo_ray.artifacts.hashes import FileEntry, HashingWriter
 from madpo_ray.atomic import write_json
 
 # Same shard size as transformers' default.
@@ -24,6 +25,16 @@ def saved_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, buffer in model.named_buffers():
         if name in persistent:
             yield name, buffer
+
+
+def save_hashed(state: Mapping[str, Any], path: Path) -> FileEntry:
+    """`torch.save` into a new file, and the hash of what was written: nothing is read back."""
+    writer = HashingWriter(path)
+    try:
+        torch.save(state, writer)  # type: ignore[arg-type]
+    finally:
+        entry = writer.close()
+    return entry
 
 
 def merge_adapter(model: Any, adapter: dict[str, Tensor], base: nn.Module) -> nn.Module:

@@ -8,7 +8,8 @@ import torch
 from madpo_ray.config import ModelConfig, TrainingConfig
 from madpo_ray.errors import UserError, did_you_mean
 from madpo_ray.models.attention import load_architecture
-from madpo_ray.models.loading import AUTO_CLASSES, TaskType, with_lora
+from madpo_ray.models.loading import AUTO_CLASSES, TaskType, remote_code
+from madpo_ray.models.preparing import with_lora
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -48,8 +49,8 @@ def check_architecture(
         with torch.device("meta"):
             skeleton = getattr(transformers, AUTO_CLASSES[task_type]).from_config(
                 architecture,
-                trust_remote_code=model.trust_remote_code,
                 attn_implementation=kernel,
+                **remote_code(model),
             )
     except ValueError as error:
         raise UserError(

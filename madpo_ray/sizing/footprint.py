@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -20,17 +21,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 from madpo_ray.columns import CHOSEN_IDS, PROMPT_IDS, REJECTED_IDS, RESPONSE_IDS
 from madpo_ray.config import ModelConfig, TrainingConfig
 from madpo_ray.data.batching import MicroBatch, collate
+from madpo_ray.data.order import count_tokens
 from madpo_ray.errors import UserError
 from madpo_ray.models.attention import assumed_gpu, may_pack
 from madpo_ray.models.flops import ModelFlops
-from madpo_ray.models.loading import (
-    AUTO_CLASSES,
-    DTYPES,
-    TaskType,
-    prepare_for_training,
-    transformer_of,
-)
+from madpo_ray.models.loading import AUTO_CLASSES, DTYPES, TaskType, remote_code, transformer_of
 from madpo_ray.models.logprobs import TOKENS_PER_CHUNK, ResponseLogps, ResponseRewards
+from madpo_ray.models.preparing import prepare_for_training
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -55,15 +52,28 @@ class Lengths(NamedTuple):
     prompt: int
     response: int
 
-    def count(self, num_responses: int) -> int:
-        """Tokens of a pair in a packed row."""
-        return self.prompt + num_responses * self.response
+    def tokens_of_pair(self, num_responses: int, *, packed: bool) -> int:
+        """Tokens that a model reads for a pair."""
+        lengths = np.array([[self.prompt] + num_responses * [self.response]])
+        return int(count_tokens(lengths, packed=packed)[0])
 
-    def shape(self, num_pairs: int, max_tokens: int | None, *, num_responses: int = 2) -> Shape:
-        """A micro-batch of `num_pairs`, or of as many as a budget of tokens has room for."""
+    def shape(
+        self,
+        num_pairs: int,
+        max_tokens: int | None,
+        *,
+        packed: bool,
+        num_responses: int = 2,
+        most: int | None = None,
+    ) -> Shape:
+        """A micro-batch of `num_pairs`, or of as many as a budget of tokens has room for.
+
+        Args:
+            most: pairs that it has at most, such as those of a step.
+        """
         if max_tokens is not None:
-            num_pairs = max(1, max_tokens // self.count(num_responses))
-        return Shape(num_pairs, self.prompt, self.response)
+            num_pairs = max(1, max_tokens // self.tokens_of_pair(num_responses, packed=packed))
+        return Shape(min(num_pairs, most or num_pairs), self.prompt, self.response)
 
 
 @dataclass(frozen=True)
@@ -206,8 +216,7 @@ def _module(
         architecture,
         dtype=DTYPES[model.dtype],
         attn_implementation="sdpa" if model.attn_implementation != "eager" else "eager",
-        trust_remote_code=model.trust_remote_code,
-        **({"code_revision": model.model_revision} if model.trust_remote_code else {}),
+        **remote_code(model),
     )
     if settings is None:
         loaded.requires_grad_(False)

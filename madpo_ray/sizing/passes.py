@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from madpo_ray.config import Config, ModelConfig
+from madpo_ray.models.attention import may_pack
 from madpo_ray.models.loading import TaskType
 from madpo_ray.sizing.footprint import Footprint, Lengths, measure_footprint
 from madpo_ray.sizing.gpus import Cluster
@@ -48,13 +49,16 @@ def pass_needs(
     Not counted: classifiers and functions of others, and the passes that score samples.
     """
     scoring = config.scoring
-    shape = lengths.shape(scoring.per_device_batch_size, scoring.max_tokens_per_device)
+    shape = lengths.shape(
+        scoring.per_device_batch_size,
+        scoring.max_tokens_per_device,
+        packed=may_pack(config.model, architecture),
+    )
 
     def footprint(model: ModelConfig, task_type: TaskType) -> Footprint:
         return measure_footprint(architecture, model, shape, task_type=task_type, settings=None)
 
-    # Each pair is read with the reference and, of several folds, one reward model. A merged one is
-    # float32.
+    # Each pair is read with the reference and, of several folds, one reward model.
     name = margins.STAGE.name
     dtype = config.model.dtype
     reference = footprint(config.model, "CAUSAL_LM")
@@ -68,15 +72,14 @@ def pass_needs(
         )
     ]
     if reward.STAGE.is_wanted(config):
-        reward_dtype = "float32" if config.reward.use_peft else dtype
-        model = config.model.model_copy(update={"dtype": reward_dtype, "load_in_4bit": False})
+        model = config.model.model_copy(update={"load_in_4bit": False})
         classifier = footprint(model, "SEQ_CLS")
         scorers.append(
             PassNeeds(
                 f"{name}: reward",
-                config.reward.folds * weight_bytes(classifier, reward_dtype),
+                config.reward.folds * weight_bytes(classifier, dtype),
                 classifier.activations,
-                shape.pairs / (classifier.flops / cluster.speed(reward_dtype)),
+                shape.pairs / (classifier.flops / cluster.speed(dtype)),
             )
         )
     if scoring.one_model_at_a_time:

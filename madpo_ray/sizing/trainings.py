@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from madpo_ray.config import Config, TrainingConfig
+from madpo_ray.models.attention import may_pack
 from madpo_ray.models.loading import TaskType
 from madpo_ray.models.trainable import check_architecture
 from madpo_ray.sizing.footprint import Footprint, Lengths, Shape, measure_footprint
@@ -96,11 +97,14 @@ class _Sizer:
         self._architecture = architecture
         self._cluster = cluster
         self._lengths = lengths
+        self._packed = may_pack(config.model, architecture)
         self._footprints: dict[tuple[int, bool], Footprint] = {}
         self.shape = lengths.shape(
             training.settings.per_device_train_batch_size,
             training.settings.max_tokens_per_device,
+            packed=self._packed,
             num_responses=len(training.responses),
+            most=training.settings.global_batch_size,
         )
 
     def footprint(self, num_pairs: int, is_recomputed: bool) -> Footprint:
@@ -157,7 +161,7 @@ class _Sizer:
     def _batch_setting(self, num_pairs: int) -> dict[str, int]:
         if self._training.settings.max_tokens_per_device is None:
             return {"per_device_train_batch_size": num_pairs}
-        tokens = self._lengths.count(len(self._training.responses))
+        tokens = self._lengths.tokens_of_pair(len(self._training.responses), packed=self._packed)
         return {"max_tokens_per_device": num_pairs * tokens}
 
     def choice(self, settings: Mapping[str, Any], memory: RankMemory) -> Choice:

@@ -18,11 +18,12 @@ import torch
 import torch.distributed as dist
 
 from madpo_ray.artifacts.building import discard
-from madpo_ray.artifacts.hashes import damaged_files, describe_files
+from madpo_ray.artifacts.hashes import damaged_files
 from madpo_ray.artifacts.manifest import library_versions
 from madpo_ray.atomic import sync, write_json
 from madpo_ray.disk import explain_disk_error, find_write_error, in_units
 from madpo_ray.errors import UserError
+from madpo_ray.models.saving import save_hashed
 from madpo_ray.training.collectives import broadcast_object, gather_objects
 from madpo_ray.training.engine import DeepSpeedEngine, make_universal
 from madpo_ray.training.schedule import Progress
@@ -53,15 +54,15 @@ def save_checkpoint(engine: DeepSpeedEngine, folder: Path, state: Mapping[str, A
         discard(folder)  # a torn one of the same step
     dist.barrier()
     try:
+        files = engine.save(folder)
         own_file = folder / f"rank-{rank}.pt"
-        files = [*engine.save(folder), own_file]
-        torch.save({**state, **_own_state(engine)}, own_file)
+        files[own_file] = save_hashed({**state, **_own_state(engine)}, own_file)
         listing = {
             "step": state["progress"]["step"],
             "best_step": state["progress"]["best_step"],
             "world_size": dist.get_world_size(),
             "versions": library_versions(),
-            "files": describe_files(folder, files),
+            "files": {str(file.relative_to(folder)): entry for file, entry in files.items()},
         }
         for file in files:
             sync(file)

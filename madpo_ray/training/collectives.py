@@ -68,3 +68,15 @@ def broadcast_object(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def take_over_timeout(group: dist.ProcessGroup, device: torch.device) -> None:
+    """Gives a group the time-out of the world: DeepSpeed makes its own with the backend's default.
+
+    Args:
+        device: whose backend it is.
+    """
+    world = dist.group.WORLD
+    assert world is not None
+    timeout = world._get_backend(device).options._timeout
+    dist.distributed_c10d._set_pg_timeout(timeout, group)

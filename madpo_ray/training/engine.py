@@ -15,9 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from madpo_ray.artifacts.hashes import FileEntry
 from madpo_ray.config import TrainingConfig
 from madpo_ray.data.batching import MicroBatch
-from madpo_ray.models.saving import saved_tensors
+from madpo_ray.models.saving import save_hashed, saved_tensors
+from madpo_ray.training.collectives import take_over_timeout
 
 # DeepSpeed and transformers take seconds to import, and only ranks need them: they are imported
 # inside functions.
@@ -120,6 +122,7 @@ class DeepSpeedEngine:
         )
         self.module: nn.Module = self._engine.module
         self.device: torch.device = self._engine.device
+        take_over_timeout(self._engine.seq_data_parallel_group, self.device)
         self.zero_stage = settings.zero_stage
 
     def train(self) -> None:
@@ -157,21 +160,20 @@ class DeepSpeedEngine:
     def learning_rate(self) -> float:
         return float(self._engine.get_lr()[0])
 
-    def save(self, folder: Path) -> list[Path]:
-        """Writes this rank's part, and returns its files.
+    def save(self, folder: Path) -> dict[Path, FileEntry]:
+        """Writes this rank's part, and returns its files with their hashes.
 
         Frozen weights are not saved: they are the base model's.
         """
-        # DeepSpeed does not report which files a rank writes: its writer is wrapped for this call.
-        written = []
+        # DeepSpeed reports neither which files a rank writes nor what: its writer is replaced.
+        written = {}
         writer = self._engine.checkpoint_engine
         write = writer.save
 
-        def write_and_note(state_dict: dict[str, Any], path: str) -> None:
-            written.append(Path(path))
-            write(state_dict, path)
+        def write_and_hash(state_dict: dict[str, Any], path: str) -> None:
+            written[Path(path)] = save_hashed(state_dict, Path(path))
 
-        writer.save = write_and_note
+        writer.save = write_and_hash
         try:
             self._engine.save_checkpoint(str(folder), tag=TAG, exclude_frozen_parameters=True)
         finally:

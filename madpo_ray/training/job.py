@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import pyarrow as pa
+import torch
 from torch import nn
 
 from madpo_ray.artifacts.tables import rows_fingerprint
@@ -14,6 +15,7 @@ from madpo_ray.columns import CHOSEN_IDS, RESPONSE_IDS, TRAIN, VALIDATION
 from madpo_ray.config import ModelConfig, PolicyConfig, RewardConfig, TrainingConfig
 from madpo_ray.data.order import OrderSpec
 from madpo_ray.models.attention import load_architecture, may_pack
+from madpo_ray.models.devices import use_device
 from madpo_ray.models.loading import (
     READS_END,
     TaskType,
@@ -21,9 +23,9 @@ from madpo_ray.models.loading import (
     load_policy_float32,
     load_tokenizer,
     new_reward_model,
-    prepare_for_training,
 )
 from madpo_ray.models.logprobs import ResponseLogps, ResponseRewards
+from madpo_ray.models.preparing import prepare_for_training
 from madpo_ray.scoring.streamed import StreamedScores
 from madpo_ray.training.objectives import PolicyObjective, RewardObjective, SFTObjective
 from madpo_ray.training.protocols import Objective
@@ -125,6 +127,10 @@ class TrainingJob:
         except FileNotFoundError:
             return False
 
+    def bound_of_responses(self, max_response_tokens: int) -> int | None:
+        """What fixes the number of chunks that the head reads, where ranks have to agree on it."""
+        return max_response_tokens if self.settings.zero_stage == 3 else None
+
     def may_pack(self) -> bool:
         """Whether a micro-batch may be one packed row; ranks find out at load."""
         trust = self.model.trust_remote_code
@@ -196,9 +202,9 @@ class PolicyTask:
     responses: tuple[str, ...] = RESPONSE_IDS
 
     def load(self, job: TrainingJob, max_response_tokens: int) -> nn.Module:
-        model = load_policy(job.base_folder, job.model)
+        model = load_policy(job.base_folder, job.model, device=use_device())
         model = prepare_for_training(model, job.settings, task_type=self.task_type)
-        return ResponseLogps(model, max_response_tokens)
+        return ResponseLogps(model, job.bound_of_responses(max_response_tokens))
 
     def objective(self, job: TrainingJob) -> Objective:
         assert isinstance(job.settings, PolicyConfig)
@@ -223,9 +229,9 @@ class SFTTask:
     responses: tuple[str, ...] = (CHOSEN_IDS,)
 
     def load(self, job: TrainingJob, max_response_tokens: int) -> nn.Module:
-        model = load_policy(job.base_folder, job.model)
+        model = load_policy(job.base_folder, job.model, device=use_device())
         model = prepare_for_training(model, job.settings, task_type=self.task_type)
-        return ResponseLogps(model, max_response_tokens)
+        return ResponseLogps(model, job.bound_of_responses(max_response_tokens))
 
     def objective(self, job: TrainingJob) -> Objective:
         return SFTObjective()
@@ -246,7 +252,7 @@ class RewardTask:
     responses: tuple[str, ...] = RESPONSE_IDS
 
     def load(self, job: TrainingJob, max_response_tokens: int) -> nn.Module:
-        model = self._classifier(job, job.model)
+        model = self._classifier(job, job.model, device=use_device())
         model = prepare_for_training(model, job.settings, task_type=self.task_type)
         return ResponseRewards(model)
 
@@ -279,8 +285,10 @@ class RewardTask:
         """Always merged, so that scoring reads one model; in float32, where small changes count."""
         return self._classifier(job, job.model.model_copy(update={"dtype": "float32"}))
 
-    def _classifier(self, job: TrainingJob, model_config: ModelConfig) -> nn.Module:
-        model: Any = new_reward_model(job.base_folder, model_config)
+    def _classifier(
+        self, job: TrainingJob, model_config: ModelConfig, *, device: torch.device | None = None
+    ) -> nn.Module:
+        model: Any = new_reward_model(job.base_folder, model_config, device=device)
         model.config.pad_token_id = self.tokenizer(job).pad_token_id
         setattr(model.config, READS_END, True)
         return model  # type: ignore[no-any-return]

@@ -17,8 +17,8 @@ from madpo_ray.models.attention import (
     packed_attention,
     use_attention,
 )
-from madpo_ray.models.loading import prepare_for_training
 from madpo_ray.models.logprobs import ResponseLogps
+from madpo_ray.models.preparing import prepare_for_training
 from support.forwards import PAIRS, separate_logps
 from support.models import ARCHITECTURES, make_model, tiny_config
 

@@ -15,8 +15,9 @@ from madpo_ray.data.batching import collate
 from madpo_ray.errors import UserError
 from madpo_ray.models.attention import PACKED, packed_attention
 from madpo_ray.models.compiling import compile_layers
-from madpo_ray.models.loading import prepare_for_training, transformer_of
+from madpo_ray.models.loading import transformer_of
 from madpo_ray.models.logprobs import ResponseLogps
+from madpo_ray.models.preparing import prepare_for_training
 from madpo_ray.models.reading import find_reading
 from support.forwards import PAIRS
 from support.models import make_model

@@ -7,8 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from madpo_ray.config import PolicyConfig
 from madpo_ray.data.batching import collate
 from madpo_ray.models.flops import ModelFlops, peak_flops, peak_memory_bytes
-from madpo_ray.models.loading import prepare_for_training
 from madpo_ray.models.logprobs import ResponseLogps
+from madpo_ray.models.preparing import prepare_for_training
 from support.models import make_model
 
 PAIR = {"prompt_ids": [5, 6, 7, 8], "chosen_ids": [9, 10, 11], "rejected_ids": [12, 13]}

@@ -19,10 +19,11 @@ from madpo_ray.models.loading import (
     load_reward_model,
     load_tokenizer,
     new_reward_model,
-    prepare_for_training,
 )
 from madpo_ray.models.logprobs import ResponseLogps
+from madpo_ray.models.preparing import prepare_for_training
 from madpo_ray.models.reading import Reading, require_no_dropout
+from madpo_ray.models.saving import save_model, saved_tensors
 from madpo_ray.models.trainable import check_trainable
 from support.models import make_model, make_reward_model, tiny_config
 
@@ -72,6 +73,16 @@ def test_policy_has_the_configs_dtype(model_folder: Path) -> None:
     model = ModelConfig(model_name_or_path=str(model_folder), dtype="bfloat16")
     assert next(load_policy(model_folder, model).parameters()).dtype == torch.bfloat16
     assert next(load_policy_float32(model_folder, model).parameters()).dtype == torch.float32
+
+
+def test_reward_model_has_the_configs_dtype(model_folder: Path, tmp_path: Path) -> None:
+    """Merged LoRA is saved in float32, and scored in what the reference is."""
+    model = ModelConfig(model_name_or_path=str(model_folder))
+    trained: Any = new_reward_model(model_folder, model)
+    save_model(trained, saved_tensors(trained), tmp_path)
+    for dtype in ("float32", "bfloat16"):
+        loaded = load_reward_model(tmp_path, model.model_copy(update={"dtype": dtype}))
+        assert {p.dtype for p in loaded.parameters()} == {getattr(torch, dtype)}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

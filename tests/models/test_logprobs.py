@@ -10,8 +10,8 @@ from madpo_ray.config import PolicyConfig
 from madpo_ray.data.batching import MicroBatch, collate
 from madpo_ray.losses import dpo_loss
 from madpo_ray.models.attention import use_attention
-from madpo_ray.models.loading import prepare_for_training
 from madpo_ray.models.logprobs import TOKENS_PER_CHUNK, ResponseLogps, ResponseRewards, target_logps
+from madpo_ray.models.preparing import prepare_for_training
 from support.forwards import PAIRS, separate_logps
 from support.models import make_model, make_reward_model
 

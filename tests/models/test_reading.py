@@ -11,8 +11,8 @@ from madpo_ray.config import ModelConfig, PolicyConfig
 from madpo_ray.data.batching import collate
 from madpo_ray.errors import UserError
 from madpo_ray.models import attention
-from madpo_ray.models.loading import prepare_for_training
 from madpo_ray.models.logprobs import ResponseLogps, ResponseRewards
+from madpo_ray.models.preparing import prepare_for_training
 from madpo_ray.models.reading import NARROW_WINDOW, TOLERANCES, Reading, find_reading
 from support.forwards import PAIRS, separate_logps
 from support.models import ARCHITECTURES, make_model, make_reward_model

@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 
+from madpo_ray.artifacts.hashes import describe_files
 from madpo_ray.config import ModelConfig
 from madpo_ray.models import saving
 from madpo_ray.models.loading import load_policy
-from madpo_ray.models.saving import needs_conversion, save_model, saved_tensors
+from madpo_ray.models.saving import needs_conversion, save_hashed, save_model, saved_tensors
 from support.models import make_model
 
 
@@ -28,6 +29,18 @@ def test_several_files_load_as_one_model(
         assert name == other_name
         assert torch.equal(one, other)
     assert again.config.architectures == ["LlamaForCausalLM"]
+
+
+def test_what_is_saved_is_hashed(tmp_path: Path) -> None:
+    """While it is written: the hash is that of the file."""
+    state = {"a": torch.randn(30_000), "b": [1, "two", torch.ones(3, dtype=torch.bfloat16)]}
+    file = tmp_path / "state.pt"
+    assert {"state.pt": save_hashed(state, file)} == describe_files(tmp_path)
+    again = torch.load(file, weights_only=True)
+    assert torch.equal(again["a"], state["a"])
+    assert again["b"][:2] == [1, "two"]
+    with pytest.raises(OSError, match="No space left on device"):
+        save_hashed(state, Path("/dev/full"))
 
 
 def test_only_the_writer_writes(model_folder: Path, tmp_path: Path) -> None:

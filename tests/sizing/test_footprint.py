@@ -7,8 +7,8 @@ import torch
 
 from madpo_ray.config import ModelConfig, PolicyConfig
 from madpo_ray.errors import UserError
-from madpo_ray.models.loading import prepare_for_training
 from madpo_ray.models.logprobs import ResponseLogps
+from madpo_ray.models.preparing import prepare_for_training
 from madpo_ray.sizing import footprint
 from madpo_ray.sizing.footprint import Footprint, Shape, measure_footprint
 from support.models import make_model

@@ -100,6 +100,22 @@ def test_budget_of_tokens_is_kept(config: Config) -> None:
     assert settings_that_fit(needs) == {"zero_stage": 0, "max_tokens_per_device": 96}
 
 
+def test_budget_of_rows_that_are_not_packed(config: Config) -> None:
+    """The prompt is read with each response."""
+    raw = config.model_dump(mode="json")
+    raw["model"]["packed_rows"] = "off"
+    raw["train"]["max_tokens_per_device"] = 100
+    needs = policy_needs(parse_config(raw), 2**40)
+    assert needs.shape.pairs == 100 // 48
+    assert settings_that_fit(needs) == {"zero_stage": 0, "max_tokens_per_device": 96}
+
+
+def test_forward_has_no_more_pairs_than_a_step(config: Config) -> None:
+    update = {"max_tokens_per_device": 10_000, "global_batch_size": 6}
+    train = config.train.model_copy(update=update)
+    assert policy_needs(config.model_copy(update={"train": train}), 2**40).shape.pairs == 6
+
+
 def test_more_nodes_hold_smaller_parts(config: Config) -> None:
     one, two = (policy_needs(config, 2**40, nodes) for nodes in (1, 2))
     assert two.by_zero_stage[3].optimizer < one.by_zero_stage[3].optimizer
@@ -120,7 +136,7 @@ def test_each_fold_has_a_model_in_every_actor(config: Config) -> None:
 
 
 def test_lengths_fill_max_length(config: Config) -> None:
-    assert choose_lengths(config).count(1) == config.data.max_length
+    assert choose_lengths(config).tokens_of_pair(1, packed=True) == config.data.max_length
     assert choose_lengths(config, 1000) == (1000, 24)
     assert choose_lengths(config, 1000, 50) == (1000, 50)
     with pytest.raises(UserError, match="1024 leaves no response"):

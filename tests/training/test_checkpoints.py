@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from madpo_ray.artifacts.hashes import describe_files
+from madpo_ray.artifacts.hashes import FileEntry, describe_files
 from madpo_ray.artifacts.manifest import library_versions
 from madpo_ray.training.checkpoints import (
     checkpoint_step,
@@ -20,6 +20,11 @@ from madpo_ray.training.schedule import Progress
 from support.ranks import MakeJob, Ranks, TrainOn, weights_of
 
 
+def entries_of(folder: Path, *names: str) -> dict[str, FileEntry]:
+    everything = describe_files(folder)
+    return {name: everything[name] for name in names}
+
+
 def write_checkpoint(folder: Path, step: int, ranks: int = 2, best_step: int = 0) -> Path:
     """What `save_checkpoint` writes, with files that hold only text."""
     checkpoint = folder / f"checkpoint_{step:08d}"
@@ -27,7 +32,7 @@ def write_checkpoint(folder: Path, step: int, ranks: int = 2, best_step: int = 0
     for rank in range(ranks):
         part = checkpoint / f"part-{rank}.pt"
         part.write_text(f"step {step}, rank {rank}")
-        files = describe_files(checkpoint, [part])
+        files = entries_of(checkpoint, part.name)
         listing = {"step": step, "best_step": best_step, "world_size": ranks, "files": files}
         (checkpoint / f"rank-{rank}.json").write_text(json.dumps(listing))
     return checkpoint
@@ -160,7 +165,7 @@ def test_checkpoint_of_other_parameters_is_refused(policy_job: MakeJob, tmp_path
     state["shapes"][f"old.{name}"] = shape
     torch.save(state, folder / "rank-0.pt")
     listing = json.loads((folder / "rank-0.json").read_text())
-    listing["files"] = describe_files(folder, [folder / file for file in listing["files"]])
+    listing["files"] = entries_of(folder, *listing["files"])
     (folder / "rank-0.json").write_text(json.dumps(listing))
     (error,) = Ranks(job, 1, tmp_path).errors()
     assert "was saved from other parameters: 2 differ" in error

@@ -1,10 +1,13 @@
 """Optimizer, schedule and clipping: the numbers of plain torch."""
 
+import datetime
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from madpo_ray.config import PolicyConfig
 from madpo_ray.data.batching import collate
@@ -13,11 +16,13 @@ from madpo_ray.data.order import Order
 from madpo_ray.losses import madpo_loss
 from madpo_ray.models.loading import load_policy
 from madpo_ray.models.logprobs import ResponseLogps
-from madpo_ray.training.engine import deepspeed_config
+from madpo_ray.training.engine import DeepSpeedEngine, deepspeed_config
 from madpo_ray.training.job import TrainingJob
+from madpo_ray.training.sites import join_ranks
 from support.ranks import MakeJob, TrainOn, logged, weights_of
 
 STEPS = 6
+TIMEOUT = datetime.timedelta(seconds=77)
 # Everything that could be forgotten or swapped shows: the clip is below every norm.
 SETTINGS: dict[str, Any] = {
     "max_steps": STEPS,
@@ -143,3 +148,27 @@ def test_settings_of_deepspeed(dtype: str, zero_stage: int, sums_in_float32: boo
 def test_overlap_reaches_deepspeed(overlap: bool) -> None:
     config = deepspeed_config(PolicyConfig(overlap_comm=overlap), dtype="float32")
     assert config["zero_optimization"]["overlap_comm"] is overlap
+
+
+def _report_timeouts(store: str, results: "torch.multiprocessing.Queue[object]") -> None:
+    join_ranks(0, 1, Path(store))
+    cpu = torch.device("cpu")
+    world = dist.group.WORLD
+    assert world is not None
+    dist.distributed_c10d._set_pg_timeout(TIMEOUT, world)
+    settings = PolicyConfig(zero_stage=2)
+    engine = DeepSpeedEngine(torch.nn.Linear(2, 1), settings, dtype="float32", total_steps=1)
+    group = engine._engine.optimizer.dp_process_group
+    results.put([one._get_backend(cpu).options._timeout for one in (world, group)])
+    dist.destroy_process_group()
+
+
+@pytest.mark.deepspeed
+def test_zero_waits_as_long_as_the_world(tmp_path: Path) -> None:
+    """DeepSpeed's group would end a slow upload of rank 0 after ten minutes on GPUs."""
+    context = torch.multiprocessing.get_context("spawn")
+    results = context.Queue()
+    process = context.Process(target=_report_timeouts, args=(str(tmp_path / "store"), results))
+    process.start()
+    assert results.get() == [TIMEOUT, TIMEOUT]
+    process.join()
