@@ -176,7 +176,7 @@ def prepare_with_trl(folder: Path, workers: int) -> None:
     print(time.monotonic() - began)
 
 
-def in_a_process(function: Callable[..., dict[str, float]], *given: Any) -> dict[str, float]:
+def in_a_process(function: Callable[..., Any], *given: Any) -> Any:
     """What the function returns, called in a new process."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
         return executor.submit(function, *given).result()
@@ -255,7 +255,7 @@ def measure_feed(folder: Path, pairs: int, workers: int, seconds: float) -> dict
 
 def _measure_feed(folder: Path, pairs: int, workers: int, seconds: float) -> dict[str, float]:
     rows = folder / "data"
-    write_rows(rows, pairs)
+    in_a_process(write_rows, rows, pairs)
     spec = OrderSpec(
         rows=rows,
         token_files=folder / "tokens",
@@ -302,7 +302,7 @@ def _measure_feed(folder: Path, pairs: int, workers: int, seconds: float) -> dic
     gib["rank"] = max(rank["peak"] for rank in ranks) / 2**30
     return {
         "feed_prepare_s": prepared - began,
-        "feed_first_s": prepared - began + first - float((folder / "made").read_text()),
+        "feed_first_s": first - float((folder / "made").read_text()),
         "feed_start_s": first - began,
         "feed_rate": sum(rank["rate"] for rank in ranks),
         "feed_peak_gib": max(gib.values()),
@@ -318,7 +318,7 @@ def measure_scoring(folder: Path, count: int) -> dict[str, float]:
 
     folder.mkdir()
     make_conversations(folder, 1)
-    write_rows(folder / "data", count, SHORT, vocabulary=8000)
+    in_a_process(write_rows, folder / "data", count, SHORT, 8000)
     model = ModelConfig(model_name_or_path=str(folder / "model"))
     scorer = PolicyLogps(folder / "model", model, columns=REF_LOGPS, batch_size=64)
     peaks = {"driver": Peak(), "actor": Peak(SCORER)}
@@ -367,7 +367,8 @@ def main() -> None:
     found = {}
     try:
         if arguments.texts:
-            found = measure_pairs(folder / "pairs", arguments.texts, arguments.workers)
+            texts = arguments.texts
+            found = in_a_process(measure_pairs, folder / "pairs", texts, arguments.workers)
             print(found, flush=True)
         if arguments.pairs:
             (folder / "feed").mkdir()

@@ -48,7 +48,13 @@ def read_columns(rows: Path, names: Sequence[str]) -> pa.Table:
 
 def read_split(rows: Path, split: str, names: Sequence[str]) -> pa.Table:
     """Columns of one split's rows, in order."""
-    return _dataset(rows).to_table(list(names), filter=pc.field(columns.SPLIT) == split)
+    return read_splits(rows, [split], names)
+
+
+def read_splits(rows: Path, splits: Sequence[str], names: Sequence[str]) -> pa.Table:
+    """Columns of the rows of some splits, in order."""
+    is_wanted = pc.field(columns.SPLIT).isin(list(splits))
+    return _dataset(rows).to_table(list(names), filter=is_wanted)
 
 
 def read_split_contiguous(rows: Path, split: str, names: Sequence[str]) -> pa.Table:

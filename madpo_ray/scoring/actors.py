@@ -13,7 +13,7 @@ import ray.data
 import torch
 from ray.data.expressions import col
 
-from madpo_ray.artifacts.tables import read_columns, rows_files
+from madpo_ray.artifacts.tables import read_splits, rows_files
 from madpo_ray.columns import LENGTHS, PAIR_ID, REASON, SPLIT, SPLITS
 from madpo_ray.config import ActorPool
 from madpo_ray.errors import UserError
@@ -148,10 +148,7 @@ def score_rows(
         Stopped: a batch killed its actor again and again.
         RuntimeError: rows were lost.
     """
-    table = read_columns(rows, [PAIR_ID, SPLIT, *LENGTHS.values()])
-    table = table.filter(pc.field(SPLIT).isin(list(splits)))
-    ids = table[PAIR_ID]
-    new_tokens = sum(table[name].to_numpy() for name in LENGTHS.values())
+    ids, new_tokens = _ids_and_tokens(rows, splits)
     columns = [name for scorer in scorers for name in scorer.columns]
     known = ScoredChunks(kept, columns).find(ids)
     if known is not None:
@@ -178,6 +175,12 @@ def score_rows(
         kept=kept,
         new_tokens=new_tokens,
     )
+
+
+def _ids_and_tokens(rows: Path, splits: Sequence[str]) -> tuple[pa.ChunkedArray, np.ndarray]:
+    """pair_id of some splits' rows, and how many tokens each of them has."""
+    table = read_splits(rows, splits, [PAIR_ID, *LENGTHS.values()])
+    return table[PAIR_ID], sum(table[name].to_numpy() for name in LENGTHS.values())
 
 
 def score_table(
