@@ -7,6 +7,7 @@ the config's own training runs by itself. The last line is one JSON object.
 
 import argparse
 import json
+import math
 import random
 import shutil
 import tempfile
@@ -119,7 +120,8 @@ def main() -> None:
             found = run_search(config)
             results |= {f"{scheduler}_{name}": value for name, value in found.items()}
         steps = results["none_steps"] // trials
-        every = {"eval_steps": steps // EVALUATIONS, "save_steps": steps // EVALUATIONS}
+        interval = math.ceil(steps / EVALUATIONS)  # as trials do
+        every = {"eval_steps": interval, "save_steps": interval}
         config = config_of(work, "single", trials, seed)
         single = run_training(
             config.model_copy(update={"train": with_changes(config.train, "train", every)})

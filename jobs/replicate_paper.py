@@ -35,19 +35,21 @@ from paper_methods import (
     run_methods,
     write_rows,
 )
-from prepare_demo import read_sentences
+from prepare_demo import Sentence, read_sentences
 
 from madpo_ray import pipeline
+from madpo_ray.artifacts.manifest import read_manifest
 from madpo_ray.atomic import write_json
 from madpo_ray.cli import exit_codes, say
 from madpo_ray.cluster import connected
 from madpo_ray.config import Config
+from madpo_ray.errors import UserError
 from madpo_ray.evaluation.sample_sets import PolicyFiles, SampleSet
 from madpo_ray.evaluation.sampling import sample_responses
 from madpo_ray.models.loading import load_tokenizer
 from madpo_ray.models.source import base_model
 from madpo_ray.passes import BatchNotes
-from madpo_ray.stages import evaluate, sft
+from madpo_ray.stages import evaluate, sft, train
 
 TIERS = ("high", "medium", "low")
 PROMPT_WORDS = 4
@@ -198,8 +200,14 @@ def run_tier(
         raw["evaluate"]["temperatures"] = arguments.temperatures
     sections = [model_of(policy), TRUE_SCORES]
 
-    trained = run_methods(raw, sections, folder, arguments.methods)
+    # Also those of earlier calls: all are compared.
+    wanted = [name for name in METHODS if name in arguments.methods or has_run(folder / name)]
+    trained = run_methods(raw, sections, folder, wanted)
     write_json(folder / "result.json", summary(trained))
+
+
+def has_run(run: Path) -> bool:
+    return read_manifest(run / train.STAGE.name) is not None
 
 
 def summary(trained: list[Config]) -> dict[str, Any]:
@@ -237,6 +245,35 @@ def print_table(storage: Path) -> None:
         say(f"{tier:7} {name:18} {cells}  over {len(seeds)} seeds")
 
 
+def divide(arguments: argparse.Namespace, texts: list[str]) -> tuple[list[str], list[str]]:
+    """Texts for the fine-tuning, and others with different prompts for the pairs.
+
+    Raises:
+        UserError: too few are left for the pairs.
+    """
+    usable = [text for text in texts if MIN_WORDS <= len(text.split(" ")) <= MAX_WORDS]
+    usable = random.Random(0).sample(usable, len(usable))
+    for_sft, others = usable[: arguments.sentences], usable[arguments.sentences :]
+    seen = {split_text(text)[0] for text in for_sft}
+    others = [text for text in distinct(others) if split_text(text)[0] not in seen]
+    needed = arguments.pairs + arguments.pairs // 5 + TEST_PROMPTS
+    if len(others) < needed:
+        raise UserError(f"{len(others)} prompts are left, and {needed} are needed: lower --pairs")
+    return for_sft, others
+
+
+def fit_ground_truth(storage: Path, sentences: list[Sentence]) -> None:
+    """Fits what rewards texts, unless that was done, and lets the judge find it."""
+    file = storage / "ground-truth.npy"
+    os.environ[ground_truth.FILE_VARIABLE] = str(file)
+    if file.exists():
+        return
+    ratings = [one.mean_rating for one in sentences]
+    quality = ground_truth.fit([one.text for one in sentences], ratings, file, seed=0)
+    write_json(storage / "ground-truth.json", quality)
+    say(f"ground truth: {quality}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=Path(".demo/SmolLM2-135M-Instruct.Q4_1.gguf"))
@@ -253,33 +290,17 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.storage = arguments.storage.absolute()
 
-    # The ground truth.
-    sentences = read_sentences(arguments.sdist, RATED_WORDS)
-    arguments.storage.mkdir(parents=True, exist_ok=True)
-    constants = {
-        "words": (PROMPT_WORDS, MIN_WORDS, MAX_WORDS, RATED_WORDS),
-        "max_new_tokens": MAX_NEW_TOKENS,
-        "ground_truth": (ground_truth.SCALE, ground_truth.PENALTY),
-    }
-    require_same_arguments(arguments.storage / "arguments.json", arguments, constants)
-    file = arguments.storage / "ground-truth.npy"
-    os.environ[ground_truth.FILE_VARIABLE] = str(file)
-    if not file.exists():
-        ratings = [one.mean_rating for one in sentences]
-        quality = ground_truth.fit([one.text for one in sentences], ratings, file, seed=0)
-        write_json(arguments.storage / "ground-truth.json", quality)
-        say(f"ground truth: {quality}")
-
-    # The policy is fine-tuned on some sentences; prompts and human responses come from the others.
-    texts = [one.text for one in sentences if MIN_WORDS <= len(one.text.split(" ")) <= MAX_WORDS]
-    texts = random.Random(0).sample(texts, len(texts))
-    for_sft, others = texts[: arguments.sentences], texts[arguments.sentences :]
-    seen = {split_text(text)[0] for text in for_sft}
-    others = [text for text in distinct(others) if split_text(text)[0] not in seen]
-    needed = arguments.pairs + arguments.pairs // 5 + TEST_PROMPTS
-    if len(others) < needed:
-        raise SystemExit(f"{len(others)} prompts are left, and {needed} are needed: lower --pairs")
     with exit_codes():
+        sentences = read_sentences(arguments.sdist, RATED_WORDS)
+        for_sft, others = divide(arguments, [one.text for one in sentences])
+        constants = {
+            "words": (PROMPT_WORDS, MIN_WORDS, MAX_WORDS, RATED_WORDS),
+            "max_new_tokens": MAX_NEW_TOKENS,
+            "ground_truth": (ground_truth.SCALE, ground_truth.PENALTY),
+        }
+        arguments.storage.mkdir(parents=True, exist_ok=True)
+        require_same_arguments(arguments.storage / "arguments.json", arguments, constants)
+        fit_ground_truth(arguments.storage, sentences)
         any_config = changed(base_config(arguments, arguments.storage, 0), "any")
         with connected(any_config.cluster, actors=any_config.actors):
             policy = fine_tune(arguments, for_sft)

@@ -77,11 +77,11 @@ def base_config(arguments: argparse.Namespace, folder: Path, seed: int) -> dict[
 
 def run_seed(arguments: argparse.Namespace, seed: int) -> None:
     folder = arguments.storage / f"ratings-{seed}"
+    sentences = read_sentences(arguments.sdist, MAX_WORDS)
+    rows = build_pairs(sentences, {"train": arguments.pairs, **SIZES}, seed)
     folder.mkdir(parents=True, exist_ok=True)
     require_same_arguments(folder / "arguments.json", arguments, {"sizes": SIZES})
     if not (folder / "pairs.jsonl").exists():
-        sentences = read_sentences(arguments.sdist, MAX_WORDS)
-        rows = build_pairs(sentences, {"train": arguments.pairs, **SIZES}, seed)
         write_rows(folder / "pairs.jsonl", rows)
     raw = base_config(arguments, folder, seed)
 

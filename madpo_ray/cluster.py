@@ -108,6 +108,10 @@ def _start_or_connect(
                 f"no Ray cluster answers at {address} ({error}); start one, or remove "
                 "cluster.address"
             ) from None
+        except RuntimeError as error:
+            if "Version mismatch" not in str(error):
+                raise
+            raise UserError(f"the Ray cluster at {address} is another: {error}") from None
         return
 
     _check_local(cluster)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from madpo_ray.errors import ExitCode, Stopped, UserError
 
-# In texts: of Rust, and of Python and Arrow inside of an error that Ray has passed on.
+# In texts: of Rust, and of Python and Arrow inside an error that Ray has passed on.
 ERROR_NUMBER = re.compile(r"(?:\(os error |\[[Ee]rrno )(\d+)")
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE}
 
@@ -26,8 +26,8 @@ def find_disk_error(error: BaseException) -> OSError | None:
         seen.add(id(found))
         if isinstance(found, OSError) and found.errno in DISK_ERRORS:
             return found
-        # safetensors and tokenizers are written in Rust, and of what a function of Ray Data raises
-        # only the traceback comes here: text.
+        # safetensors and tokenizers are written in Rust: their errors are text. Of what a function
+        # of Ray Data raises, only the traceback's text arrives.
         for number in map(int, ERROR_NUMBER.findall(str(found))):
             if number in DISK_ERRORS:
                 return OSError(number, os.strerror(number))

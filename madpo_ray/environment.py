@@ -13,7 +13,7 @@ FOR_LOCAL_DRIVER = {
     # Parquet footers are read by up to 32 one-CPU actors, which would starve a small machine.
     "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",
 }
-# Where `ray job submit` leaves what the job was given.
+# Where `ray job submit` puts the config of the job.
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 
@@ -24,10 +24,11 @@ def set_for_local_ray() -> None:
 
 
 def runtime_env() -> dict[str, dict[str, str]]:
-    """Ray's `runtime_env` for the workers of a cluster, without what a submitted job has set.
+    """Ray's `runtime_env` for the workers of a cluster: this process's values, or the usual ones.
 
-    Ray refuses a variable that both the job and its driver set.
+    Without what a submitted job has set: Ray refuses what both the job and its driver set.
     """
     job = json.loads(os.environ.get(JOB_CONFIG, "{}"))
     taken = (job.get("runtime_env") or {}).get("env_vars") or {}
-    return {"env_vars": {name: value for name, value in FOR_WORKERS.items() if name not in taken}}
+    chosen = {name: os.environ.get(name, usual) for name, usual in FOR_WORKERS.items()}
+    return {"env_vars": {name: value for name, value in chosen.items() if name not in taken}}

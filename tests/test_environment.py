@@ -33,4 +33,8 @@ def test_a_job_and_its_driver_set_different_variables(
     monkeypatch.delenv(environment.JOB_CONFIG, raising=False)
     if job is not None:
         monkeypatch.setenv(environment.JOB_CONFIG, json.dumps(job))
-    assert set(environment.runtime_env()["env_vars"]) == expected
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "backend:native")
+    found = environment.runtime_env()["env_vars"]
+    assert set(found) == expected
+    assert found.get("PYTORCH_ALLOC_CONF") in (None, "backend:native")
+    assert found["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] == "1"

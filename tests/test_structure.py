@@ -25,6 +25,7 @@ TESTED_ELSEWHERE = {
     "config/evaluation": "config/test_sections.py",
     "config/root": "config/test_sections.py",
     "config/search": "config/test_sections.py and search/test_space.py",
+    "models/conversion": "models/test_source.py",
     "models/preparing": "models/test_loading.py",
     "search/progress": "stages/test_tune.py, on a real Ray",
     "search/records": "stages/test_tune.py, on a real Ray",

@@ -74,8 +74,8 @@ class Source(Protocol):
     def rows(self, piece: Piece = WHOLE) -> Iterator[Row | str]:
         """The rows in order.
 
-        Instead of a row that cannot be read, the reason: what it is, and after ": " its values. Or
-        BLANK.
+        Instead of a row that cannot be read, the reason: what it is, and after ": " its values;
+        BLANK for an empty line.
         """
 
     def count(self) -> int:

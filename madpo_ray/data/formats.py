@@ -26,7 +26,6 @@ from madpo_ray.data.messages import (
     from_text,
     read_content,
     says_something,
-    without_nulls,
 )
 from madpo_ray.data.strict_json import parse_json
 
@@ -248,7 +247,7 @@ def _with_system(row: Mapping[str, Any], prompt: Content, name: str) -> Content:
 
 
 def _template_value(row: Mapping[str, Any], name: str, kind: type, data: DataConfig) -> Any:
-    """`tools` or `chat_template_kwargs` of a row, perhaps as JSON, without Parquet's nulls."""
+    """`tools` or `chat_template_kwargs` of a row, perhaps as JSON."""
     value = None if name in data.ignore_columns else row.get(name)
     if isinstance(value, str):
         try:
@@ -263,7 +262,7 @@ def _template_value(row: Mapping[str, Any], name: str, kind: type, data: DataCon
         return None
     if not isinstance(value, kind):
         raise BadRowError(f"{name} is not a {kind.__name__}", type(value).__name__)
-    return without_nulls(value)
+    return value
 
 
 def _check_texts(parts: Mapping[str, Content]) -> None:
@@ -274,9 +273,19 @@ def _check_texts(parts: Mapping[str, Content]) -> None:
             as_text(value).encode("utf-8")
         except UnicodeEncodeError:
             raise BadRowError(f"{name} is not valid Unicode (half a surrogate pair)") from None
-        # What is left of a response without its prompt.
-        if isinstance(value, str) and from_text(value) != value:
-            raise BadRowError(f"{name} is text that looks like stored messages")
+        if isinstance(value, str) and _reads_as_messages(value):
+            raise BadRowError(f"{name} is text that reads as stored messages")
+
+
+def _reads_as_messages(text: str) -> bool:
+    """Whether an artifact, which stores messages as text, would give back something else.
+
+    Such as what is left of a response without its prompt.
+    """
+    try:
+        return from_text(text) != text
+    except BadRowError:
+        return True
 
 
 def _check_roles(responses: Mapping[str, Content]) -> None:

@@ -93,10 +93,10 @@ def _stored_messages(text: str) -> list[Any] | None:
 
 
 def _message(name: str, message: Any) -> Message:
-    """A message with all its keys; those without a value are what Parquet adds."""
+    """A message with all its keys that have a value; what is in a value stays as it is."""
     if not isinstance(message, Mapping):
         raise BadRowError(f"{name} is neither text nor a list of messages", type(message).__name__)
-    kept: Message = without_nulls(message)
+    kept: Message = {key: value for key, value in message.items() if value is not None}
 
     role = kept.get("role")
     if not isinstance(role, str):
@@ -149,12 +149,3 @@ def _text_of(message: Message) -> str:
     if isinstance(content, str):
         return content
     return "".join(part["text"] for part in content)
-
-
-def without_nulls(value: Any) -> Any:
-    """Nested keys without a value are what Parquet adds to rows that lack them."""
-    if isinstance(value, Mapping):
-        return {key: without_nulls(part) for key, part in value.items() if part is not None}
-    if isinstance(value, list):
-        return [without_nulls(part) for part in value]
-    return value

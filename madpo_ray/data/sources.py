@@ -68,7 +68,7 @@ def _files_in(folder: Path) -> list[Path]:
 
 
 def _is_file(path: str | Path) -> bool:
-    """Raises UserError for a link to nothing, whose rows nobody would miss."""
+    """Raises UserError for a link to nothing: its rows would be missing unnoticed."""
     if os.path.islink(path) and not os.path.exists(path):
         raise UserError(f"data.files: {path} is a link to nothing: fetch its file, or remove it")
     return os.path.isfile(path)
@@ -150,14 +150,14 @@ def open_source(name: str) -> Source:
     raise UserError(f"data.files: {os.path.basename(file.path)} must end in {_known()}")
 
 
-def _known() -> str:
-    plain = [suffix for suffix in SUFFIXES if suffix.count(".") == 1]
-    return f"{', '.join(plain[:-1])} or {plain[-1]} (text also with .gz or .zst)"
-
-
 def count_rows(name: str) -> int:
     """An upper bound of a file's rows. Raises UserError if it cannot be read."""
     try:
         return open_source(name).count()
     except UNPACK_ERRORS as error:
         raise UserError(f"data.files: {name} cannot be read: {error}") from None
+
+
+def _known() -> str:
+    plain = [suffix for suffix in SUFFIXES if suffix.count(".") == 1]
+    return f"{', '.join(plain[:-1])} or {plain[-1]} (text also with .gz or .zst)"

@@ -69,14 +69,12 @@ class Repeats(NamedTuple):
         left_out: places of pairs that are left out.
         num_duplicates: pairs that were there before.
         num_contradictions: pairs that also occur with chosen and rejected swapped.
-        num_left_out: pairs of each split that are left out.
     """
 
     occurrences: dict[Place, int]
     left_out: set[Place]
     num_duplicates: int
     num_contradictions: int
-    num_left_out: "Counter[str]"
 
 
 def find_repeats(read: Callable[[], Iterable[Found]], data: DataConfig) -> Repeats:
@@ -89,7 +87,6 @@ def find_repeats(read: Callable[[], Iterable[Found]], data: DataConfig) -> Repea
     seen: Counter[str] = Counter()
     occurrences = {}
     left_out = set()
-    num_left_out: Counter[str] = Counter()
     num_contradictions = 0
 
     for pair in read():
@@ -104,12 +101,11 @@ def find_repeats(read: Callable[[], Iterable[Found]], data: DataConfig) -> Repea
             or (num_against and data.contradictions == "majority" and is_outvoted)
         ):
             left_out.add(pair.place)
-            num_left_out[pair.split] += 1
         elif before:
             occurrences[pair.place] = before
 
     num_duplicates = counts.total() - len(counts)
-    return Repeats(occurrences, left_out, num_duplicates, num_contradictions, num_left_out)
+    return Repeats(occurrences, left_out, num_duplicates, num_contradictions)
 
 
 def require_order(found: Iterable[Found], pair_ids: Sequence[str], repeats: Repeats) -> None:

@@ -1,7 +1,7 @@
 """Parquet and Arrow files of preference pairs."""
 
 from collections.abc import Iterator, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pyarrow as pa
 import pyarrow.ipc
@@ -120,4 +120,13 @@ def _row(batch: pa.RecordBatch) -> Row | str:
         row: Row = batch.to_pylist(maps_as_pydicts="strict")[0]
     except (ValueError, OverflowError, pa.ArrowException) as error:  # such as a date of year 10000
         return f"a value cannot be read: {error}"
-    return row
+    return {name: _without_nulls(value) for name, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    """Nested keys without a value are those that other rows have: a column has one type."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
+    if isinstance(value, list):
+        return [_without_nulls(part) for part in value]
+    return value

@@ -108,7 +108,10 @@ def load_policy_float32(folder: Path, model: ModelConfig) -> nn.Module:
 
 
 def load_reward_model(folder: Path, model: ModelConfig) -> nn.Module:
-    """A trained sequence classifier with one label, in the config's dtype: merged LoRA is float32.
+    """A trained sequence classifier with one label, in the config's dtype.
+
+    Merged LoRA is stored in float32; in bfloat16 its rewards are as exact as the reference's
+    log-probs.
 
     Raises:
         UserError: weights are missing, among them the head.

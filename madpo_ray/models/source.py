@@ -1,19 +1,19 @@
-"""Find a model: hub name, folder or GGUF file; fetch, convert and fingerprint it."""
+"""Find a model: hub name, folder or GGUF file; fetch and fingerprint it."""
 
 import functools
 import importlib.util
 import json
-import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from madpo_ray.artifacts.building import building, recover
-from madpo_ray.artifacts.hashes import hash_file, hash_files
+from madpo_ray.artifacts.hashes import hash_file
 from madpo_ray.artifacts.manifest import Inputs, is_finished
 from madpo_ray.config import ModelConfig, RunConfig
 from madpo_ray.errors import UserError
+from madpo_ray.models.conversion import WEIGHT_FILES, convert, read_template
 
 if TYPE_CHECKING:
     from madpo_ray.models.loading import TaskType
@@ -21,10 +21,9 @@ if TYPE_CHECKING:
 # torch and transformers take seconds to import, and a dry run does not need them: they are imported
 # inside functions.
 
-logger = logging.getLogger(__name__)
-
-WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 TOKENIZER_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
+# What else is read of a folder.
+LOCAL_FILES = ("vocab.*", "*.tiktoken", "additional_chat_templates/*.jinja")
 # The keys that name a model.
 KEYS: Mapping["TaskType", str] = {
     "CAUSAL_LM": "model.model_name_or_path",
@@ -49,7 +48,7 @@ def check_model(
     path = Path(model.model_name_or_path)
     template = model.chat_template_path
     if template is not None:
-        _read_template(Path(template))
+        read_template(Path(template))
 
     # The weights.
     if path.suffix == ".gguf":
@@ -134,16 +133,6 @@ def _check_code(path: Path, model: ModelConfig) -> None:
             )
 
 
-def _read_template(path: Path) -> str:
-    """Raises UserError if the chat template is missing or not a text."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"model.chat_template_path: {path} does not exist") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"model.chat_template_path: {path} cannot be read: {error}") from None
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of a file. Raises UserError if there is none."""
     try:
@@ -207,10 +196,31 @@ def model_inputs(
 ) -> Inputs:
     """What identifies a model: the content of its files and of the chat template."""
     source = fetch_model(model, task_type, key)
-    hashes = {source.name: hash_file(source)} if source.is_file() else hash_files(source)
+    if source.is_file():
+        hashes = {source.name: hash_file(source)}
+    else:
+        files = _files_of(source, model)
+        hashes = {str(file.relative_to(source)): hash_file(file) for file in files}
     template = model.chat_template_path
     template_hash = hash_file(Path(template)) if template else None
     return Inputs("model", content={"files": hashes, "chat_template": template_hash})
+
+
+def _files_of(folder: Path, model: ModelConfig) -> list[Path]:
+    """The files that are read: others may come and go, as in the hub's cache."""
+    patterns = [*WEIGHT_FILES, *TOKENIZER_FILES, *LOCAL_FILES]
+    if model.trust_remote_code:
+        patterns.append("**/*.py")
+    return sorted({file for pattern in patterns for file in folder.glob(pattern)})
+
+
+def find_base_model(model: ModelConfig, run: RunConfig) -> Path | None:
+    """A folder with the base model's config.json. Converts nothing: None if that is to be done."""
+    source = fetch_model(model)
+    if source.is_dir():
+        return source
+    folder = run.folder / "model"
+    return folder if is_finished(folder, model_inputs(model)) else None
 
 
 def base_model(model: ModelConfig, run: RunConfig) -> Path:
@@ -226,57 +236,5 @@ def base_model(model: ModelConfig, run: RunConfig) -> Path:
     recover(folder, inputs)
     if not is_finished(folder, inputs):
         with building(folder, inputs) as (partial, _):
-            _convert(source, model, partial)
+            convert(source, model, partial)
     return folder
-
-
-def _convert(source: Path, model: ModelConfig, folder: Path) -> None:
-    from transformers import AutoTokenizer
-
-    is_gguf = source.is_file()
-    parent = source.parent if is_gguf else source
-    options: dict[str, Any] = {"trust_remote_code": model.trust_remote_code}
-    if is_gguf:
-        options["gguf_file"] = source.name
-
-    tokenizer = AutoTokenizer.from_pretrained(parent, **options)
-    if model.chat_template_path is not None:
-        tokenizer.chat_template = _read_template(Path(model.chat_template_path))
-        _check_template(tokenizer, model.chat_template_path)
-
-    if is_gguf:
-        logger.info("converting %s to float weights", source.name)
-        _convert_gguf(parent, options, folder)
-    else:
-        _link_weights(source, folder)
-    tokenizer.save_pretrained(folder)
-
-
-def _check_template(tokenizer: Any, path: str) -> None:
-    """Raises UserError if the chat template is not Jinja."""
-    from jinja2 import TemplateSyntaxError
-
-    try:
-        tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
-    except TemplateSyntaxError as error:
-        raise UserError(f"model.chat_template_path: {path}, line {error.lineno}: {error}") from None
-    except Exception:  # only the syntax is checked; the template may refuse this example
-        return
-
-
-def _convert_gguf(parent: Path, options: dict[str, Any], folder: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    weights: Any = AutoModelForCausalLM.from_pretrained(parent, dtype=torch.float32, **options)
-    # transformers refuses to save a model that is marked as quantized; these are plain floats now.
-    del weights.config.quantization_config
-    weights.hf_quantizer = None
-    weights.save_pretrained(folder)
-
-
-def _link_weights(source: Path, folder: Path) -> None:
-    """Links to everything but the tokenizer, which is saved again and must not follow a link."""
-    for pattern in (*WEIGHT_FILES, "config.json", "generation_config.json", "*.py"):
-        for file in source.glob(pattern):
-            (folder / file.name).symlink_to(file)

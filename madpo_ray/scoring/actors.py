@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 MIN_BLOCKS = 16
 # Pairs without scores after which an actor that has scored none gives up.
 MAX_FAILURES = 16
-# Instead of scores: why a scorer could not be loaded. Ray Data would pass on an exception's text
+# Instead of scores: why the scorers cannot be used. Ray Data would pass on an exception's text
 # only, as a traceback.
 REFUSAL = "refusal"
 
@@ -102,7 +102,7 @@ class ScoringActor:
         self._has_succeeded = self._has_succeeded or reasons.null_count > 0
         if self._has_succeeded or self._num_failed < MAX_FAILURES:
             return
-        # A pass that resumes tries those pairs first that failed before.
+        # A pass that resumes tries those first that failed before: earlier successes count.
         self._has_succeeded = self._kept is not None and self._kept.has_scores()
         if not self._has_succeeded:
             raise UserError(

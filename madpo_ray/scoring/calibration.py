@@ -44,8 +44,9 @@ def expected_calibration_error(margins: Margins, bins: int = 10) -> float:
     sigmoid(margin) with an outcome that is always 1 would give 0.30 for a perfect model.
     """
     confidence, index = _confidence_bins(margins, bins)
-    is_right = margins > 0
-    gaps = [abs(confidence[index == i].sum() - is_right[index == i].sum()) for i in range(bins)]
+    gaps = [
+        abs(confidence[index == i].sum() - count_right(margins[index == i])) for i in range(bins)
+    ]
     return float(np.sum(gaps) / len(margins))
 
 
@@ -148,16 +149,14 @@ def calibration_report(margins: Margins, method: Method = "temperature") -> dict
 
 
 def _why_nothing_fits(margins: Margins, accuracy_interval: tuple[float, float]) -> str:
-    if np.all(margins > 0):
-        return (
-            "all margins are positive; with more pairs (data.validation_fraction) some may not be"
-        )
+    if np.all(margins >= 0):
+        return "no margin is negative; with more pairs (data.validation_fraction) some may not be"
     if accuracy_interval[1] < 0.5:
         return (
             "the reward model prefers the rejected responses: are chosen and rejected swapped in "
             "part of the data?"
         )
-    if np.mean(margins > 0) <= 0.5:
+    if count_right(margins) <= len(margins) / 2:
         return "the accuracy is too close to chance; train the reward model longer or on more pairs"
     return f"the best one is not between {TEMPERATURE_BOUNDS[0]:g} and {TEMPERATURE_BOUNDS[1]:g}"
 

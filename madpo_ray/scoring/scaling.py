@@ -59,8 +59,8 @@ def fit_temperature(margins: Margins) -> float | None:
 
     Source: Guo et al. 2017, for two classes. None if no finite T does.
     """
-    is_right = margins > 0
-    if len(margins) == 0 or np.mean(is_right) <= 0.5 or np.all(is_right):
+    num_wrong = np.sum(margins < 0)  # a tie says nothing of T
+    if num_wrong == 0 or np.sum(margins > 0) <= num_wrong:
         return None
     low, high = np.log(TEMPERATURE_BOUNDS)
     found = minimize_scalar(

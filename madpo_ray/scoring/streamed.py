@@ -37,7 +37,7 @@ class StreamedScores:
         finished: folders of rows with the columns of scorers that are done.
         source_columns: columns of the data that hold rewards, or the margin.
         scaling: what makes margins calibrated; None if there are no rewards.
-        max_reject_fraction: of the pairs, those that may fail.
+        max_reject_fraction: the share of pairs that may fail.
     """
 
     kept: Path
@@ -47,7 +47,7 @@ class StreamedScores:
     finished: tuple[Path, ...] = ()
     source_columns: tuple[str, ...] = ()
     scaling: Scaling | None = None
-    max_reject_fraction: float = 1.0
+    max_reject_fraction: float = 1.0  # no limit
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -126,15 +126,15 @@ class StreamedScores:
         Raises:
             UserError: more than `max_reject_fraction` of them.
         """
-        tables = [self.find(ids)] if self.scorers else []
-        for table in self._finished_tables:
-            tables.append(table.filter(pc.is_in(table[PAIR_ID], value_set=ids)))
-        failed: set[str] = set()
+        # The reason of the first scorer that failed for a pair; those that were tried by all.
+        reasons = pa.nulls(len(ids), pa.string())
+        tables = [self.find(ids), *self._finished_tables] if self.scorers else self._finished_tables
         for table in tables:
-            has_failed = pc.is_valid(table[columns.REASON])
-            failed.update(table[PAIR_ID].filter(has_failed).to_pylist())
-            check_reasons(table[columns.REASON], self.max_reject_fraction)
-        return len(failed)
+            places = pc.index_in(ids, value_set=table[PAIR_ID].combine_chunks())
+            reasons = pc.coalesce(reasons, table[columns.REASON].combine_chunks().take(places))
+            is_tried = pc.is_valid(places)
+            ids, reasons = ids.filter(is_tried), reasons.filter(is_tried)
+        return check_reasons(reasons, self.max_reject_fraction).total()
 
     def _with_known(self, own: pa.Table, scored: pa.Table) -> pa.Table:
         """The scorers' columns with what needs no scoring."""

@@ -34,7 +34,9 @@ def own_point(config: Config) -> Values | None:
 
 def _value_of(config: Config, key: str) -> Any:
     section, name = key.split(".")
-    return getattr(getattr(config, section), name)
+    value = getattr(getattr(config, section), name)
+    # A list of one, such as lora_target_modules, may be given as its only member.
+    return value[0] if isinstance(value, tuple) and len(value) == 1 else value
 
 
 def _holds(domain: Domain, value: Any) -> bool:

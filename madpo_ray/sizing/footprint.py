@@ -64,16 +64,16 @@ class Lengths(NamedTuple):
         *,
         packed: bool,
         num_responses: int = 2,
-        most: int | None = None,
+        max_pairs: int | None = None,
     ) -> Shape:
         """A micro-batch of `num_pairs`, or of as many as a budget of tokens has room for.
 
         Args:
-            most: pairs that it has at most, such as those of a step.
+            max_pairs: an upper bound, such as the pairs of a step.
         """
         if max_tokens is not None:
             num_pairs = max(1, max_tokens // self.tokens_of_pair(num_responses, packed=packed))
-        return Shape(min(num_pairs, most or num_pairs), self.prompt, self.response)
+        return Shape(min(num_pairs, max_pairs or num_pairs), self.prompt, self.response)
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ class _Sizer:
             training.settings.max_tokens_per_device,
             packed=self._packed,
             num_responses=len(training.responses),
-            most=training.settings.global_batch_size,
+            max_pairs=training.settings.global_batch_size,
         )
 
     def footprint(self, num_pairs: int, is_recomputed: bool) -> Footprint:

@@ -43,9 +43,14 @@ def _content(config: Config) -> dict[str, Any]:
     return {**initial_policy_content(config), **reward_source.content(config)}
 
 
+def _names(config: Config) -> dict[str, Any]:
+    """Where the config finds them."""
+    return config.reward.model_dump(mode="json", include={"source", "source_revision", "ensemble"})
+
+
 def _check(config: Config) -> None:
     if reward.uses_rewards(config):
-        reward_source.content(config)
+        reward_source.check(config)
 
 
 def _upstream(config: Config) -> tuple[Stage, ...]:
@@ -219,7 +224,7 @@ STAGE = Stage(
     settings=_settings,
     upstream=_upstream,
     content=_content,
-    names=lambda config: {"reward": [config.reward.source, *config.reward.ensemble]},
+    names=_names,
     check=_check,
     make=make,
     describe=describe,

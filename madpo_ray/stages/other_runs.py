@@ -10,7 +10,7 @@ from madpo_ray.config import Config, ModelConfig, load_config
 from madpo_ray.errors import UserError
 from madpo_ray.evaluation.sample_sets import POLICY, REFERENCE, PolicyFiles
 from madpo_ray.models.limits import count_embeddings
-from madpo_ray.models.source import fetch_model
+from madpo_ray.models.source import fetch_model, model_inputs
 from madpo_ray.stages import sft, train
 from madpo_ray.stages.sft import initial_policy
 
@@ -47,18 +47,26 @@ def find_policy(folder: Path, config: Config) -> PolicyFiles:
             has other bits than this config's.
     """
     trained = folder / train.STAGE.name
-    if read_manifest(trained) is None:
+    manifest = read_manifest(trained)
+    if manifest is None:
         raise UserError(f"{KEY}: {folder} has no finished training: give the folder of a run")
     if lost := damage(trained):
         raise UserError(f"{KEY}: {trained} is damaged: {'; '.join(lost)}")
     policy = model_folder(trained)
     if not (policy / "adapter_config.json").exists():
         return PolicyFiles(policy, policy)
-    return PolicyFiles(policy, _base_of(folder, config))
+    return PolicyFiles(policy, _base_of(folder, manifest["inputs"], config))
 
 
-def _base_of(folder: Path, own: Config) -> Path:
-    """The model that a run's adapter was trained on. What the adapter names is not trusted."""
+def _base_of(folder: Path, made_from: dict[str, Any], own: Config) -> Path:
+    """The model that a run's adapter was trained on. What the adapter names is not trusted.
+
+    Args:
+        made_from: the inputs in the training's manifest.
+
+    Raises:
+        UserError: the run's config, or its folder, has another model by now.
+    """
     config_file = folder / "config.yaml"
     if not config_file.is_file():
         raise UserError(
@@ -68,11 +76,21 @@ def _base_of(folder: Path, own: Config) -> Path:
     config = load_config(config_file)
     if config.model.load_in_4bit != own.model.load_in_4bit:
         raise UserError(f"{KEY}: model.load_in_4bit of {folder} differs from this config's")
-    if config.sft is not None:
-        return model_folder(folder / sft.STAGE.name)
-    if (folder / "model").is_dir():  # converted, or with another chat template
-        return folder / "model"
-    return fetch_model(config.model, key=f"{KEY}: {folder.name}")
+    # The model in the run: fine-tuned, converted, or with another chat template.
+    expected = made_from["upstream"].get(sft.STAGE.name) or made_from["content"]["initial_policy"]
+    for name in (sft.STAGE.name, "model"):
+        found = read_manifest(folder / name)
+        if found is not None and found["fingerprint"] == expected:
+            return model_folder(folder / name) if name == sft.STAGE.name else folder / name
+    # The model of its config.
+    key = f"{KEY}: {folder.name}"
+    base = fetch_model(config.model, key=key)
+    if not base.is_dir() or model_inputs(config.model, key=key).fingerprint != expected:
+        raise UserError(
+            f"{KEY}: {folder} was trained from another model than its config.yaml names by now: "
+            "run `madpo-ray run` with that config again"
+        )
+    return base
 
 
 def runs_content(config: Config) -> dict[str, str]:

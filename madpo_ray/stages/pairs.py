@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 # ray.data and transformers are imported inside functions: they take seconds, and neither
 # `--help` nor a wrong config should wait.
 
-
 PLACE = (columns.FILE_NUMBER, columns.ROW, columns.PAIR)
 MAX_BLOCKS = 1024  # of files, or pieces of them, that Ray Data keeps track of
 REPEATED = "occurs more than once, or also with chosen and rejected swapped"
@@ -179,6 +178,7 @@ def _read_all(build: Build, folder: Path) -> "ray.data.Dataset":
             batch_format="pyarrow",
             batch_size=None,
             compute=ray.data.ActorPoolStrategy(size=num_actors),
+            num_cpus=min(1, config.cluster.cpus_per_worker),
         )
     )
     what = f"{num_actors} actors read and tokenise {len(files)} files"
@@ -228,7 +228,7 @@ def _counts(
     per_file: Counter[str] = Counter()
     for table in _tables(facts):
         reasons.update(table[columns.REASON_KIND].drop_null().to_pylist())
-        good = _kept(table.filter(pc.is_null(table[columns.REASON_KIND])), repeats)
+        good = _kept(table, repeats)
         splits = good[columns.SPLIT].to_pylist()
         pairs.update(splits)
         for split, num_cut in zip(splits, good[columns.NUM_CUT].to_pylist(), strict=True):
@@ -237,15 +237,14 @@ def _counts(
         prompt_repeats.update(good[columns.PROMPT_REPEATS].to_pylist())
 
     # What the config leaves out is no reject.
-    left_out = {kind: reasons.pop(kind, 0) for kind in _left_out_kinds(data)}
-    left_out[REPEATED] = repeats.num_left_out.total()
+    counts = {kind: reasons.pop(kind, 0) for kind in _left_out_kinds(data)}
 
     # By split, in the order of the splits.
     return {
         "pairs": {split: pairs[split] for split in columns.SPLITS},
         "duplicates": repeats.num_duplicates,
         "contradictions": repeats.num_contradictions,
-        "left_out": left_out,
+        "left_out": {**counts, REPEATED: len(repeats.left_out)},
         "cut_responses": {split: cut[split] for split in columns.SPLITS},
         "repeated_prompts": prompt_repeats[2],
         "quoted_prompts": prompt_repeats[1],
@@ -271,22 +270,23 @@ def _found(facts: "ray.data.Dataset") -> Iterator[Found]:
 
 def _identify(table: pa.Table, repeats: Repeats) -> pa.Table:
     """The good rows that are kept, with `pair_id` = content hash and occurrence number."""
-    good = _kept(table.filter(pc.is_null(table[columns.REASON])), repeats)
-    places = _places(good)
+    good = _kept(table, repeats)
     digests = good[columns.CONTENT_HASH].to_pylist()
     ids = [
         f"{digest}-{repeats.occurrences.get(place, 0)}"
-        for digest, place in zip(digests, places, strict=True)
+        for digest, place in zip(digests, _places(good), strict=True)
     ]
     kept = good.drop_columns(ONLY_WHILE_READING)
     return kept.add_column(0, columns.PAIR_ID, pa.array(ids, type=pa.string()))
 
 
-def _kept(good: pa.Table, repeats: Repeats) -> pa.Table:
-    """The rows without those that repeat and are left out."""
+def _kept(table: pa.Table, repeats: Repeats) -> pa.Table:
+    """The good rows without those that repeat and are left out."""
+    good = table.filter(pc.is_null(table[columns.REASON_KIND]))
     if not repeats.left_out:
         return good
-    return good.filter(pa.array([place not in repeats.left_out for place in _places(good)]))
+    is_kept = [place not in repeats.left_out for place in _places(good)]
+    return good.filter(pa.array(is_kept, pa.bool_()))
 
 
 def _places(table: pa.Table) -> list[Place]:

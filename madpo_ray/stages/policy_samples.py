@@ -19,7 +19,7 @@ from madpo_ray.config import Config
 from madpo_ray.data.messages import from_text
 from madpo_ray.errors import UserError
 from madpo_ray.models.limits import check_lengths
-from madpo_ray.models.source import base_model
+from madpo_ray.models.source import find_base_model
 from madpo_ray.passes import BatchNotes
 from madpo_ray.stages import margins, pairs, train
 from madpo_ray.stages.judge_source import JudgeSource
@@ -90,12 +90,14 @@ def check_prompts(config: Config, judge: JudgeSource | None, split: str) -> None
     length = columns.LENGTHS[columns.PROMPT_IDS]
     found = read_split(pairs.STAGE.rows(config), split, (columns.PROMPT, length))
     longest = pc.max(found[length]).as_py()
-    check_lengths(
-        base_model(config.model, config.run),
-        longest + config.evaluate.max_new_tokens,
-        key="evaluate.max_new_tokens",
-        before=longest,
-    )
+    folder = find_base_model(config.model, config.run)
+    if folder is not None:
+        check_lengths(
+            folder,
+            longest + config.evaluate.max_new_tokens,
+            key="evaluate.max_new_tokens",
+            before=longest,
+        )
     if judge is not None:
         judge.check_reads(from_text(found[columns.PROMPT][0].as_py()))
 

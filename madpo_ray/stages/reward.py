@@ -16,7 +16,9 @@ from madpo_ray.stages.stage import Build, Description, Stage, check_training, tr
 def _settings(config: Config) -> dict[str, Any]:
     settings = config.reward.fingerprinted()
     del settings["ensemble"]  # the other members are not trained here
-    return {"seed": config.run.seed, "model": config.model.numerics(), "reward": settings}
+    model = config.model.numerics()
+    del model["load_in_4bit"]  # of policies only
+    return {"seed": config.run.seed, "model": model, "reward": settings}
 
 
 def _content(config: Config) -> dict[str, Any]:

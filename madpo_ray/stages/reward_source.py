@@ -35,6 +35,13 @@ def _describe(source: str) -> dict[str, Any]:
     return {"kind": kind, "function": source} if kind == "function" else {"kind": kind}
 
 
+def check(config: Config) -> None:
+    """Raises UserError if a classifier or function is not there. The hub is not asked."""
+    for source in (config.reward.source, *config.reward.ensemble):
+        if kind_of(source) in JUDGES:
+            _judge(source, config).check()
+
+
 def content(config: Config) -> dict[str, Any]:
     """Hashes of classifiers, and of the files that functions are in."""
     if not uses_rewards(config):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from madpo_ray import columns
 from madpo_ray.atomic import write_json
-from madpo_ray.config import Config, save_config, with_changes
+from madpo_ray.config import Config, parse_config, save_config, with_changes
 from madpo_ray.config.search import Choice, Grid
 from madpo_ray.errors import UserError
 from madpo_ray.passes import BatchNotes
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 BEST = "best.yaml"
 LOSS_TYPE = "train.loss_type"
+WEIGHT_COLUMN = "train.weight_column"
 
 
 def _settings(config: Config) -> dict[str, Any]:
@@ -58,6 +59,11 @@ def _content(config: Config) -> dict[str, Any]:
     return found
 
 
+def _names(config: Config) -> dict[str, Any]:
+    """Where the config finds the judge."""
+    return config.evaluate.model_dump(mode="json", include={"judge", "judge_revision"})
+
+
 def _check(config: Config) -> None:
     """Raises UserError if a range exceeds its key's bounds, or trials cannot all be placed."""
     train.check(config)
@@ -81,7 +87,9 @@ def _check(config: Config) -> None:
 
 
 def _check_space(config: Config) -> None:
-    """Raises UserError for a value that its key cannot have, or that needs other margins."""
+    """Raises UserError for a value that its key, or another section, cannot have, or that needs
+    other margins.
+    """
     from madpo_ray.search.space import corners, settings_of
 
     for values in corners(config.search_space):
@@ -89,12 +97,23 @@ def _check_space(config: Config) -> None:
         if seed is not None:
             with_changes(config.run, "tune.search_space.run", {"seed": seed})
         changed = with_changes(config.train, "tune.search_space", settings)
+        parse_config({**config.model_dump(), "train": changed.model_dump()})
         needs_rewards = reward.uses_rewards(config.model_copy(update={"train": changed}))
         if needs_rewards and not reward.uses_rewards(config):
             raise UserError(
                 f"tune.search_space: {LOSS_TYPE} {changed.loss_type} needs margins, and "
                 f"{LOSS_TYPE} {config.train.loss_type} does not: set margins.with_rewards: true"
             )
+
+
+def _check_weights(config: Config) -> None:
+    """Raises UserError if a pair's own weight is wrong, in any column that trials may use."""
+    domain = config.search_space.get(WEIGHT_COLUMN)
+    names = [config.train.weight_column]
+    names += domain.values if isinstance(domain, Choice | Grid) else []
+    for name in dict.fromkeys(names):
+        changed = with_changes(config.train, "tune.search_space", {"weight_column": name})
+        train.check_weights(config.model_copy(update={"train": changed}))
 
 
 def make(build: Build) -> dict[str, Any]:
@@ -136,7 +155,11 @@ def make(build: Build) -> dict[str, Any]:
 
     # The best.
     best = best_outcome(outcomes, objective)
-    save_config(trials.config_of(best.values), build.folder / BEST)
+    chosen = trials.config_of(best.values)
+    # The searched loss may need no margins, and these have some: they are not to be made again.
+    has_rewards = {"with_rewards": reward.uses_rewards(config)}
+    same_margins = with_changes(config.margins, "margins", has_rewards)
+    save_config(chosen.model_copy(update={"margins": same_margins}), build.folder / BEST)
     return {
         "objective": metrics[0],
         "best": {"values": best.values, **best.metrics},
@@ -201,9 +224,10 @@ STAGE = Stage(
     settings=_settings,
     upstream=_upstream,
     content=_content,
+    names=_names,
     is_wanted=lambda config: False,  # only by its own command
     check=_check,
-    check_upstream=train.check_weights,
+    check_upstream=_check_weights,
     make=make,
     describe=describe,
     uses_dashboard=True,  # Tune frees a stopped trial's workers through its state API

@@ -1,4 +1,7 @@
-"""Sums, maxima and gathers over all ranks. Without a process group there is one rank."""
+"""Sums, maxima and gathers over all ranks, and how long they wait.
+
+Without a process group there is one rank.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -71,10 +74,10 @@ def broadcast_object(value: Any) -> Any:
 
 
 def take_over_timeout(group: dist.ProcessGroup, device: torch.device) -> None:
-    """Gives a group the time-out of the world: DeepSpeed makes its own with the backend's default.
+    """Gives a group the time-out of the world; without it, it has its backend's default.
 
     Args:
-        device: whose backend it is.
+        device: whose backend waits.
     """
     world = dist.group.WORLD
     assert world is not None

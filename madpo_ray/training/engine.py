@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from madpo_ray.artifacts.hashes import FileEntry
 from madpo_ray.config import TrainingConfig
 from madpo_ray.data.batching import MicroBatch
+from madpo_ray.models.devices import use_device
 from madpo_ray.models.saving import save_hashed, saved_tensors
 from madpo_ray.training.collectives import take_over_timeout
 
@@ -112,8 +113,11 @@ class DeepSpeedEngine:
             num_training_steps=total_steps,
         )
 
-        # DeepSpeed around both.
-        self._engine, *_ = _deepspeed().initialize(
+        # DeepSpeed around both. The group that it makes has its backend's time-out.
+        deepspeed = _deepspeed()
+        deepspeed.init_distributed(verbose=False)
+        take_over_timeout(deepspeed.utils.groups._get_sequence_data_parallel_group(), use_device())
+        self._engine, *_ = deepspeed.initialize(
             model=module,
             model_parameters=trainable,
             optimizer=optimizer,
@@ -122,7 +126,6 @@ class DeepSpeedEngine:
         )
         self.module: nn.Module = self._engine.module
         self.device: torch.device = self._engine.device
-        take_over_timeout(self._engine.seq_data_parallel_group, self.device)
         self.zero_stage = settings.zero_stage
 
     def train(self) -> None:
@@ -235,8 +238,7 @@ class DeepSpeedEngine:
 
 
 def _deepspeed() -> Any:
-    # DeepSpeed assumes a launcher's job and looks for MPI if the variables are missing; Ray has
-    # set them.
+    # DeepSpeed looks for MPI if a launcher's variables are missing; Ray sets the others.
     os.environ.setdefault("LOCAL_RANK", "0")
     import deepspeed
 

@@ -128,7 +128,9 @@ class TrainingJob:
             return False
 
     def bound_of_responses(self, max_response_tokens: int) -> int | None:
-        """What fixes the number of chunks that the head reads, where ranks have to agree on it."""
+        """What fixes the number of chunks that the head reads; None below ZeRO-3, where ranks may
+        differ in it.
+        """
         return max_response_tokens if self.settings.zero_stage == 3 else None
 
     def may_pack(self) -> bool:

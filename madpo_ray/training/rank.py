@@ -208,12 +208,14 @@ class _Rank:
         numbers = itertools.count(first + self._site.rank, world_size)
         rows = self._site.micro_batches(start_step)
         decoded = itertools.starmap(self._decoded, zip(rows, numbers, strict=False))
-        end_of_epoch = order.steps_per_epoch if start_step < order.steps_per_epoch else None
+        is_checked = False
         for micro_batch in prefetched(decoded):
-            if micro_batch.place.step == end_of_epoch:
-                end_of_epoch = None
-                self.count_unscored()  # before pairs are trained on again
-            if micro_batch.place.step >= start_step:
+            step = micro_batch.place.step
+            if not is_checked and step >= max(start_step, order.steps_per_epoch):
+                # Before pairs are trained on again. A collective: all ranks come here at this step.
+                self.count_unscored()
+                is_checked = True
+            if step >= start_step:
                 yield micro_batch
 
     def _validation_batches(self) -> Iterator[MicroBatch]:

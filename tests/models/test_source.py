@@ -53,6 +53,10 @@ def test_inputs_follow_the_files(model_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "t.jinja").write_text("x")
     with_template = copy.model_copy(update={"chat_template_path": str(tmp_path / "t.jinja")})
     assert model_inputs(with_template).fingerprint != one.fingerprint
+    for name in ("README.md", "checkpoint-5/model.safetensors", ".cache/a.json", "code.py"):
+        (tmp_path / "copy" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "copy" / name).write_text("not read")
+    assert model_inputs(copy).fingerprint == one.fingerprint
     (tmp_path / "copy" / "config.json").write_text("{}")
     assert model_inputs(copy).fingerprint != one.fingerprint
 

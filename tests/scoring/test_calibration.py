@@ -67,6 +67,20 @@ def test_ece_has_ten_bins_above_one_half() -> None:
     assert expected_calibration_error(margins) == pytest.approx((0.48 + 0.58) / 2)
 
 
+def test_ties_are_half_right() -> None:
+    """They are as confident as that, and say nothing of the temperature."""
+    assert expected_calibration_error(np.zeros(10)) == 0
+    margins = calibrated_margins(20_000, 1.0)
+    with_ties = np.concatenate([margins, np.zeros(5_000)])
+    expected = expected_calibration_error(margins) * 20 / 25
+    assert expected_calibration_error(with_ties) == pytest.approx(expected, abs=2e-3)
+    few_right = np.repeat([1.0, 0.0, -1.0], [45, 30, 25])
+    assert fit_temperature(few_right) == fit_temperature(few_right[few_right != 0])
+    assert calibration_report(few_right)["temperature"] == pytest.approx(
+        1 / np.log(45 / 25), rel=1e-3
+    )
+
+
 def test_temperature_is_that_of_a_logistic_regression() -> None:
     """scikit-learn's, without intercept and penalty: its coefficient is 1 / T.
 
@@ -99,7 +113,8 @@ def test_errors_are_scikit_learns() -> None:
     [
         [],
         [3.0, -1.0],  # as many right as wrong
-        [0.0, 0.0, 1.0, -0.5],  # ties are not right
+        [0.0, 0.0, 1.0, -0.5],  # ties are neither
+        [0.0, 1.0, 2.0],  # none is wrong
         [30.0, -1.0, -1.0],  # more wrong than right, however large the right one is
         [1.0, 1.0, -10.0],  # an optimum beyond the largest temperature
         list(calibrated_margins(1000, 1e-6)),  # and below the smallest
@@ -141,7 +156,7 @@ def test_ties_count_one_half() -> None:
     [
         (np.array([-1.0, 1.0] * 10), "too close to chance"),
         (np.array([-1.0, -2.0, 1.0]), "too close to chance"),
-        (np.full(10, 2.0), "all margins are positive"),
+        (np.full(10, 2.0), "no margin is negative"),
         (np.array([-1.0] * 40 + [1.0] * 10), "are chosen and rejected swapped"),
         (np.array([1.0, 1.0, -10.0]), "the best one is not between 0.001 and 1000"),
     ],
@@ -154,7 +169,7 @@ def test_chance_and_certainty_have_no_temperature(margins: np.ndarray, cause: st
 
 @pytest.mark.parametrize("num_pairs", [10, 1000])
 def test_a_single_wrong_pair_is_enough_for_a_temperature(num_pairs: int) -> None:
-    """It is in one fold; without it all margins are positive, so nothing after is measured."""
+    """It is in one fold; without it no margin is negative, so nothing after is measured."""
     margins = np.abs(np.random.default_rng(0).normal(2, 1, num_pairs))
     margins[0] *= -1
     report = calibration_report(margins)

@@ -208,13 +208,14 @@ def test_counts_are_of_the_pairs_that_are_left(raw_config: dict[str, Any], tmp_p
     long = {**rows[0], "chosen": " good" * 90, "rejected": " bad" * 90}
     own = write_jsonl(tmp_path / "own.jsonl", [*rows, long, long])
     repeated = write_jsonl(tmp_path / "repeated.jsonl", [rows[1], long])
-    raw_config["data"]["files"] = [str(own), str(repeated)]
+    bad = write_jsonl(tmp_path / "bad.jsonl", [{**rows[1], "prompt": ""}])
+    raw_config["data"]["files"] = [str(own), str(repeated), str(bad)]
     raw_config["data"] |= {"duplicates": "drop", "over_length": "truncate"}
     config = parse_config(raw_config)
     results = pairs.STAGE.run(config)
     assert sum(results["pairs"].values()) == 41
     assert sum(results["cut_responses"].values()) == 2
-    assert results["files_without_pairs"] == [str(repeated)]
+    assert results["files_without_pairs"] == [str(repeated), str(bad)]
 
 
 def test_share_of_rejects_is_limited(raw_config: dict[str, Any], tmp_path: Path) -> None:
