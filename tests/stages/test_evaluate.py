@@ -23,6 +23,7 @@ from madpo_ray.evaluation.sample_sets import PolicyFiles
 from madpo_ray.evaluation.sampling import Sampler, end_tokens
 from madpo_ray.models.loading import load_policy
 from madpo_ray.stages import evaluate, margins, pairs, sft, train
+from madpo_ray.stages.other_runs import find_policy
 from support.judges import count_kind_words
 from support.models import make_model, make_reward_model, make_tokenizer
 from support.pairs import make_rows, write_jsonl
@@ -135,6 +136,20 @@ def test_runs_are_compared(finished_run: Run, tmp_path: Path) -> None:
     for one in compared:
         assert one["reward_difference"] == {"mean": 0.0, "interval": [0.0, 0.0]}
         assert one["win_rate"]["mean"] == one["length_controlled_win_rate"] == 0.5
+
+
+def test_adapter_of_a_run_keeps_its_base(finished_run: Run, tmp_path: Path) -> None:
+    """Another model of the same shapes would be evaluated without a word."""
+    config, _ = finished_run
+    shutil.copytree(config.run.folder, tmp_path / "twin")
+    (tmp_path / "twin" / "train" / "model" / "adapter_config.json").write_text("{}")
+    found = find_policy(tmp_path / "twin", config)
+    assert found.base == tmp_path / "twin" / "sft" / "model"
+    manifest = tmp_path / "twin" / "sft" / "manifest.json"
+    changed = json.loads(manifest.read_text()) | {"fingerprint": "of another fine-tuning"}
+    manifest.write_text(json.dumps(changed))
+    with pytest.raises(UserError, match="twin was trained from another model than its config"):
+        find_policy(tmp_path / "twin", config)
 
 
 @pytest.mark.parametrize(

@@ -239,6 +239,20 @@ def test_values_of_the_right_kind(raw_config: dict[str, Any]) -> None:
         tune.STAGE.check(parse_config(raw_config))
 
 
+def test_values_agree_with_the_other_sections(raw_config: dict[str, Any]) -> None:
+    """Each combination has to be a config: its trial would fail on the workers."""
+    raw_config["model"]["torch_compile"] = True
+    space: dict[str, Any] = {"train.zero_stage": {"type": "choice", "values": [2, 3]}}
+    raw_config["tune"] = {"search_space": space}
+    with pytest.raises(UserError, match=r"torch_compile does not work with train\.zero_stage: 3"):
+        tune.STAGE.check(parse_config(raw_config))
+    space["train.zero_stage"]["values"] = [0, 2]
+    tune.STAGE.check(parse_config(raw_config))
+    space["train.weight_column"] = {"type": "choice", "values": [None, "quality"]}
+    with pytest.raises(UserError, match=r"data\.keep_columns"):
+        tune.STAGE.check(parse_config(raw_config))
+
+
 def test_losses_with_margins_need_them(raw_config: dict[str, Any]) -> None:
     space = {"train.loss_type": {"type": "choice", "values": ["madpo", "sigmoid"]}}
     raw_config["tune"] = {"search_space": space}
