@@ -144,9 +144,10 @@ def test_adapter_of_a_run_keeps_its_base(finished_run: Run, tmp_path: Path) -> N
     shutil.copytree(config.run.folder, tmp_path / "twin")
     (tmp_path / "twin" / "train" / "model" / "adapter_config.json").write_text("{}")
     found = find_policy(tmp_path / "twin", config)
-    assert found.base == tmp_path / "twin" / "sft" / "model"
-    manifest = tmp_path / "twin" / "sft" / "manifest.json"
-    changed = json.loads(manifest.read_text()) | {"fingerprint": "of another fine-tuning"}
+    assert found.base == Path(config.model.model_name_or_path)
+    manifest = tmp_path / "twin" / "train" / "manifest.json"
+    changed = json.loads(manifest.read_text())
+    changed["inputs"]["content"]["initial_policy"] = "another"
     manifest.write_text(json.dumps(changed))
     with pytest.raises(UserError, match="twin was trained from another model than its config"):
         find_policy(tmp_path / "twin", config)
