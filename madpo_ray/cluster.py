@@ -111,7 +111,7 @@ def _start_or_connect(
         except RuntimeError as error:
             if "Version mismatch" not in str(error):
                 raise
-            raise UserError(f"the Ray cluster at {address} is another: {error}") from None
+            raise UserError(f"the cluster at {address} has other versions: {error}") from None
         return
 
     _check_local(cluster)

@@ -37,11 +37,6 @@ def files_below(folder: Path) -> list[Path]:
     )
 
 
-def hash_files(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file below a folder, by relative path, without the manifest."""
-    return {str(path.relative_to(folder)): hash_file(path) for path in files_below(folder)}
-
-
 class HashingWriter:
     """A new file that is hashed while it is written, in one go from its beginning."""
 

@@ -28,8 +28,8 @@ TOKENS_PER_CHUNK = {"cpu": 256, "cuda": 2048}
 class ResponseLogps(nn.Module):
     """A causal language model as a function of a micro-batch.
 
-    Under ZeRO-3 every rank has to call the head equally often: there `max_response_tokens` bounds N
-    over all micro-batches of a run and so fixes the number of chunks.
+    Under ZeRO-3 every rank has to call the head equally often: then `max_response_tokens`
+    bounds N over all micro-batches of a run and so fixes the number of chunks.
 
     Args:
         tokens_per_chunk: response tokens whose logits exist at the same time; None: as many as suit

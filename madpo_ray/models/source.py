@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from madpo_ray.artifacts.building import building, recover
-from madpo_ray.artifacts.hashes import hash_file
+from madpo_ray.artifacts.hashes import MANIFEST, hash_file
 from madpo_ray.artifacts.manifest import Inputs, is_finished
 from madpo_ray.config import ModelConfig, RunConfig
 from madpo_ray.errors import UserError
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 # inside functions.
 
 TOKENIZER_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
-# What else is read of a folder.
-LOCAL_FILES = ("vocab.*", "*.tiktoken", "additional_chat_templates/*.jinja")
+# What else is read of a folder that is not the hub's.
+LOCAL_FILES = ("vocab.*", "*.tiktoken", "*.spm", "*.codes", "additional_chat_templates/*.jinja")
 # The keys that name a model.
 KEYS: Mapping["TaskType", str] = {
     "CAUSAL_LM": "model.model_name_or_path",
@@ -208,10 +208,13 @@ def model_inputs(
 
 def _files_of(folder: Path, model: ModelConfig) -> list[Path]:
     """The files that are read: others may come and go, as in the hub's cache."""
-    patterns = [*WEIGHT_FILES, *TOKENIZER_FILES, *LOCAL_FILES]
+    patterns = [*WEIGHT_FILES, *TOKENIZER_FILES]
+    if Path(model.model_name_or_path).is_absolute():
+        patterns += LOCAL_FILES
     if model.trust_remote_code:
         patterns.append("**/*.py")
-    return sorted({file for pattern in patterns for file in folder.glob(pattern)})
+    found = {file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
+    return sorted(found - {folder / MANIFEST})
 
 
 def find_base_model(model: ModelConfig, run: RunConfig) -> Path | None:

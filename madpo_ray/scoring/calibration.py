@@ -150,7 +150,7 @@ def calibration_report(margins: Margins, method: Method = "temperature") -> dict
 
 def _why_nothing_fits(margins: Margins, accuracy_interval: tuple[float, float]) -> str:
     if np.all(margins >= 0):
-        return "no margin is negative; with more pairs (data.validation_fraction) some may not be"
+        return "no margin is negative; with more pairs (data.validation_fraction) some may be"
     if accuracy_interval[1] < 0.5:
         return (
             "the reward model prefers the rejected responses: are chosen and rejected swapped in "

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import madpo_ray
 from madpo_ray.artifacts.manifest import damage, model_folder, read_manifest
 from madpo_ray.config import Config, ModelConfig, load_config
 from madpo_ray.errors import UserError
@@ -34,7 +35,10 @@ def run_folders(config: Config) -> dict[str, Path]:
 
 
 def check_runs(config: Config) -> None:
-    """Raises UserError if another run has no complete policy. Reads no weights."""
+    """Raises UserError if another run has no complete policy.
+
+    Of weights, only those of an adapter's base are read, to hash them.
+    """
     for folder in run_folders(config).values():
         find_policy(folder, config)
 
@@ -76,21 +80,30 @@ def _base_of(folder: Path, made_from: dict[str, Any], own: Config) -> Path:
     config = load_config(config_file)
     if config.model.load_in_4bit != own.model.load_in_4bit:
         raise UserError(f"{KEY}: model.load_in_4bit of {folder} differs from this config's")
+    if made_from["package"] != {"madpo_ray": madpo_ray.__version__}:
+        raise UserError(f"{KEY}: {folder} was trained by another version of madpo_ray")
+
     # The model in the run: fine-tuned, converted, or with another chat template.
     expected = made_from["upstream"].get(sft.STAGE.name) or made_from["content"]["initial_policy"]
-    for name in (sft.STAGE.name, "model"):
+    in_run = {
+        sft.STAGE.name: model_folder(folder / sft.STAGE.name),
+        "model": folder / "model",
+    }
+    for name, base in in_run.items():
         found = read_manifest(folder / name)
         if found is not None and found["fingerprint"] == expected:
-            return model_folder(folder / name) if name == sft.STAGE.name else folder / name
+            return base
+
     # The model of its config.
-    key = f"{KEY}: {folder.name}"
-    base = fetch_model(config.model, key=key)
-    if not base.is_dir() or model_inputs(config.model, key=key).fingerprint != expected:
-        raise UserError(
-            f"{KEY}: {folder} was trained from another model than its config.yaml names by now: "
-            "run `madpo-ray run` with that config again"
-        )
-    return base
+    if sft.STAGE.name not in made_from["upstream"]:
+        key = f"{KEY}: {folder.name}"
+        base = fetch_model(config.model, key=key)
+        if base.is_dir() and model_inputs(config.model, key=key).fingerprint == expected:
+            return base
+    raise UserError(
+        f"{KEY}: the model that {folder} was trained from is gone or was made again: restore it, "
+        "or train again under another run.name"
+    )
 
 
 def runs_content(config: Config) -> dict[str, str]:

@@ -87,9 +87,7 @@ def _check(config: Config) -> None:
 
 
 def _check_space(config: Config) -> None:
-    """Raises UserError for a value that its key, or another section, cannot have, or that needs
-    other margins.
-    """
+    """Raises UserError for a value that its key cannot have, or that does not suit the rest."""
     from madpo_ray.search.space import corners, settings_of
 
     for values in corners(config.search_space):
@@ -97,7 +95,11 @@ def _check_space(config: Config) -> None:
         if seed is not None:
             with_changes(config.run, "tune.search_space.run", {"seed": seed})
         changed = with_changes(config.train, "tune.search_space", settings)
-        parse_config({**config.model_dump(), "train": changed.model_dump()})
+        try:
+            parse_config({**config.model_dump(), "train": changed.model_dump()})
+        except UserError as error:
+            shown = ", ".join(f"{key}: {value}" for key, value in values.items())
+            raise UserError(f"tune.search_space, at {shown}: {error}") from None
         needs_rewards = reward.uses_rewards(config.model_copy(update={"train": changed}))
         if needs_rewards and not reward.uses_rewards(config):
             raise UserError(

@@ -74,7 +74,7 @@ def broadcast_object(value: Any) -> Any:
 
 
 def take_over_timeout(group: dist.ProcessGroup, device: torch.device) -> None:
-    """Gives a group the time-out of the world; without it, it has its backend's default.
+    """Gives a new group, which has its backend's default, the time-out of the world.
 
     Args:
         device: whose backend waits.

@@ -128,9 +128,7 @@ class TrainingJob:
             return False
 
     def bound_of_responses(self, max_response_tokens: int) -> int | None:
-        """What fixes the number of chunks that the head reads; None below ZeRO-3, where ranks may
-        differ in it.
-        """
+        """What fixes the number of chunks that the head reads under ZeRO-3; else None."""
         return max_response_tokens if self.settings.zero_stage == 3 else None
 
     def may_pack(self) -> bool:

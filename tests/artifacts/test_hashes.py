@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from madpo_ray.artifacts.hashes import damaged_files, describe_files, hash_file, hash_files
+from madpo_ray.artifacts.hashes import damaged_files, describe_files, hash_file
 from madpo_ray.atomic import write_text
 
 
@@ -18,7 +18,7 @@ def test_hash_follows_an_edit_of_equal_size(tmp_path: Path) -> None:
     write_text(file, "two")
     os.utime(file, ns=(time + 1, time + 1))
     assert hash_file(file) != before
-    assert hash_files(tmp_path) == {"a.txt": hash_file(file)}
+    assert describe_files(tmp_path).keys() == {"a.txt"}
 
 
 @pytest.mark.parametrize(

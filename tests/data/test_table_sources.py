@@ -6,6 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pyarrow import feather
 
 from madpo_ray.data.sources import open_source
 from madpo_ray.errors import UserError
@@ -18,6 +19,16 @@ def test_parquet(tmp_path: Path) -> None:
     assert list(source.rows()) == rows
     assert source.columns() == ["a", "b"]
     assert source.count() == 3000
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "feather"])
+def test_keys_of_other_rows_are_none(suffix: str, tmp_path: Path) -> None:
+    """A column has one type: a call has the arguments of all calls."""
+    rows = [{"chat": [{"call": {"x": 1}}]}, {"chat": [{"call": {"y": 2}}]}, {"chat": None}]
+    table = pa.Table.from_pylist(rows)
+    write = {"parquet": pq.write_table, "feather": feather.write_feather}[suffix]
+    write(table, tmp_path / f"a.{suffix}")
+    assert list(open_source(str(tmp_path / f"a.{suffix}")).rows()) == rows
 
 
 def test_parquet_value_that_python_lacks(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from madpo_ray.artifacts.hashes import hash_files
+from madpo_ray.artifacts.hashes import describe_files
 from madpo_ray.config import ModelConfig, parse_config
 from madpo_ray.errors import UserError
 from madpo_ray.models.loading import load_policy, load_tokenizer
@@ -26,10 +26,10 @@ def test_chat_template_keeps_the_models_own_folder(
     (tmp_path / "t.jinja").write_text(TEMPLATE + "!")
     raw_config["model"]["chat_template_path"] = str(tmp_path / "t.jinja")
     config = parse_config(raw_config)
-    before = hash_files(model_folder)
+    before = describe_files(model_folder)
     folder = base_model(config.model, config.run)
     assert folder == config.run.folder / "model"
-    assert hash_files(model_folder) == before
+    assert describe_files(model_folder) == before
     assert load_tokenizer(folder, config.model).chat_template == TEMPLATE + "!"
     policy: Any = load_policy(folder, config.model)
     assert policy.config.model_type == "llama"
@@ -53,12 +53,18 @@ def test_inputs_follow_the_files(model_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "t.jinja").write_text("x")
     with_template = copy.model_copy(update={"chat_template_path": str(tmp_path / "t.jinja")})
     assert model_inputs(with_template).fingerprint != one.fingerprint
-    for name in ("README.md", "checkpoint-5/model.safetensors", ".cache/a.json", "code.py"):
+    (tmp_path / "copy" / "gone.json").symlink_to(tmp_path / "gone.json")
+    for name in ("README.md", "5/model.safetensors", ".cache/a.json", "a.py", "manifest.json"):
         (tmp_path / "copy" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "copy" / name).write_text("not read")
     assert model_inputs(copy).fingerprint == one.fingerprint
-    (tmp_path / "copy" / "config.json").write_text("{}")
-    assert model_inputs(copy).fingerprint != one.fingerprint
+    with_code = copy.model_copy(update={"trust_remote_code": True})
+    assert model_inputs(with_code).fingerprint != one.fingerprint
+    for name in ("vocab.bpe", "a.tiktoken", "additional_chat_templates/b.jinja", "config.json"):
+        before = model_inputs(copy).fingerprint
+        (tmp_path / "copy" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "copy" / name).write_text("{}")
+        assert model_inputs(copy).fingerprint != before
 
 
 def test_only_safetensors_are_read(tmp_path: Path) -> None:

@@ -101,10 +101,10 @@ def test_streamed_texts_reach_a_function(unscored: dict[str, Any]) -> None:
     unscored["train"] |= {"max_steps": -1, "num_train_epochs": 2}
     unscored["data"]["max_reject_fraction"] = 0.01
     config = parse_config(unscored)
-    with pytest.raises(UserError, match="1 of 76 pairs cannot be scored"):
+    with pytest.raises(UserError, match=r"1 of \d+ pairs cannot be scored"):
         pipeline.run_all(config, say=ignore)
     (metrics,) = config.run.ray_folder.glob("train-*/metrics/metrics.jsonl")
-    assert read_metrics(metrics)[-1]["step"] == 10  # of 20
+    assert read_metrics(metrics)[-1]["epoch"] <= 1  # of 2
     unscored["data"]["max_reject_fraction"] = 0.5
     config = parse_config(unscored)
     pipeline.run_all(config, say=ignore)
