@@ -77,6 +77,21 @@ def test_ablations_are_the_parts_of_the_weight(monkeypatch: pytest.MonkeyPatch) 
         assert dampened == pytest.approx(1.0 if is_kept else weight(margin, min(c, 1.0)))
 
 
+def test_demo_copies_into_an_empty_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A check of the run's config makes its folder; what a run holds is left alone."""
+    monkeypatch.syspath_prepend(str(ROOT / "jobs"))
+    from run_demo import copy_run
+
+    (tmp_path / "one" / "margins").mkdir(parents=True)
+    (tmp_path / "one" / "train").mkdir()
+    (tmp_path / "two").mkdir()
+    copy_run(tmp_path / "one", tmp_path / "two")
+    assert [path.name for path in (tmp_path / "two").iterdir()] == ["margins"]
+    (tmp_path / "one" / "pairs").mkdir()
+    copy_run(tmp_path / "one", tmp_path / "two")
+    assert [path.name for path in (tmp_path / "two").iterdir()] == ["margins"]
+
+
 def test_demo_compares_runs_that_differ_in_the_loss_only(
     raw_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
