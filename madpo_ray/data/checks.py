@@ -103,7 +103,8 @@ def check_counts(results: Mapping[str, Any], data: DataConfig) -> None:
     """Raises UserError if too little is left of the rows.
 
     Args:
-        results: `pairs` by split, and `rejects` by kind of reason.
+        results: `pairs` by split, and `rejects` and `left_out` by kind of reason; all are rows that
+            were read.
     """
     counts = results["pairs"]
     rejects = Counter(results["rejects"])

@@ -282,7 +282,7 @@ class RewardTask:
         return tokenizer
 
     def merge_base(self, job: TrainingJob) -> nn.Module:
-        """Always merged, so that scoring reads one model; in float32, where small changes count."""
+        """Always merged, so that scoring reads one model; stored in float32, scored in `dtype`."""
         return self._classifier(job, job.model.model_copy(update={"dtype": "float32"}))
 
     def _classifier(
