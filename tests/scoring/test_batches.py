@@ -69,7 +69,7 @@ def test_models_of_an_actor_share_batches(
         expected += list(scorer(TABLE))
         columns += scorer.columns
 
-    actor = ScoringActor(scorers(), 1, BatchNotes(tmp_path))
+    actor = ScoringActor(scorers(), torch.get_num_threads(), BatchNotes(tmp_path))
     made: list[int] = []
     collate = batches.collate
     monkeypatch.setattr(
