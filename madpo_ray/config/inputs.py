@@ -157,6 +157,10 @@ class ModelConfig(Section):
         }
         return self.model_dump(mode="json", include=names)
 
+    def without_kernels(self) -> "ModelConfig":
+        """The same model without kernels that need all of it on one GPU."""
+        return self.model_copy(update={"use_liger_kernel": False, "torch_compile": False})
+
     def names(self) -> dict[str, Any]:
         """The config's names of model and tokenizer; their content is hashed separately."""
         return self.model_dump(
@@ -171,6 +175,12 @@ STORES = ("s3", "gs", "hf")
 def is_remote(name: str) -> bool:
     """Whether a name of data.files is a URI, not a path."""
     return "://" in name
+
+
+def _split_alias(column: str) -> tuple[str, str]:
+    """The column of a file, and its name in artifacts."""
+    own, _, name = column.partition(" as ")
+    return own.strip(), name.strip() or own.strip()
 
 
 class DataConfig(Section):
@@ -232,18 +242,26 @@ class DataConfig(Section):
         "direction that occurs more often, or none",
     )
     keep_columns: Strings = Field(
-        (), description="numeric columns to carry along to the margins artifact"
+        (),
+        description="numeric columns to carry along to the margins artifact; `margin as my_margin` "
+        "gives one another name",
     )
     max_reject_fraction: float = operational(
         0.5, ge=0, le=1, description="share of rejected rows above which the run stops"
     )
 
+    @property
+    def kept_columns(self) -> dict[str, str]:
+        """`keep_columns` by their names in artifacts, with their names in the files."""
+        return {name: column for column, name in map(_split_alias, self.keep_columns)}
+
     @field_validator("keep_columns")
     @classmethod
     def _check_names(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if taken := sorted(columns.RESERVED & set(value)):
-            raise ValueError(f"{', '.join(taken)}: reserved column name; rename yours in the data")
-        if len(set(value)) < len(value):
+        names = [name for _, name in map(_split_alias, value)]
+        if taken := sorted(columns.RESERVED.intersection(names)):
+            raise ValueError(f"{taken[0]}: reserved name; give it another: {taken[0]} as my_score")
+        if len(set(names)) < len(names):
             raise ValueError("a column is listed twice")
         return value
 

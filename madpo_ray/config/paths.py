@@ -9,6 +9,11 @@ from madpo_ray.config.reward import kind_of
 from madpo_ray.config.root import Config
 from madpo_ray.errors import UserError
 
+# `owner/name`, perhaps with a revision, and not the name of a file.
+HUB_DATASET = re.compile(
+    r"[\w-][\w.-]*/(?!.*\.(jsonl?|ndjson|csv|tsv|parquet|arrow|gz|zst)$)[\w.-]+(@[\w./-]+)?"
+)
+
 
 def with_absolute_paths(config: Config) -> Config:
     """Ray changes the working directory of its workers, so every path is made absolute once.
@@ -18,10 +23,7 @@ def with_absolute_paths(config: Config) -> Config:
     """
     _check_name("model.model_name_or_path", config.model.model_name_or_path)
     storage_path = _absolute("run.storage_path", config.run.storage_path)
-    files = tuple(
-        _checked_uri(file) if is_remote(file) else _absolute("data.files", file)
-        for file in config.data.files
-    )
+    files = tuple(map(_data_file, config.data.files))
 
     # A model's name may be a path or the name of a repository on the hub.
     model = config.model
@@ -52,6 +54,15 @@ def with_absolute_paths(config: Config) -> Config:
             "evaluate": evaluate.model_copy(update={"judge": judge, "compare_with": runs}),
         }
     )
+
+
+def _data_file(name: str) -> str:
+    """A path, a URI, or a data set's name on the hub, of which there is no folder here."""
+    if is_remote(name):
+        return _checked_uri(name)
+    if HUB_DATASET.fullmatch(name) and not Path(name).parent.exists():
+        return f"hf://datasets/{name}"
+    return _absolute("data.files", name)
 
 
 def _checked_uri(name: str) -> str:

@@ -25,9 +25,9 @@ def check_files(data: DataConfig) -> None:
     responses = (data.responses_column, data.scores_column)
     needed = [name for name in responses if name is not None]
     if not needed:
-        needed = [data.chosen_column, data.rejected_column, *data.keep_columns]
+        needed = [data.chosen_column, data.rejected_column, *data.kept_columns.values()]
     else:
-        needed += [name for name in data.keep_columns if name not in SCORE_COLUMNS]
+        needed += [name for name in data.kept_columns.values() if name not in SCORE_COLUMNS]
     optional = (data.split_column, data.group_column, data.system_column)
     needed += [name for name in optional if name is not None]
     for file in list_files(data.files):

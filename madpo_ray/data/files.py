@@ -39,6 +39,7 @@ BLANK = ""
 READ_ERRORS = (OSError, pa.ArrowException)
 # At the end of a URI: a question mark may also be part of a name.
 _OPTIONS = re.compile(r"\?\w+=[^/]*$")
+ANONYMOUS = "anonymous@"
 
 Row = dict[str, Any]
 
@@ -159,6 +160,7 @@ class Place(NamedTuple):
     """Where a URI points to."""
 
     store: str
+    user: str  # `anonymous@` for a public bucket that is read without credentials, or nothing
     path: str  # for s3 and gs it begins with the bucket
     options: str  # such as `?endpoint_override=localhost:9000`, or nothing
 
@@ -166,20 +168,22 @@ class Place(NamedTuple):
     def of(cls, name: str) -> "Place":
         """The parts of a URI."""
         store, _, rest = name.partition("://")
+        user = ANONYMOUS if rest.startswith(ANONYMOUS) else ""
+        rest = rest.removeprefix(user)
         options = _OPTIONS.search(rest)
         if options is None:
-            return cls(store, rest, "")
-        return cls(store, rest[: options.start()], options.group())
+            return cls(store, user, rest, "")
+        return cls(store, user, rest[: options.start()], options.group())
 
     @property
     def system(self) -> pyarrow.fs.FileSystem:
         """The store. Raises pa.ArrowInvalid if pyarrow does not know an option."""
         bucket = "" if self.store == "hf" else self.path.partition("/")[0]
-        return _file_system(f"{self.store}://{bucket}{self.options}")
+        return _file_system(f"{self.store}://{self.user}{bucket}{self.options}")
 
     def uri(self, path: str) -> str:
         """The URI of another path in the same store."""
-        return f"{self.store}://{path}{self.options}"
+        return f"{self.store}://{self.user}{path}{self.options}"
 
 
 @functools.cache

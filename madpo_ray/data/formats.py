@@ -7,7 +7,9 @@ The layouts that are read, with the columns' names from the config:
 - a text as `prompt`, messages as `chosen` and `rejected`: the prompt is the first user message;
 - messages that begin with the prompt, or share their first turns and have no `prompt`;
 - texts that begin with the prompt; or, only if `data.implicit_prompt` is set, texts without a
-  `prompt` column, whose common beginning is the prompt.
+  `prompt` column, whose common beginning is the prompt;
+- transcripts as in Anthropic's HH, without a prompt: the response is what follows the last
+  `Assistant:`.
 
 A list of messages may be stored as a JSON string. Everything else is refused with a reason: nothing
 is guessed.
@@ -25,6 +27,7 @@ from madpo_ray.data.messages import (
     as_text,
     from_text,
     read_content,
+    rest_after,
     says_something,
 )
 from madpo_ray.data.strict_json import parse_json
@@ -58,6 +61,7 @@ UNREAD = "belongs to the prompt and is not read"
 
 # Characters from which on a prompt without a space is no short word.
 MIN_LENGTH = 10
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # how turns of a transcript begin
 
 # Arguments of apply_chat_template that a row may not set.
 RESERVED_OPTIONS = frozenset(
@@ -145,7 +149,8 @@ def _parse_pair(row: Mapping[str, Any], data: DataConfig) -> Pair:
 def _check_prompt_parts(row: Mapping[str, Any], data: DataConfig) -> None:
     """Raises UnreadColumnError if a column that belongs to the prompt would be left out."""
     read = {data.prompt_column, data.chosen_column, data.rejected_column, data.system_column}
-    read |= {data.split_column, data.group_column, *data.keep_columns, *data.ignore_columns}
+    read |= {data.split_column, data.group_column, *data.ignore_columns}
+    read |= set(data.kept_columns.values())
     ways = {
         **dict.fromkeys(SYSTEM_COLUMNS, ", or name it in data.system_column"),
         **dict.fromkeys(CONTEXT_COLUMNS, ", or put it into the prompt"),
@@ -179,7 +184,7 @@ def _without_prompt(
     Also returns how many did. If only one does, it may well quote the prompt; and so may both if
     the prompt is a short word: "Hello" is answered by "Hello".
     """
-    rests = [_rest_after(prompt, response) for response in (chosen, rejected)]
+    rests = [rest_after(prompt, response) for response in (chosen, rejected)]
     repeats = sum(rest is not None for rest in rests)
     if repeats < 2:
         return prompt, chosen, rejected, repeats
@@ -189,34 +194,16 @@ def _without_prompt(
     return prompt, chosen, rejected, repeats
 
 
-def _rest_after(prompt: Content, response: Content) -> Content | None:
-    """What follows the prompt in a response; None if the response does not begin with it.
-
-    White space around the prompt does not count. "Hi" is no prompt of "Hinduism": no word may be
-    split.
-    """
-    if isinstance(prompt, list):
-        begins = bool(prompt) and response[: len(prompt)] == prompt
-        return response[len(prompt) :] if begins else None
-    assert isinstance(response, str)
-    bare = prompt.strip()
-    if not bare or not response.lstrip().startswith(bare):
-        return None
-    rest = response.lstrip()[len(bare) :]
-    if prompt[-1].isspace():  # which separates them already
-        return rest.lstrip() if not rest or rest[0].isspace() else None
-    splits_a_word = bare[-1].isalnum() and rest[:1].isalnum()
-    return None if splits_a_word else rest
-
-
 def _split_implicit_prompt(
     chosen: Content, rejected: Content, data: DataConfig
 ) -> tuple[Content, Content, Content]:
     """The common beginning is the prompt, as in TRL's `extract_prompt`.
 
-    Certain for messages that share their first turn. For texts only if the config asks for it; a
-    text's prompt does not include the last space before the difference.
+    Certain for messages that share their first turn, and for transcripts. For other texts only if
+    the config asks for it; a text's prompt does not include the last space before the difference.
     """
+    if _is_transcript(chosen) and _is_transcript(rejected):
+        return _split_transcripts(str(chosen), str(rejected))
     length = min(len(chosen), len(rejected))
     shared = next((i for i in range(length) if chosen[i] != rejected[i]), length)
     if isinstance(chosen, str):
@@ -227,6 +214,24 @@ def _split_implicit_prompt(
     elif shared == 0:
         raise BadRowError("chosen and rejected share no first message, and there is no prompt")
     return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def _is_transcript(text: Content) -> bool:
+    return isinstance(text, str) and f"\n\n{text.lstrip()}".startswith(HUMAN) and ASSISTANT in text
+
+
+def _split_transcripts(chosen: str, rejected: str) -> tuple[str, str, str]:
+    """The prompt, up to the last `Assistant:`, and what the assistant says there."""
+    prompts, responses = [], []
+    for name, text in {"chosen": chosen, "rejected": rejected}.items():
+        before, _, response = text.rpartition(ASSISTANT)
+        if HUMAN in response:
+            raise BadRowError(f"{name} is a transcript in which the human speaks last")
+        prompts.append(before + ASSISTANT)
+        responses.append(response)
+    if prompts[0] != prompts[1]:
+        raise BadRowError("chosen and rejected are transcripts that differ in earlier turns")
+    return prompts[0], responses[0], responses[1]
 
 
 def _with_system(row: Mapping[str, Any], prompt: Content, name: str) -> Content:

@@ -149,3 +149,23 @@ def _text_of(message: Message) -> str:
     if isinstance(content, str):
         return content
     return "".join(part["text"] for part in content)
+
+
+def rest_after(prompt: Content, response: Content) -> Content | None:
+    """What follows the prompt in a response; None if the response does not begin with it.
+
+    White space around the prompt does not count. "Hi" is no prompt of "Hinduism": no word may be
+    split.
+    """
+    if isinstance(prompt, list):
+        begins = bool(prompt) and response[: len(prompt)] == prompt
+        return response[len(prompt) :] if begins else None
+    assert isinstance(response, str)
+    bare = prompt.strip()
+    if not bare or not response.lstrip().startswith(bare):
+        return None
+    rest = response.lstrip()[len(bare) :]
+    if prompt[-1].isspace():  # which separates them already
+        return rest.lstrip() if not rest or rest[0].isspace() else None
+    splits_a_word = bare[-1].isalnum() and rest[:1].isalnum()
+    return None if splits_a_word else rest

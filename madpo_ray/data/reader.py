@@ -127,7 +127,7 @@ class PairReader:
             columns.CHOSEN: as_text(pair.chosen),
             columns.REJECTED: as_text(pair.rejected),
             **tokens.as_columns(),
-            **{name: _number(row, name, has_types) for name in data.keep_columns},
+            **{name: _number(row, column, has_types) for name, column in data.kept_columns.items()},
             columns.CONTENT_HASH: content_hash(pair),
             columns.SWAPPED_HASH: swapped_hash(pair),
             columns.GROUP: group,
@@ -226,5 +226,5 @@ def pairs_schema(data: DataConfig) -> pa.Schema:
         (columns.GROUP_HASH, pa.int64()),
         (columns.SPLIT, pa.string()),
     ]
-    fields += [(name, pa.float64()) for name in data.keep_columns]
+    fields += [(name, pa.float64()) for name in data.kept_columns]
     return pa.schema(fields)

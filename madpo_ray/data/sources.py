@@ -3,8 +3,10 @@
 import glob
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow.fs
 from fsspec.implementations.arrow import ArrowFSWrapper
@@ -14,6 +16,12 @@ from madpo_ray.data.files import DataFile, Place, Source, explaining
 from madpo_ray.data.table_sources import ArrowSource, ParquetSource
 from madpo_ray.data.text_sources import UNPACK_ERRORS, CSVSource, JSONLinesSource, JSONSource
 from madpo_ray.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import DatasetBuilder
+
+HUB = "hf://datasets/"
+HUB_DATASET = re.compile(re.escape(HUB) + r"[^/@]+/[^/@]+(@.+)?")  # no file or folder in it
 
 KINDS = (ParquetSource, ArrowSource, JSONLinesSource, JSONSource, CSVSource)
 SUFFIXES = tuple(suffix for kind in KINDS for suffix in kind.suffixes)
@@ -98,6 +106,9 @@ def _remote_files(name: str) -> list[str]:
     """The same in a store."""
     place = Place.of(name)
     with explaining(name):
+        if HUB_DATASET.fullmatch(name):
+            return _training_files(name)
+
         # A file, whose name may look like a pattern.
         info = place.system.get_file_info(place.path)
         if info.is_file:
@@ -124,6 +135,26 @@ def _remote_files(name: str) -> list[str]:
         if not found:
             raise UserError(f"data.files: {name} holds no file that ends in {_known()}")
         return [place.uri(f"{folder}/{one}") for one in found]
+
+
+def _training_files(name: str) -> list[str]:
+    """Those of a hub data set's split train, as its card or the names of its files tell."""
+    from datasets import load_dataset_builder
+
+    repository, _, revision = name.removeprefix(HUB).partition("@")
+    return files_of_train(load_dataset_builder(repository, revision=revision or None), name)
+
+
+def files_of_train(builder: "DatasetBuilder", name: str) -> list[str]:
+    """The files of split train of what `datasets` found. Raises UserError if there is none."""
+    files = builder.config.data_files or {}
+    if "train" not in files:
+        some = f", such as {next(iter(files.values()))[0]}" if files else ""
+        raise UserError(
+            f"data.files: {name} has no split train (its splits: {', '.join(files) or 'none'}): "
+            f"give files of it{some}"
+        )
+    return [str(file) for file in files["train"]]
 
 
 def _read(place: Place, path: str) -> bytes:

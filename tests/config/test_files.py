@@ -261,6 +261,35 @@ def test_refuses_what_is_not_expanded(path: str, message: str, raw_config: dict[
 
 
 @pytest.mark.parametrize(
+    ("name", "is_on_the_hub"),
+    [
+        ("Anthropic/hh-rlhf", True),
+        ("trl-lib/ultrafeedback_binarized@v1.0", True),
+        ("owner/pairs.v2", True),
+        ("owner/pairs.jsonl", False),
+        ("owner/pairs.jsonl.gz", False),
+        ("here/pairs", False),
+        ("./owner/pairs", False),
+        ("owner/*", False),
+        ("pairs", False),
+    ],
+)
+def test_names_of_data_sets_on_the_hub(
+    name: str,
+    is_on_the_hub: bool,
+    raw_config: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A folder that is here comes first."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    raw_config["data"]["files"] = [name]
+    (found,) = parse_config(raw_config).data.files
+    assert found == (f"hf://datasets/{name}" if is_on_the_hub else os.path.abspath(name))
+
+
+@pytest.mark.parametrize(
     "name", ["s3://key:secret@bucket/a.jsonl", "s3://key:sec/ret@bucket/a", "gs://secret@bucket/a"]
 )
 def test_credentials_are_not_shown(name: str, raw_config: dict[str, Any]) -> None:

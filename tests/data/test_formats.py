@@ -216,6 +216,38 @@ def test_implicit_prompt_of_texts_has_to_be_asked_for() -> None:
     assert parts(parsed(row, implicit_prompt=True)) == expected
 
 
+TURNS = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: What is two?\n\nAssistant:"
+
+
+@pytest.mark.parametrize("before", ["", "\n"])
+@pytest.mark.parametrize("implicit_prompt", [False, True])
+def test_transcripts_are_split_at_the_last_turn(before: str, implicit_prompt: bool) -> None:
+    """Not within a word that both responses begin with; nothing has to be asked for."""
+    turns = before + TURNS.lstrip() if before else TURNS
+    row = {"chosen": f"{turns} That is 2", "rejected": f"{turns} Thanks"}
+    expected = {"prompt": turns, "chosen": " That is 2", "rejected": " Thanks"}
+    assert parts(parsed(row, implicit_prompt=implicit_prompt)) == expected
+    longer = {**row, "chosen": f"{turns} Thanks a lot"}
+    assert parts(parsed(longer))["chosen"] == " Thanks a lot"
+
+
+@pytest.mark.parametrize(
+    ("chosen", "reason"),
+    [
+        (f"{TURNS} two\n\nHuman: sure?", "chosen is a transcript in which the human speaks last"),
+        (
+            f"{TURNS} 2\n\nHuman: sure?\n\nAssistant: yes",
+            "transcripts that differ in earlier turns",
+        ),
+        (f"{TURNS} ", "chosen is empty"),
+        ("\n\nHuman: Hi", "prompt is missing"),
+    ],
+)
+def test_transcripts_that_are_no_pair(chosen: str, reason: str) -> None:
+    with pytest.raises(BadRowError, match=reason):
+        parsed({"chosen": chosen, "rejected": f"{TURNS} three"})
+
+
 def test_messages_stored_as_json() -> None:
     row = {name: json.dumps(value) for name, value in CONVERSATION.items()}
     assert parts(parsed(row)) == CONVERSATION

@@ -5,10 +5,10 @@ import json
 from pathlib import Path
 
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetBuilder, DatasetDict, load_dataset_builder
 
 from madpo_ray.data import files
-from madpo_ray.data.sources import KINDS, count_rows, list_files, open_source
+from madpo_ray.data.sources import KINDS, count_rows, files_of_train, list_files, open_source
 from madpo_ray.errors import UserError
 
 
@@ -55,6 +55,29 @@ def test_pattern_stands_for_its_files(tmp_path: Path) -> None:
         list_files([str(tmp_path / "*.csv")])
     (odd,) = names_in(tmp_path, "[1].jsonl")
     assert list_files([odd]) == [odd]
+
+
+def builder_of(folder: Path) -> DatasetBuilder:
+    found: DatasetBuilder = load_dataset_builder(str(folder), cache_dir=folder.parent / "cache")
+    return found
+
+
+def test_data_set_of_the_hub_is_its_split_train(tmp_path: Path) -> None:
+    """As its card says, or the names of its files; a folder here is read as one there."""
+    a, b, _ = names_in(
+        tmp_path / "named",
+        "data/train-00000-of-00002.jsonl",
+        "data/train-00001-of-00002.jsonl",
+        "data/test-00000-of-00001.jsonl",
+    )
+    assert files_of_train(builder_of(tmp_path / "named"), "hf://datasets/x/y") == [a, b]
+
+    names_in(tmp_path / "carded", "first.jsonl")
+    files = [{"split": "train_prefs", "path": "f*"}]
+    card = {"configs": [{"config_name": "default", "data_files": files}]}
+    (tmp_path / "carded" / "README.md").write_text(f"---\n{json.dumps(card)}\n---\n")
+    with pytest.raises(UserError, match=r"no split train \(its splits: train_prefs\): .*first\.js"):
+        files_of_train(builder_of(tmp_path / "carded"), "hf://datasets/x/y")
 
 
 def test_folder_of_datasets_is_read_in_its_order(tmp_path: Path) -> None:
