@@ -25,6 +25,7 @@ LENGTHS = {
 
 REWARDS = ("chosen_reward", "rejected_reward")
 MARGIN = "margin"
+RAW_MARGIN = "raw_margin"  # before calibration, in the units of the rewards' source
 MARGIN_STD = "margin_std"  # of the margins of several reward models, before calibration
 REF_LOGPS = ("ref_chosen_logps", "ref_rejected_logps")
 POLICY_LOGPS = ("policy_chosen_logps", "policy_rejected_logps")
@@ -54,6 +55,7 @@ RESERVED = frozenset(
         *LENGTHS.values(),
         *REWARDS,
         MARGIN,
+        RAW_MARGIN,
         MARGIN_STD,
         *REF_LOGPS,
         *POLICY_LOGPS,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from madpo_ray.config import ActorPool
-from madpo_ray.errors import ExitCode, Stopped
+from madpo_ray.errors import ExitCode, Stopped, UserError
 from madpo_ray.waiting import waiting
 
 if TYPE_CHECKING:
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 # Attempts of one batch. Ray Data starts an actor again, and gives it the same batch, without end.
 MAX_ATTEMPTS = 4
+# A column: why an actor's models cannot be used. Of an exception Ray Data would pass on the text
+# only, as a traceback.
+REFUSAL = "refusal"
 
 
 def pool_options(actors: ActorPool) -> dict[str, Any]:
@@ -51,6 +54,14 @@ def received(dataset: "ray.data.Dataset", what: str) -> "Iterator[pa.Table]":
         for table in dataset.iter_batches(batch_format="pyarrow", batch_size=None):
             count += 1
             yield table
+
+
+def require_no_refusal(table: "pa.Table") -> None:
+    """Raises UserError if an actor put a refusal into the table."""
+    import pyarrow.compute as pc
+
+    if REFUSAL in table.column_names:
+        raise UserError(pc.drop_null(table[REFUSAL])[0].as_py())
 
 
 class BatchNotes:

@@ -82,6 +82,12 @@ def split_batches(rows: Path, split: str, names: Sequence[str]) -> Iterator[pa.T
                 yield table.filter(pc.equal(table[columns.SPLIT], split))
 
 
+def first_row(rows: Path, names: Sequence[str]) -> dict[str, Any]:
+    """Columns of the first row. Raises IndexError if there is none."""
+    found: dict[str, Any] = _dataset(rows).head(1, columns=list(names)).to_pylist()[0]
+    return found
+
+
 def count_rows(rows: Path) -> int:
     """Rows of all files, from their footers."""
     return int(_dataset(rows).count_rows())

@@ -60,8 +60,9 @@ class ScoredChunks:
         return _first_of_each(pa.concat_tables(candidates), ids)
 
     def has_scores(self) -> bool:
-        """Whether any pair has scores."""
-        return bool(self._all_known()[REASON].null_count)
+        """Whether any pair has scores by now, whoever gave them."""
+        tables = (self._read(path) for path in self._files())
+        return any(table is not None and table[REASON].null_count for table in tables)
 
     def write(self, scored: pa.Table) -> None:
         """Keeps the scores of a chunk."""

@@ -3,6 +3,7 @@
 Legend: N pairs of a split.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,9 @@ from madpo_ray.scoring.scaling import Margins
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 MARGIN_BINS = 10
 HISTOGRAM_BINS = 60
+# What a mean weight may differ from 1, and an error of calibration be, without an alarm.
+ALLOWED_WEIGHT = 0.02
+ALLOWED_ERROR = 0.05
 
 
 def describe_margins(margins: Margins) -> dict[str, Any]:
@@ -49,6 +53,55 @@ def describe_weights(weights: Margins) -> dict[str, float]:
         "max": float(weights.max()),
         "effective_sample_size": float(weights.sum() ** 2 / (weights**2).sum()),
     }
+
+
+def find_alarms(
+    margins: Margins, weights: Margins, *, tau: float, calibration: Mapping[str, Any]
+) -> list[str]:
+    """Why margins that were not fitted to (N,) are not calibrated, as sentences; none if they are.
+
+    The mean of calibrated margins' weights is 1 below tau (see `describe_weights`), whatever the
+    reward model. Rings if it is more than three standard errors and ALLOWED_WEIGHT away; and if the
+    calibration error is above ALLOWED_ERROR and, by three standard deviations, above what chance
+    makes of calibrated margins of so many pairs.
+
+    Args:
+        weights: of these pairs, (N,).
+        calibration: what `calibration_report` gave.
+    """
+    alarms = []
+    inside = weights[np.abs(margins) < tau]
+    if len(inside) > 1:
+        mean, error = inside.mean(), inside.std(ddof=1) / np.sqrt(len(inside))
+        if abs(mean - 1) > max(3 * error, ALLOWED_WEIGHT):
+            size = "large" if mean < 1 else "small"
+            alarms.append(
+                f"ALARM: the mean weight of held-out pairs below tau is {mean:.3f} (standard error "
+                f"{error:.3f}), not 1: their margins are too {size}"
+            )
+    when = "after" if "ece_after" in calibration else "before"
+    error = calibration[f"ece_{when}"]
+    chance, deviation = _error_by_chance(calibration[f"reliability_{when}"])
+    if error > max(chance + 3 * deviation, ALLOWED_ERROR):
+        alarms.append(
+            f"ALARM: the calibration error (ECE) is {error:.3f}, where chance makes {chance:.3f}: "
+            "see pictures/reliability.png and margins.calibration"
+        )
+    return alarms
+
+
+def _error_by_chance(bins: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    """Mean and standard deviation of the ECE of calibrated margins in such bins.
+
+    The share of right signs in a bin is then normal about its confidence, and the ECE a sum of
+    absolute deviations (half-normal).
+    """
+    pairs = np.array([one["pairs"] for one in bins], dtype=np.float64)
+    confidence = np.array([one["confidence"] for one in bins])
+    spread = np.sqrt(confidence * (1 - confidence) / pairs) * pairs / pairs.sum()
+    return float(np.sqrt(2 / np.pi) * spread.sum()), float(
+        np.sqrt((1 - 2 / np.pi) * (spread**2).sum())
+    )
 
 
 def accuracy_by_margin(

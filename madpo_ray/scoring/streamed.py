@@ -161,8 +161,8 @@ def with_source(scores: pa.Table, own: pa.Table, names: Sequence[str]) -> pa.Tab
 
 
 def with_margins(scores: pa.Table, scaling: Scaling) -> pa.Table:
-    """Calibrated margins, and rewards divided by the temperature, if the scaling has one."""
-    margins = margins_of(scores)
+    """Margins raw and calibrated, and rewards divided by the temperature, if there is one."""
+    margins = raw = margins_of(scores)
     is_given = columns.MARGIN in scores.column_names
     if is_given:
         scores = scores.drop_columns([columns.MARGIN])
@@ -174,7 +174,7 @@ def with_margins(scores: pa.Table, scaling: Scaling) -> pa.Table:
         margins = pa.array(scaling(margins.to_numpy()))
     else:
         margins = margins_of(scores)  # the difference of these rewards, to the last bit
-    return scores.append_column(columns.MARGIN, margins)
+    return scores.append_column(columns.RAW_MARGIN, raw).append_column(columns.MARGIN, margins)
 
 
 def margins_of(scores: pa.Table) -> pa.ChunkedArray:

@@ -4,7 +4,6 @@ What no earlier run of it, and no training that streamed its margins, has scored
 pass over the pairs, or in one for each scorer (`scoring.one_model_at_a_time`).
 """
 
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,20 +13,26 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from madpo_ray import columns
-from madpo_ray.artifacts.tables import column_names, read_columns, read_split, write_with_columns
+from madpo_ray.artifacts.tables import (
+    column_names,
+    first_row,
+    read_columns,
+    read_split,
+    write_with_columns,
+)
 from madpo_ray.atomic import write_json
 from madpo_ray.config import Config
+from madpo_ray.data.messages import from_text
 from madpo_ray.data.splits import folds_of
-from madpo_ray.scoring.reasons import MAX_REASONS, check_reasons
+from madpo_ray.models.source import base_model
+from madpo_ray.scoring.reasons import check_reasons
 from madpo_ray.stages import pairs, reward, reward_source, scores
-from madpo_ray.stages.margins_report import write_report
+from madpo_ray.stages.margins_report import count_pairs, describe, write_report
 from madpo_ray.stages.sft import initial_policy_content, stages_before_policy
-from madpo_ray.stages.stage import Build, Description, Stage
+from madpo_ray.stages.stage import Build, Stage
 
 # Torch, Ray Data and scipy are imported inside functions: they take seconds, and neither
 # `--help` nor a wrong config should wait.
-
-SEEN_AND_NOT = (columns.TRAIN, columns.VALIDATION)
 
 
 def _settings(config: Config) -> dict[str, Any]:
@@ -49,8 +54,12 @@ def _names(config: Config) -> dict[str, Any]:
 
 
 def _check(config: Config) -> None:
-    if reward.uses_rewards(config):
-        reward_source.check(config)
+    if not reward.uses_rewards(config):
+        return
+    reward_source.check(config)
+    if pairs.STAGE.exists(config) and pairs.STAGE.is_finished(config):
+        first = first_row(pairs.STAGE.rows(config), [columns.PROMPT])
+        reward_source.check_reads(config, from_text(first[columns.PROMPT]))
 
 
 def _upstream(config: Config) -> tuple[Stage, ...]:
@@ -95,13 +104,15 @@ def make(build: Build) -> dict[str, Any]:
         rows_per_file=config.margins.rows_per_file,
         metadata=_origin(build, calibration),
     )
+    splits = _summary(build.rows)
     results: dict[str, Any] = {
-        "splits": _summary(build.rows),
+        "splits": splits,
+        "counts": count_pairs(config, rejects, splits),
         "calibration": calibration,
         "rejects": rejects,
     }
     if calibration is not None:
-        results |= write_report(build, calibration, rejects)
+        results |= write_report(build, calibration, results["counts"])
         results["weights_at"] = config.train.weighting
         results["is_in_sample"] = reward.is_trained(config) and config.reward.folds == 1
     if columns.MARGIN_STD in numbers.column_names:
@@ -129,93 +140,20 @@ def _scored(rows: Path, config: Config) -> tuple[pa.Table, pa.ChunkedArray]:
 
 def _origin(build: Build, calibration: Mapping[str, Any] | None) -> dict[str, Any]:
     """What the rows were made from, for whoever finds one of their files alone."""
+    from madpo_ray.models.loading import load_tokenizer
+
     config = build.config
     inputs = STAGE.inputs(config)
+    tokenizer = load_tokenizer(base_model(config.model, config.run), config.model)
     return {
         "fingerprint": build.fingerprint,
         "made_from": {**inputs.upstream, **inputs.content},
         "model": config.model.names(),
+        "chat_template": tokenizer.chat_template,
         "max_length": config.data.max_length,
         "over_length": config.data.over_length,
         "calibration": calibration,
     }
-
-
-def describe(results: Mapping[str, Any]) -> Description:
-    """Calibration, one line per split, mean weights, and pairs that could not be scored."""
-    rejects = Counter(results["rejects"])
-    failed = []
-    if rejects:
-        failed.append(f"{rejects.total()} pairs could not be scored, listed in rejects.parquet:")
-        failed += [f"  {count} x {kind}" for kind, count in rejects.most_common(MAX_REASONS)]
-    return [
-        *_describe_splits(results),
-        *_describe_optimism(results),
-        *_describe_ensemble(results),
-        *_describe_weights(results),
-        *failed,
-    ]
-
-
-def _describe_optimism(results: Mapping[str, Any]) -> list[str]:
-    """What a reward model that has seen the training pairs makes of them."""
-    if not results.get("is_in_sample"):
-        return []
-    fractions = [results["splits"][split]["negative_fraction"] for split in SEEN_AND_NOT]
-    if None in fractions:
-        return []
-    seen, unseen = (1 - fraction for fraction in fractions)
-    return [
-        f"positive margins: {seen:.1%} of the training pairs, which the reward model has seen, and "
-        f"{unseen:.1%} of the validation pairs (reward.folds above 1 scores only unseen pairs)"
-    ]
-
-
-def _describe_ensemble(results: Mapping[str, Any]) -> list[str]:
-    """How much several reward models differ."""
-    spread = results.get("median_margin_std")
-    if spread is None:
-        return []
-    return [
-        f"the reward models' margins of a pair differ by a standard deviation of {spread:.3f} "
-        f"(median, before calibration; column {columns.MARGIN_STD})"
-    ]
-
-
-def _describe_weights(results: Mapping[str, Any]) -> list[str]:
-    """The mean weight, which shows margins that are not calibrated."""
-    means = results.get("mean_weight")
-    if not means:
-        return []
-    shown = ", ".join(f"{mean:.3f} {split}" for split, mean in means.items())
-    settings = ", ".join(f"{name} {value:g}" for name, value in results["weights_at"].items())
-    lines = [f"mean weight {shown} at {settings}; 1 for calibrated margins below tau"]
-    by_label = results["weights_by_label"]
-    if by_label:
-        shown = ", ".join(
-            f"{one['mean_weight']:.3f} over {one['pairs']} pairs whose label is {label}"
-            for label, one in by_label.items()
-        )
-        lines.append(f"mean weight by the true scores: {shown}")
-    return lines
-
-
-def _describe_splits(results: Mapping[str, Any]) -> list[str]:
-    calibration = results["calibration"]
-    if calibration is None:
-        counts = ", ".join(
-            f"{numbers['pairs']} {split}" for split, numbers in results["splits"].items()
-        )
-        return [f"{counts} pairs with reference log-probs; no reward model, so no margins"]
-
-    lines = [_describe_calibration(calibration)]
-    for split, numbers in results["splits"].items():
-        if numbers["pairs"]:
-            lines.append(
-                f"{split}: {numbers['pairs']} pairs, mean margin {numbers['margin']:.3f}, "
-                f"{numbers['negative_fraction']:.1%} negative"
-            )
-    return lines
 
 
 STAGE = Stage(
@@ -259,32 +197,3 @@ def _summary(rows: Path) -> dict[str, Any]:
             numbers["negative_fraction"] = pc.mean(is_negative).as_py()
         summary[split] = numbers
     return summary
-
-
-def _describe_calibration(report: Mapping[str, Any]) -> str:
-    low, high = report["accuracy_interval"]
-    accuracy = (
-        f"validation accuracy of the reward model {report['accuracy']:.3f} "
-        f"(95 % {low:.3f} to {high:.3f})"
-    )
-    if "reason" in report:
-        return f"{accuracy}; not calibrated: {report['reason']}"
-    if report["method"] == "none":
-        return (
-            f"{accuracy}, ECE {report['ece_before']:.3f}, Brier {report['brier_before']:.3f}; not "
-            "calibrated, as margins.calibration asks"
-        )
-    if report["method"] == "isotonic":
-        scaling = f"isotonic regression with {len(report['knots'])} knots"
-    else:
-        scaling = f"temperature {report['temperature']:.2f}"
-    if "ece_after" not in report:
-        return (
-            f"{accuracy}, {scaling}, ECE {report['ece_before']:.3f}, Brier "
-            f"{report['brier_before']:.3f}; the pairs are too few to measure the errors after it"
-        )
-    return (
-        f"{accuracy}, {scaling}, "
-        f"ECE {report['ece_before']:.3f} -> {report['ece_after']:.3f}, "
-        f"Brier {report['brier_before']:.3f} -> {report['brier_after']:.3f}"
-    )

@@ -12,6 +12,7 @@ from madpo_ray.stages.judge_source import JudgeSource
 from madpo_ray.stages.reward import uses_rewards
 
 if TYPE_CHECKING:
+    from madpo_ray.data.messages import Content
     from madpo_ray.scoring.scorers import Scorer
 
 # What imports torch is imported inside functions.
@@ -40,6 +41,13 @@ def check(config: Config) -> None:
     for source in (config.reward.source, *config.reward.ensemble):
         if kind_of(source) in JUDGES:
             _judge(source, config).check()
+
+
+def check_reads(config: Config, prompt: "Content") -> None:
+    """Raises UserError if a classifier cannot read such prompts."""
+    for source in (config.reward.source, *config.reward.ensemble):
+        if kind_of(source) in JUDGES:
+            _judge(source, config).check_reads(prompt)
 
 
 def content(config: Config) -> dict[str, Any]:
@@ -75,11 +83,11 @@ def scorer(config: Config) -> "Scorer":
 def _member(source: str, config: Config) -> "Scorer":
     from madpo_ray.scoring.scorers import CrossFittedReward, TrainedReward
 
-    limits = config.scoring.forward_limits
+    options = config.scoring.model_options
     if kind_of(source) in JUDGES:
-        return _judge(source, config).scorer(**limits)
+        return _judge(source, config).scorer(**options)
     trained = [
-        TrainedReward(folder, config.model, columns=columns.REWARDS, **limits)
+        TrainedReward(folder, config.model, columns=columns.REWARDS, **options)
         for folder in reward.models(config)
     ]
     return trained[0] if len(trained) == 1 else CrossFittedReward(trained)

@@ -11,8 +11,8 @@ import ray.data
 
 from madpo_ray.data.micro_batches import MicroBatchReader, pairs_of, with_columns
 from madpo_ray.data.order import Order, OrderSpec
-from madpo_ray.passes import BatchNotes, pool_options
-from madpo_ray.scoring.actors import REFUSAL, ScoringActor
+from madpo_ray.passes import REFUSAL, BatchNotes, pool_options
+from madpo_ray.scoring.actors import ScoringActor
 from madpo_ray.scoring.streamed import StreamedScores
 
 # Ray needs milliseconds for each block, however small it is, and every block is in memory.

@@ -19,9 +19,8 @@ from madpo_ray.disk import explain_disk_error, find_disk_error
 from madpo_ray.errors import ExitCode, Stopped, StoppedFromOutside, UserError
 from madpo_ray.models.loading import check_weights
 from madpo_ray.models.trainable import check_trainable
-from madpo_ray.passes import BatchNotes, ordered_execution
+from madpo_ray.passes import REFUSAL, BatchNotes, ordered_execution
 from madpo_ray.restarts import Restarts
-from madpo_ray.scoring.actors import REFUSAL
 from madpo_ray.signals import on_sigterm
 from madpo_ray.training.bar import training_bar
 from madpo_ray.training.checkpoints import (

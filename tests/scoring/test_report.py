@@ -6,10 +6,16 @@ import torch
 from scipy.special import expit
 
 from madpo_ray.losses import madpo_weight
+from madpo_ray.scoring.calibration import (
+    calibration_report,
+    expected_calibration_error,
+    reliability,
+)
 from madpo_ray.scoring.report import (
     accuracy_by_margin,
     describe_margins,
     describe_weights,
+    find_alarms,
     most_negative,
 )
 
@@ -50,6 +56,52 @@ def test_calibrated_margins_have_a_mean_weight_of_one() -> None:
     assert describe_weights(weights(margins))["mean"] == pytest.approx(1, abs=0.01)
     assert describe_weights(weights(margins / 2))["mean"] > 1.05
     assert describe_weights(weights(margins * 4))["mean"] < 0.95
+
+
+def alarms(margins: np.ndarray) -> list[str]:
+    report = calibration_report(margins, "none")
+    return find_alarms(margins, weights(margins), tau=7.0, calibration=report)
+
+
+def test_alarms_ring_for_margins_of_another_scale() -> None:
+    """Both, at four times the scale; none for a perfect reward model, however few the pairs."""
+    margins = calibrated_margins(4000)
+    assert alarms(margins) == []
+    assert alarms(margins[:50]) == []
+    weight, error = alarms(margins * 4)
+    assert weight.startswith("ALARM: the mean weight of held-out pairs below tau is 0.7")
+    assert weight.endswith("not 1: their margins are too large")
+    assert error.startswith("ALARM: the calibration error (ECE) is 0.")
+    assert alarms(margins / 4)[0].endswith("not 1: their margins are too small")
+
+
+def test_alarm_is_about_pairs_below_tau() -> None:
+    """Of the others the weight is below 1 by definition."""
+    margins = np.array([10.0] * 50 + [1.0, -1.0])
+    weight = np.array([0.5] * 50 + [1.0, 1.0])
+    bins = [{"pairs": 50, "confidence": 0.8}, {"pairs": 2, "confidence": 0.6}]
+    report = {"ece_before": 0.05, "reliability_before": bins}
+    assert find_alarms(margins, weight, tau=7.0, calibration=report) == []
+    ringing = {**report, "ece_after": 0.2, "reliability_after": bins}
+    (alarm,) = find_alarms(margins, weight, tau=7.0, calibration=ringing)
+    assert "(ECE) is 0.200, where chance makes 0.0" in alarm
+
+
+def test_error_by_chance_is_that_of_simulated_labels() -> None:
+    """Alarms of calibrated margins are rare, whatever the number of pairs."""
+    rng = np.random.default_rng(1)
+    for count in (20, 100, 1000):
+        rung = 0
+        for _ in range(300):
+            size = rng.exponential(1.5, count)
+            margins = np.where(rng.random(count) < expit(size), size, -size)
+            report = {
+                "ece_before": expected_calibration_error(margins),
+                "reliability_before": reliability(margins),
+            }
+            alarms = find_alarms(margins, np.ones(count), tau=99.0, calibration=report)
+            rung += len(alarms)
+        assert rung <= 6
 
 
 def test_accuracy_grows_with_the_margin_as_calibration_says() -> None:

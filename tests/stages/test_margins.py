@@ -1,5 +1,6 @@
 """Stage margins of a finished run: rewards, margins, reference log-probs, and what is redone."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from madpo_ray import columns, pipeline
 from madpo_ray.artifacts.tables import (
@@ -27,7 +29,9 @@ from madpo_ray.models.logprobs import ResponseLogps
 from madpo_ray.scoring.calibration import calibration_report
 from madpo_ray.scoring.scaling import fit_temperature
 from madpo_ray.scoring.scorers import TrainedReward
-from madpo_ray.stages import margins, pairs, reward, sft
+from madpo_ray.stages import margins, pairs, reward, scores, sft
+from support.models import TEMPLATE
+from support.pairs import make_rows, write_jsonl
 
 pytestmark = [pytest.mark.ray, pytest.mark.deepspeed]
 
@@ -55,17 +59,22 @@ def test_margins_are_differences_in_calibrated_units(finished_run: Run) -> None:
     assert differences.to_pylist() == table["margin"].to_pylist()
 
     # The temperature is that of the validation pairs' raw margins.
-    scores = read_columns(config.run.folder / "scores" / "reward" / "data", ["pair_id", *names[1:]])
+    own = read_columns(config.run.folder / "scores" / "reward" / "data", ["pair_id", *names[1:]])
     splits = read_columns(margins.STAGE.rows(config), ["split"])["split"]
-    held_out = scores.filter(pc.equal(splits, "validation"))
+    held_out = own.filter(pc.equal(splits, "validation"))
     raw = pc.subtract(held_out["chosen_reward"], held_out["rejected_reward"]).to_numpy()
     report = calibration(config)
     assert report["temperature"] == fit_temperature(raw)
     assert report["temperature"] != 1.0
     assert report["validation_pairs"] == held_out.num_rows
     assert report["accuracy"] > 0.6
-    expected = pc.divide(scores["rejected_reward"], report["temperature"])
+    expected = pc.divide(own["rejected_reward"], report["temperature"])
     assert table["rejected_reward"].to_pylist() == expected.to_pylist()
+
+    # The raw ones are there, too.
+    stored = read_columns(margins.STAGE.rows(config), ["raw_margin"])["raw_margin"]
+    raw_margins = pc.subtract(own["chosen_reward"], own["rejected_reward"])
+    assert stored.to_pylist() == raw_margins.to_pylist()
 
 
 def test_reward_model_scores_the_same_in_transformers(finished_run: Run) -> None:
@@ -139,9 +148,26 @@ def test_other_calibration_scores_nothing_again(copied_run: dict[str, Any]) -> N
     assert origin["fingerprint"] == margins.STAGE.inputs(config).fingerprint
     assert origin["made_from"].keys() == {"pairs", "reward", "initial_policy"}
     assert origin["calibration"]["method"] == "none"
-    scores = read_columns(config.run.folder / "scores" / "reward" / "data", ["chosen_reward"])
+    assert origin["max_length"] == 64
+    assert origin["over_length"] == "truncate"
+    assert origin["model"]["model_name_or_path"] == config.model.model_name_or_path
+    assert origin["chat_template"] == TEMPLATE
+    own = read_columns(config.run.folder / "scores" / "reward" / "data", ["chosen_reward"])
     stored = read_columns(margins.STAGE.rows(config), ["chosen_reward"])
-    assert stored.equals(scores)
+    assert stored.equals(own)
+
+
+def test_isotonic_calibration(copied_run: dict[str, Any]) -> None:
+    """Margins are those of the fitted function, and rewards stay in their own units."""
+    copied_run["margins"] = {"calibration": "isotonic"}
+    config = run_margins(copied_run)
+    scaling = scores.scaling(calibration(config), config)
+    assert len(scaling.knots) > 1
+    table = read_columns(margins.STAGE.rows(config), ["margin", "raw_margin", *columns.REWARDS])
+    raw = table["raw_margin"].to_numpy()
+    np.testing.assert_array_equal(table["margin"].to_numpy(), scaling(raw))
+    chosen, rejected = (table[name].to_numpy() for name in columns.REWARDS)
+    np.testing.assert_array_equal(chosen - rejected, raw)
 
 
 @pytest.mark.slow
@@ -206,12 +232,14 @@ def test_description() -> None:
     results = {"splits": splits, "calibration": report, "rejects": {"nan": 2}}
     results |= {"mean_weight": {"train": 0.75, "test": 1.0}, "weights_at": {"c_max": 4.0}}
     results["weights_by_label"] = {"wrong": {"pairs": 3, "mean_weight": 0.5}}
+    results["alarms"] = ["ALARM: it burns"]
     lines = margins.describe(results)
     assert lines[0].endswith("0.750 (95 % 0.300 to 0.900); not calibrated: r")
     assert lines[1:] == [
         "train: 4 pairs, mean margin 0.500, 25.0% negative",
         "mean weight 0.750 train, 1.000 test at c_max 4; 1 for calibrated margins below tau",
         "mean weight by the true scores: 0.500 over 3 pairs whose label is wrong",
+        "ALARM: it burns",
         "2 pairs could not be scored, listed in rejects.parquet:",
         "  2 x nan",
     ]
@@ -257,3 +285,30 @@ def test_cross_fitted_margins(copied_run: dict[str, Any]) -> None:
         scored[:, members] = scorer(rows.take(members))
     stored = np.stack([rows[name].to_numpy() for name in columns.REWARDS])
     np.testing.assert_allclose(scored, stored, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_reward_model_of_a_fold_does_not_see_the_folds_pairs(
+    raw_config: dict[str, Any], tmp_path: Path
+) -> None:
+    """With their labels turned round it is the same to the last bit, and the other one is not."""
+    raw_config["reward"] |= {"folds": 2, "num_train_epochs": 1}
+    weights = []
+    for name, turned in (("labels", None), ("turned", 0)):
+        rows = []
+        for row in make_rows(60):
+            if group_hash(json.dumps(row["prompt"])) % 2 == turned:
+                row |= {"chosen": row["rejected"], "rejected": row["chosen"]}
+            rows.append(row)
+        raw_config["data"]["files"] = [str(write_jsonl(tmp_path / f"{name}.jsonl", rows))]
+        raw_config["run"]["name"] = name
+        config = parse_config(raw_config)
+        for stage in (pairs.STAGE, reward.STAGE):
+            pipeline.run_stage(config, stage, say=lambda what: None)
+        weights.append([load_file(one / "model.safetensors") for one in reward.models(config)])
+
+    is_same = [
+        all(before[key].equal(after[key]) for key in before)
+        for before, after in zip(*weights, strict=True)
+    ]
+    assert is_same == [True, False]

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
@@ -15,6 +16,7 @@ from madpo_ray.config import Config, parse_config
 from madpo_ray.errors import UserError
 from madpo_ray.stages import margins, pairs, reward, scores
 from support.models import make_reward_model, make_tokenizer
+from support.pairs import make_rows, write_jsonl
 
 Run = tuple[Config, list[str]]
 
@@ -162,6 +164,47 @@ def test_data_may_bring_rewards_or_a_margin(names: list[str], copied_run: dict[s
 
 @pytest.mark.ray
 @pytest.mark.deepspeed
+def test_column_called_margin(raw_config: dict[str, Any], tmp_path: Path) -> None:
+    """It is kept under another name: the artifact's own `margin` is calibrated."""
+    rows = [{**row, "margin": 4 * row["chosen_score"] - 1.5} for row in make_rows(60)]
+    raw_config["data"] |= {
+        "files": [str(write_jsonl(tmp_path / "in.jsonl", rows))],
+        "keep_columns": ["margin as given", "chosen_score", "rejected_score"],
+    }
+    del raw_config["sft"]
+    config = with_source(raw_config, "columns", source_columns=["given"])
+    for stage in (pairs.STAGE, margins.STAGE):
+        pipeline.run_stage(config, stage, say=lambda what: None)
+    table = read_columns(margins.STAGE.rows(config), ["margin", "raw_margin", "given"])
+    assert table["raw_margin"] == table["given"]
+    assert set(table["given"].to_pylist()) == {2.5, -1.5}
+    temperature = margins.STAGE.require(config)["calibration"]["temperature"]
+    assert temperature != 1
+    np.testing.assert_allclose(table["margin"], pc.divide(table["given"], temperature))
+
+
+@pytest.mark.ray
+@pytest.mark.deepspeed
+def test_classifier_without_a_template_is_refused_before_training(
+    copied_run: dict[str, Any], tmp_path: Path
+) -> None:
+    """As soon as the prompts are known to be messages."""
+    judge = classifier(tmp_path / "judge")
+    config = with_source(copied_run, str(judge))
+    (judge / "chat_template.jinja").unlink()
+    margins.STAGE.check(config)  # of a run over texts
+    rows = make_rows(60, conversational=True)
+    copied_run["data"]["files"] = [str(write_jsonl(tmp_path / "in.jsonl", rows))]
+    copied_run["run"]["name"] = "messages"
+    config = parse_config(copied_run)
+    margins.STAGE.check(config)
+    pipeline.run_stage(config, pairs.STAGE, say=lambda what: None)
+    with pytest.raises(UserError, match=r"reward\.source: the prompts are messages, and the token"):
+        margins.STAGE.check(config)
+
+
+@pytest.mark.ray
+@pytest.mark.deepspeed
 def test_ensemble_scores_every_pair(copied_run: dict[str, Any], tmp_path: Path) -> None:
     """And another source redoes the margins, and names why."""
     judge = str(classifier(tmp_path / "judge"))
@@ -192,6 +235,9 @@ def test_pair_that_a_function_fails_for_is_rejected(copied_run: dict[str, Any]) 
     rejects = pq.read_table(margins.STAGE.folder(config) / "rejects.parquet").to_pylist()
     (reject,) = rejects
     assert reject["reason"] == "raised ValueError: this judge does not like sevens"
+    counts = margins.STAGE.require(config)["counts"]
+    assert (counts["read"], counts["written"]) == (90, 89)
+    assert counts["rejected"] == {"raised ValueError": 1}
 
     rows = read_columns(margins.STAGE.rows(config), ["pair_id", "margin", "prompt"])
     assert reject["pair_id"] not in rows["pair_id"].to_pylist()
