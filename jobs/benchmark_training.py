@@ -242,7 +242,8 @@ def measure_on_ray(work: Path, shape: str, steps: int, threads: int, workers: in
     from madpo_ray.config import ClusterConfig
     from madpo_ray.training.trainer import train_on_ray
 
-    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="error")
+    quiet: Any = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
+    ray.init("local", num_cpus=8, **quiet)
     name = f"ray{workers}-{os.getpid()}"
     job = our_job(work, shape, steps, threads, workers, name=name)
     train_on_ray(job, ClusterConfig(num_workers=workers, cpus_per_worker=threads))

@@ -17,6 +17,8 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
+from madpo_ray.atomic import write_json
+
 FILE_VARIABLE = "MADPO_GROUND_TRUTH"
 PENALTY = 3.0
 # Rewards are twice the rating: those of two samples then differ by 2 (a standard deviation), about
@@ -56,7 +58,9 @@ def embed(texts: Sequence[str]) -> Values:
 
 
 def fit(texts: Sequence[str], ratings: Sequence[float], file: Path, seed: int) -> dict[str, float]:
-    """Writes the regression on four fifths of the sentences; returns how well it does on the rest.
+    """Writes the regression on four fifths of the sentences, and how well it does on the rest.
+
+    The latter goes next to it, as JSON, and is returned.
 
     Pair accuracy is the share of pairs of sentences whose order by mean rating it gets right.
     """
@@ -70,20 +74,22 @@ def fit(texts: Sequence[str], ratings: Sequence[float], file: Path, seed: int) -
     penalty = PENALTY * np.eye(x.shape[1])
     penalty[-1, -1] = 0
     weights = np.linalg.solve(x.T @ x + penalty, x.T @ y)
-    partial = file.with_suffix(".partial.npy")
-    np.save(partial, weights)
-    partial.rename(file)
-
     predicted, true = features[held_out] @ weights, target[held_out]
     first, second = rng.permutation(len(held_out)), rng.permutation(len(held_out))
     is_pair = true[first] != true[second]
     right = np.sign(predicted[first] - predicted[second]) == np.sign(true[first] - true[second])
-    return {
+    quality = {
         "sentences": len(texts),
         "held_out_correlation": float(np.corrcoef(predicted, true)[0, 1]),
         "held_out_rank_correlation": float(spearmanr(predicted, true).statistic),
         "held_out_pair_accuracy": float(right[is_pair].mean()),
     }
+    # The weights last: they say that all is there.
+    write_json(file.with_suffix(".json"), quality)
+    partial = file.with_suffix(".partial.npy")
+    np.save(partial, weights)
+    partial.rename(file)
+    return quality
 
 
 @functools.cache

@@ -270,7 +270,6 @@ def fit_ground_truth(storage: Path, sentences: list[Sentence]) -> None:
         return
     ratings = [one.mean_rating for one in sentences]
     quality = ground_truth.fit([one.text for one in sentences], ratings, file, seed=0)
-    write_json(storage / "ground-truth.json", quality)
     say(f"ground truth: {quality}")
 
 
@@ -297,6 +296,7 @@ def main() -> None:
             "words": (PROMPT_WORDS, MIN_WORDS, MAX_WORDS, RATED_WORDS),
             "max_new_tokens": MAX_NEW_TOKENS,
             "ground_truth": (ground_truth.SCALE, ground_truth.PENALTY),
+            "weighting": WEIGHTING,
         }
         arguments.storage.mkdir(parents=True, exist_ok=True)
         require_same_arguments(arguments.storage / "arguments.json", arguments, constants)

@@ -80,7 +80,8 @@ def run_seed(arguments: argparse.Namespace, seed: int) -> None:
     sentences = read_sentences(arguments.sdist, MAX_WORDS)
     rows = build_pairs(sentences, {"train": arguments.pairs, **SIZES}, seed)
     folder.mkdir(parents=True, exist_ok=True)
-    require_same_arguments(folder / "arguments.json", arguments, {"sizes": SIZES})
+    constants = {"sizes": SIZES, "reward": REWARD, "weighting": WEIGHTING}
+    require_same_arguments(folder / "arguments.json", arguments, constants)
     if not (folder / "pairs.jsonl").exists():
         write_rows(folder / "pairs.jsonl", rows)
     raw = base_config(arguments, folder, seed)

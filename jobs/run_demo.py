@@ -12,6 +12,7 @@ from madpo_ray import pipeline
 from madpo_ray.cli import exit_codes, say
 from madpo_ray.cluster import connected
 from madpo_ray.config import Config, load_config
+from madpo_ray.errors import UserError
 from madpo_ray.stages import margins, train
 
 
@@ -33,9 +34,11 @@ def main() -> None:
 
 def dpo_config(file: Path, overrides: list[str]) -> Config:
     """The run that MADPO is compared with: the same in everything but the loss."""
-    (other,) = load_config(file, overrides).evaluate.compare_with
+    others = load_config(file, overrides).evaluate.compare_with
+    if len(others) != 1:
+        raise UserError(f"evaluate.compare_with: the demo compares with one run, not {len(others)}")
     changes = ["train.loss_type=sigmoid", "evaluate.compare_with=[]"]
-    return load_config(file, [*overrides, *changes, f"run.name={Path(other).name}"])
+    return load_config(file, [*overrides, *changes, f"run.name={Path(others[0]).name}"])
 
 
 def run_both(madpo: Config, dpo: Config) -> None:

@@ -177,28 +177,27 @@ def check_workers_fit(
     cluster: ClusterConfig, actors: ActorPool | None = None, *, streams: bool = False
 ) -> None:
     """Raises UserError if the nodes, as they are, have no place for the workers or actors."""
-    import ray
-
     if cluster.autoscaling:
         return
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = alive_nodes()
     check_nodes(nodes, cluster, actors if streams else None)
     if actors is not None:
         check_actors(nodes, actors)
 
 
-def count_trainings(cluster: ClusterConfig) -> int | None:
-    """How many trainings the connected nodes have room for at a time; None if nodes may come."""
+def alive_nodes() -> list[Mapping[str, float]]:
+    """The resources of each connected node, by Ray's names."""
     import ray
 
-    if cluster.autoscaling:
-        return None
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def count_trainings(nodes: Sequence[Mapping[str, float]], cluster: ClusterConfig) -> int:
+    """How many trainings, each with all its workers, such nodes have room for at a time."""
     places = sum(_places_on(node, cluster.worker_resources) for node in nodes)
     cpus = sum(node.get("CPU", 0) for node in nodes)
     cpus_each = cluster.num_workers * cluster.cpus_per_worker + DATA_CPUS
-    by_cpus: int = math.floor(cpus / cpus_each)
-    return min(places // cluster.num_workers, by_cpus)
+    return min(places // cluster.num_workers, math.floor(cpus / cpus_each))
 
 
 def check_nodes(

@@ -12,7 +12,13 @@ import pytest
 import yaml
 
 from madpo_ray.artifacts.tables import read_columns, rows_files
-from madpo_ray.cluster import check_actors, check_nodes, check_workers_fit, connected
+from madpo_ray.cluster import (
+    check_actors,
+    check_nodes,
+    check_workers_fit,
+    connected,
+    count_trainings,
+)
 from madpo_ray.config import ActorPool, ClusterConfig
 from madpo_ray.errors import UserError
 from madpo_ray.passes import write_rows
@@ -109,6 +115,16 @@ def test_share_of_a_gpu_is_of_one_gpu() -> None:
     shared = ClusterConfig(num_workers=3, use_gpu=True, gpus_per_worker=0.6)
     with pytest.raises(UserError, match="have places for 2 such workers"):
         check_nodes([node], shared)
+
+
+def test_trials_are_counted_by_gpus() -> None:
+    """The scarcest resource decides; a trial's workers may be on several nodes."""
+    cluster = ClusterConfig(num_workers=2, use_gpu=True)
+    assert count_trainings([{"CPU": 64.0, "GPU": 4.0}], cluster) == 2
+    assert count_trainings([{"CPU": 64.0, "GPU": 3.0}], cluster) == 1
+    assert count_trainings([{"CPU": 32.0, "GPU": 1.0}] * 4, cluster) == 2
+    assert count_trainings([{"CPU": 5.0, "GPU": 8.0}], cluster) == 1
+    assert count_trainings([{"CPU": 64.0}], cluster) == 0
 
 
 def test_actors_leave_a_cpu_to_read_with() -> None:

@@ -64,7 +64,7 @@ def wins_of(ours: Values, theirs: Values) -> Values:
     return wins
 
 
-def length_controlled_win_rate(wins: Values, longer_by: Values) -> float:
+def length_controlled_win_rate(wins: Values, longer_by: Values) -> float | None:
     """The win rate if both responses were equally long.
 
     The intercept of a logistic regression of wins (Q, K) on tanh of the difference in length, in
@@ -72,9 +72,13 @@ def length_controlled_win_rate(wins: Values, longer_by: Values) -> float:
 
     Args:
         longer_by: tokens that our responses have more than theirs, (Q, K).
+
+    Returns None if all are longer, or shorter, by the same: nothing tells what length does then.
     """
     rate = float(wins.mean())
     deviation = longer_by.std()
+    if deviation == 0 and longer_by.any():
+        return None
     if deviation == 0 or rate in (0.0, 1.0):
         return rate
     length = np.tanh(longer_by / deviation)
@@ -90,7 +94,10 @@ def length_controlled_win_rate(wins: Values, longer_by: Values) -> float:
 
 
 def distinct_ngrams(responses: Sequence[Sequence[int]], n: int) -> float:
-    """Share of different n-grams among all n-grams of token ids (Li et al. 2016); 0 without any."""
+    """Share of different n-grams among all n-grams of token ids; 0 without any.
+
+    Li et al. 2016 divide by the number of tokens; of n-grams there are fewer, so that 1 is reached.
+    """
     grams = [tuple(ids[i : i + n]) for ids in responses for i in range(max(0, len(ids) - n + 1))]
     return len(set(grams)) / len(grams) if grams else 0.0
 

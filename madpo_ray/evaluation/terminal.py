@@ -76,12 +76,13 @@ def _comparison_table(comparisons: Sequence[Mapping[str, Any]]) -> list[Table]:
     for heading in ("against", "temperature", "reward difference", "wins", "at equal length"):
         table.add_column(heading)
     for one in comparisons:
+        controlled = one["length_controlled_win_rate"]
         table.add_row(
             printable(one["against"]),
             f"{one['temperature']:g}",
             _with_interval(one["reward_difference"]),
             _with_interval(one["win_rate"]),
-            f"{one['length_controlled_win_rate']:.3f}",
+            "-" if controlled is None else f"{controlled:.3f}",
         )
     return [table]
 

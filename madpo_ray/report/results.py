@@ -87,7 +87,7 @@ def evaluation_section(run: Run, suffix: str) -> Section:
                 "Samples in numbers",
             ),
             Table(
-                ("against", "temperature", "reward difference", "from", "to", "wins"),
+                COMPARED_HEADINGS,
                 [_compared(one) for one in results["comparisons"]],
                 "This policy against others, paired by prompt",
             ),
@@ -111,6 +111,19 @@ SAMPLE_HEADINGS = (
 )
 
 
+COMPARED_HEADINGS = (
+    "against",
+    "temperature",
+    "reward difference",
+    "from",
+    "to",
+    "wins",
+    "from",
+    "to",
+    "at equal length",
+)
+
+
 def _sampled(entry: Mapping[str, Any]) -> tuple[Any, ...]:
     return (
         entry["policy"],
@@ -126,8 +139,13 @@ def _sampled(entry: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _compared(one: Mapping[str, Any]) -> tuple[Any, ...]:
-    difference = _interval(one["reward_difference"])
-    return (one["against"], one["temperature"], *difference, one["win_rate"]["mean"])
+    return (
+        one["against"],
+        one["temperature"],
+        *_interval(one["reward_difference"]),
+        *_interval(one["win_rate"]),
+        or_dash(one["length_controlled_win_rate"]),
+    )
 
 
 def _interval(value: Mapping[str, Any] | None) -> tuple[Any, Any, Any]:

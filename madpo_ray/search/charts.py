@@ -56,10 +56,14 @@ def _objective(title: str) -> alt.Y:
 
 
 def _history(rows: Rows, objective: str) -> alt.TopLevelMixin:
-    """Each trial's last value, and the best so far."""
+    """Each trial's last value, and the best of the complete ones so far."""
     plain = _renamed(rows, objective)
-    best = np.maximum.accumulate([row["objective"] for row in plain]).tolist()
-    line = [{"trial": row["trial"], "objective": one} for row, one in zip(plain, best, strict=True)]
+    complete = [row for row in plain if row["state"] == "complete"]
+    values = np.array([row["objective"] for row in complete], dtype=np.float64)
+    best = np.maximum.accumulate(values).tolist()
+    line = [
+        {"trial": row["trial"], "objective": one} for row, one in zip(complete, best, strict=True)
+    ]
     x = alt.X("trial:Q", title="trial", axis=alt.Axis(tickMinStep=1))
     points = (
         alt.Chart(rows_of(plain))

@@ -26,10 +26,15 @@ def count_trials(config: Config) -> int:
 
 
 def own_point(config: Config) -> Values | None:
-    """The config's own values of what is drawn; None if the search space does not hold them."""
-    drawn = drawn_domains(config.search_space)
+    """The config's own values of what is drawn; None if the search space does not hold them all."""
+    space = config.search_space
+    drawn = drawn_domains(space)
     values = {key: _value_of(config, key) for key in drawn}
-    return values if all(_holds(drawn[key], value) for key, value in values.items()) else None
+    if not all(_holds(drawn[key], value) for key, value in values.items()):
+        return None
+    follow = {key: value for key, value in complete(space, values).items() if key not in drawn}
+    is_own = all(math.isclose(value, _value_of(config, key)) for key, value in follow.items())
+    return values if is_own else None
 
 
 def _value_of(config: Config, key: str) -> Any:

@@ -23,6 +23,7 @@ from madpo_ray.artifacts.lock import NO_LOCKS
 from madpo_ray.atomic import write_json
 from madpo_ray.config import Config, Domain, with_changes
 from madpo_ray.data.order import Order
+from madpo_ray.errors import ExitCode, Stopped, StoppedFromOutside
 from madpo_ray.search.outcomes import ACCURACY, EVALUATION, TOTAL_STEPS
 from madpo_ray.search.space import complete, settings_of
 from madpo_ray.training.checkpoints import checkpoint_folders, newest_checkpoint
@@ -95,16 +96,20 @@ class Trial:
     def _measured_file(self) -> Path:
         return self.job.checkpoints / "measured.json"
 
-    def record_end(self, evaluation: int, seconds: float | None) -> None:
+    def record_end(
+        self, evaluation: int, seconds: float | None, failure: str | None = None
+    ) -> None:
         """Writes that the trial has ended for good, unless that is written already.
 
         Args:
             evaluation: the last that was reported; a stopped training may have gone further.
             seconds: of its last training; None if that is not known.
+            failure: why it could not be trained to its end.
         """
         self.job.checkpoints.mkdir(parents=True, exist_ok=True)
         if not self.has_ended:
-            write_json(self._ended_file, {EVALUATION: evaluation, "seconds": seconds})
+            record = {EVALUATION: evaluation, "seconds": seconds, "failure": failure}
+            write_json(self._ended_file, record)
 
     def discard_checkpoints(self) -> None:
         """Deletes what only resuming would need."""
@@ -155,19 +160,31 @@ class Trial:
         return {**numbers, EVALUATION: evaluation, TOTAL_STEPS: self.total_steps}
 
     def run(self) -> None:
-        """Trains from where an earlier run ended; reports every evaluation to Ray Tune."""
+        """Trains from where an earlier run ended; reports every evaluation to Ray Tune.
+
+        Raises:
+            Stopped: it cannot be trained; then, or in an earlier start of the search.
+        """
         began = time.monotonic()
         reported = self.reports()
         for report in reported:
             ray.tune.report(report)
         if self.has_ended:
+            if failure := self._ended_record().get("failure"):
+                raise Stopped(failure, ExitCode.FAILED)
             return
         if self.measure is not None and reported:  # it was killed just before its end
             self.record_end(reported[-1][EVALUATION], None)
             return
 
         callbacks = [_EvaluationCallback(self)] if self.measure is None else []
-        train_on_ray(self.job, self.config.cluster, callbacks=callbacks)
+        try:
+            train_on_ray(self.job, self.config.cluster, callbacks=callbacks)
+        except Stopped as stopped:
+            if stopped.exit_code == ExitCode.FAILED and not isinstance(stopped, StoppedFromOutside):
+                last_evaluation = (self.reports() or [{EVALUATION: 0}])[-1][EVALUATION]
+                self.record_end(last_evaluation, time.monotonic() - began, stopped.message)
+            raise
         if self.measure is not None:
             write_json(self._measured_file, self.measure(self.config, self.job))
 

@@ -185,9 +185,11 @@ def _measure(config: Config, job: "TrainingJob") -> dict[str, float]:
 
 def _concurrency(config: Config) -> int:
     """Trials at a time. Raises UserError if they can never be placed together."""
-    from madpo_ray.cluster import count_trainings
+    from madpo_ray.cluster import alive_nodes, count_trainings
 
-    fitting = count_trainings(config.cluster)
+    fitting = None  # nodes may come
+    if not config.cluster.autoscaling:
+        fitting = count_trainings(alive_nodes(), config.cluster)
     wanted = config.tune.max_concurrent_trials
     if wanted is not None and fitting is not None and wanted > fitting:
         raise UserError(

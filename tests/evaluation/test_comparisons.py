@@ -66,6 +66,12 @@ def test_without_lengths_nothing_is_controlled() -> None:
     assert length_controlled_win_rate(np.ones((4, 1)), np.arange(4.0)[:, None]) == 1.0
 
 
+def test_constant_difference_in_length_cannot_be_controlled() -> None:
+    """Nothing tells what wins would be at equal length."""
+    wins = np.array([[1.0], [0.0], [1.0], [0.5]])
+    assert length_controlled_win_rate(wins, np.full((4, 1), 3.0)) is None
+
+
 def test_lengths_may_separate_wins_from_losses() -> None:
     wins = np.array([[1.0], [1.0], [0.0], [0.0]])
     longer_by = np.array([[3.0], [2.0], [-2.0], [-3.0]])

@@ -44,11 +44,15 @@ def test_reciprocal_follows(raw_config: dict[str, Any]) -> None:
 
 
 def test_own_point_is_in_the_space_or_none(raw_config: dict[str, Any]) -> None:
+    raw_config["train"] |= {"c_max": 4.0, "c_min": 0.25}
     config = config_with(raw_config, SPACE)
     own = own_point(config)
     assert own is not None
     assert own["train.c_max"] == config.train.c_max
-    raw_config["train"] = {**raw_config.get("train", {}), "beta": 2.0}
+    assert complete(config.search_space, own)["train.c_min"] == config.train.c_min
+    raw_config["train"]["c_min"] = 0.5  # c_max gives 0.25: it would not be the config's
+    assert own_point(config_with(raw_config, SPACE)) is None
+    raw_config["train"] |= {"c_min": 0.25, "beta": 2.0}
     assert own_point(config_with(raw_config, SPACE)) is None
 
 
