@@ -44,7 +44,10 @@ class ScoringConfig(Section):
         None, gt=0, description="logical CPUs per actor; its threads. null: cluster.cpus_per_worker"
     )
     gpus_per_actor: float | None = operational(
-        None, gt=0, le=1, description="share of a GPU per actor; null: 1 if cluster.use_gpu is set"
+        None,
+        gt=0,
+        description="GPUs per actor: a share of one, or several over which the layers of its "
+        "models are spread; null: 1 if cluster.use_gpu is set",
     )
 
     one_model_at_a_time: bool = operational(
@@ -54,17 +57,25 @@ class ScoringConfig(Section):
     )
 
     @property
-    def forward_limits(self) -> dict[str, Any]:
-        """What bounds a forward, as arguments of scorers with a model."""
+    def over_gpus(self) -> bool:
+        """Whether the layers of a model are on several GPUs of an actor."""
+        return (self.gpus_per_actor or 1) > 1
+
+    @property
+    def model_options(self) -> dict[str, Any]:
+        """What bounds a forward, and where its model is, as arguments of scorers with a model."""
         return {
             "batch_size": self.per_device_batch_size,
             "max_tokens": self.max_tokens_per_device,
+            "over_gpus": self.over_gpus,
         }
 
     @model_validator(mode="after")
     def _check_actors(self) -> "ScoringConfig":
         if (self.min_actors or 1) > (self.max_actors or self.min_actors or 1):
             raise ValueError("min_actors is more than max_actors")
+        if self.over_gpus and self.gpus_per_actor != int(self.gpus_per_actor or 1):
+            raise ValueError("gpus_per_actor is a share of one GPU, or a whole number of them")
         return self
 
 

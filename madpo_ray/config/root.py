@@ -42,13 +42,14 @@ class Config(Section):
         """The actors of a pass with models."""
         scoring = self.scoring
         cluster = self.cluster
-        default_size = cluster.num_workers
-        if scoring.max_actors is not None:
-            default_size = min(default_size, scoring.max_actors)
-        min_size = scoring.min_actors or default_size
         num_gpus = 0.0
         if cluster.use_gpu:
             num_gpus = scoring.gpus_per_actor or 1.0
+        # As many as the workers, or as their GPUs suffice for.
+        default_size = max(1, int(cluster.num_workers / max(1.0, num_gpus)))
+        if scoring.max_actors is not None:
+            default_size = min(default_size, scoring.max_actors)
+        min_size = scoring.min_actors or default_size
         return ActorPool(
             min_size=min_size,
             max_size=scoring.max_actors or min_size,
@@ -160,7 +161,7 @@ class Config(Section):
             wanted.append(("train", self.train.weight_column))
         wanted += [("reward", column) for column in self.reward.source_columns]
         for section, column in wanted:
-            if column not in self.data.keep_columns:
+            if column not in self.data.kept_columns:
                 raise ValueError(
                     f"{section} asks for column {column!r}: add it to data.keep_columns"
                 )

@@ -9,10 +9,9 @@ model cannot read that, each response is a row [prompt | response], padded. Both
 indices into the flattened hidden states, so later code does not depend on which layout was used.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -81,6 +80,11 @@ class PackedRow:
         """Keys of the segment that sees most."""
         return max(segment.num_keys for segment in self.segments)
 
+    def to(self, device: torch.device, *, non_blocking: bool = True) -> "PackedRow":
+        """Also called between layers on different GPUs, as for a tensor (accelerate's hooks)."""
+        moved = _map_tensors(self, lambda one: one.to(device, non_blocking=non_blocking))
+        return cast(PackedRow, moved)
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -109,8 +113,7 @@ class MicroBatch:
         return self.map_tensors(Tensor.pin_memory) if torch.cuda.is_available() else self
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> "MicroBatch":
-        changed: MicroBatch = _map_tensors(self, change)
-        return changed
+        return cast(MicroBatch, _map_tensors(self, change))
 
 
 def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -121,8 +124,7 @@ def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
         case dict():
             return {name: _map_tensors(part, change) for name, part in value.items()}
         case MicroBatch() | PackedRow():
-            parts = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-            return dataclasses.replace(value, **_map_tensors(parts, change))
+            return replace(value, **_map_tensors(dict(vars(value)), change))
     return value
 
 
@@ -179,8 +181,7 @@ def _count_attended(pairs: Sequence[Pair], responses: Sequence[str], num_prompts
     for pair in pairs:
         prompt = len(pair[PROMPT_IDS])
         count += num_prompts * prompt * (prompt + 1) // 2
-        for name in responses:
-            length = len(pair[name])
+        for length in (len(pair[name]) for name in responses):
             count += length * (2 * prompt + length + 1) // 2
     return count
 
@@ -260,7 +261,6 @@ def _separate_rows(pairs: Sequence[Pair], responses: Sequence[str]) -> dict[str,
     input_ids = torch.zeros(len(texts), length, dtype=torch.long)
     attention_mask = torch.zeros(len(texts), length, dtype=torch.long)
 
-    # Fill the rows, and remember where each response is.
     spans = []
     for i, (prompt, response) in enumerate(texts):
         end = len(prompt) + len(response)

@@ -43,12 +43,14 @@ class DivergenceScorer:
         *,
         batch_size: int,
         max_tokens: int | None = None,
+        over_gpus: bool = False,
     ) -> None:
         self._sampled = sampled
         self._policies = policies
         self._reference_files = reference
-        self._model_config = model
+        self._model_config = model.without_kernels() if over_gpus else model
         self._limits = (batch_size, max_tokens)
+        self._over_gpus = over_gpus
         self.reads = (PROMPT_IDS, *(one.ids for one in sampled))
         self.columns = tuple(name for one in sampled for name in (one.kl, one.logratio))
 
@@ -65,8 +67,14 @@ class DivergenceScorer:
             self._packed = self._packed and is_packed
 
     def _load(self, files: PolicyFiles) -> tuple[ResponseLogps, bool]:
-        policy = load_policy(files.folder, self._model_config, base=files.base)
-        module = ResponseLogps(policy).to(self._device)
+        policy = load_policy(
+            files.folder,
+            self._model_config,
+            base=files.base,
+            device=self._device,
+            over_gpus=self._over_gpus,
+        )
+        module = ResponseLogps(policy)
         return module, find_reading(module, self._device, self._model_config).packed
 
     @torch.no_grad()

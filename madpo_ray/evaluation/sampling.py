@@ -10,10 +10,11 @@ import torch
 
 from madpo_ray.columns import PROMPT_IDS
 from madpo_ray.config import ActorPool, ModelConfig
+from madpo_ray.errors import UserError
 from madpo_ray.evaluation.sample_sets import PolicyFiles, SampleSet
-from madpo_ray.models.devices import use_device
+from madpo_ray.models.devices import refusing_large_models, use_device
 from madpo_ray.models.loading import load_policy, load_tokenizer
-from madpo_ray.passes import BatchNotes, pool_options, received
+from madpo_ray.passes import REFUSAL, BatchNotes, pool_options, received, require_no_refusal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,8 +38,11 @@ class Sampler:
         max_new_tokens: int,
         seed: int,
         num_threads: int,
+        over_gpus: bool = False,
     ) -> None:
         from transformers import GenerationConfig
+
+        model = model.without_kernels() if over_gpus else model
 
         torch.set_num_threads(num_threads)
         self._device = use_device()
@@ -50,7 +54,10 @@ class Sampler:
         self._models: dict[str, Any] = {}
         self._ends: set[int] = set()
         for name, (folder, base) in policies.items():
-            loaded: Any = load_policy(folder, model, base=base).to(self._device).eval()
+            loaded: Any = load_policy(
+                folder, model, base=base, device=self._device, over_gpus=over_gpus
+            )
+            loaded.eval()
             self._ends |= end_tokens(self._tokenizer, loaded)
             loaded.generation_config = GenerationConfig()  # its own may hold penalties and filters
             self._models[name] = loaded
@@ -147,14 +154,21 @@ def _end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> int | None:
     return next((int(token) for token in ids if token in special), None)
 
 
-class _SamplingActor:
+class SamplingActor:
     """A Ray Data actor around a Sampler."""
 
     def __init__(self, notes: BatchNotes, **sampler: Any) -> None:
         self._notes = notes
-        self._sampler = Sampler(**sampler)
+        self._refusal = ""
+        try:
+            with refusing_large_models():
+                self._sampler = Sampler(**sampler)
+        except UserError as error:
+            self._refusal = str(error)
 
     def __call__(self, table: pa.Table) -> pa.Table:
+        if self._refusal:
+            return pa.table({INDEX: table[INDEX], REFUSAL: [self._refusal] * table.num_rows})
         first, last = table[INDEX][0], table[INDEX][-1]
         with self._notes.working_on(f"the prompts {first} to {last}"):
             return self._sampler(table)
@@ -175,6 +189,7 @@ def sample_responses(
         sampler: `Sampler`'s arguments, without num_threads.
 
     Raises:
+        UserError: a policy cannot be loaded.
         Stopped: a batch killed its actor again and again.
     """
     indexed = prompts.append_column(INDEX, pa.array(range(prompts.num_rows)))
@@ -183,7 +198,7 @@ def sample_responses(
         ray.data.from_arrow(indexed)
         .repartition(target_num_rows_per_block=batch_size)
         .map_batches(
-            _SamplingActor,
+            SamplingActor,
             fn_constructor_kwargs=options,
             batch_size=batch_size,
             batch_format="pyarrow",
@@ -191,4 +206,6 @@ def sample_responses(
         )
     )
     with notes.reporting_deaths():
-        return pa.concat_tables(received(sampled, "samples")).sort_by(INDEX)
+        table = pa.concat_tables(received(sampled, "samples"), promote_options="default")
+    require_no_refusal(table)
+    return table.sort_by(INDEX)

@@ -106,6 +106,8 @@ def peak_flops(
         torch.mm(a, b)
         _synchronise(device)
         best = min(best, time.perf_counter() - began)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # the peak is to be that of the training
     return 2 * size**3 / best
 
 

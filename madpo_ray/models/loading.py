@@ -1,7 +1,6 @@
 """Load a model as policy or reward model."""
 
 import contextlib
-import os
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,9 +11,10 @@ from torch import nn
 
 from madpo_ray.config import ModelConfig
 from madpo_ray.errors import UserError
+from madpo_ray.models.devices import OVER_GPUS, placement, require_on_gpus
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
 # peft and transformers' model classes take seconds to import: they are imported inside functions.
 
@@ -60,32 +60,25 @@ def load_policy(
     *,
     base: Path | None = None,
     device: torch.device | None = None,
+    over_gpus: bool = False,
 ) -> nn.Module:
     """A causal language model in the config's dtype.
 
     Args:
         device: where its weights go; None: the CPU.
+        over_gpus: spread its layers over all GPUs of this process.
         base: folder of the model that the adapter in `folder`, if it holds one, was trained on. The
             base that an adapter names is never loaded: it may be gone, or another one by now.
     """
     if (folder / "adapter_config.json").exists():
         assert base is not None, f"{folder} is an adapter, and its base was not given"
-        return _with_adapter(load_policy(base, model, device=device), folder)
+        whole = load_policy(base, model, device=device, over_gpus=over_gpus)
+        return _with_adapter(whole, folder)
 
-    options: dict[str, Any] = {"dtype": DTYPES[model.dtype], **_placement(device)}
+    options: dict[str, Any] = {"dtype": DTYPES[model.dtype], **placement(device, over_gpus)}
     if model.load_in_4bit:
-        options |= _four_bits(model)
+        options["quantization_config"] = _four_bits(model)
     return _load("CAUSAL_LM", folder, model, **options)
-
-
-def _placement(device: torch.device | None) -> dict[str, Any]:
-    """Weights go from the file to a GPU one by one: no rank converts all of them on the host."""
-    from transformers.integrations import is_deepspeed_zero3_enabled
-
-    # Under ZeRO-3 DeepSpeed decides.
-    if device is None or device.type == "cpu" or is_deepspeed_zero3_enabled():
-        return {}
-    return {"device_map": {"": device}}
 
 
 def _with_adapter(base: nn.Module, folder: Path) -> nn.Module:
@@ -107,22 +100,44 @@ def load_policy_float32(folder: Path, model: ModelConfig) -> nn.Module:
     return load_policy(folder, model.model_copy(update={"dtype": "float32"}))
 
 
-def load_reward_model(folder: Path, model: ModelConfig) -> nn.Module:
-    """A trained sequence classifier with one label, in the config's dtype.
+def load_reward_model(
+    folder: Path,
+    model: ModelConfig,
+    *,
+    device: torch.device | None = None,
+    over_gpus: bool = False,
+) -> nn.Module:
+    """A trained sequence classifier with one label, in the config's dtype, placed like a policy.
 
-    Merged LoRA is stored in float32; in bfloat16 its rewards are as exact as the reference's
-    log-probs.
+    Its head is in float32: in bfloat16 rewards between 4 and 8 would be multiples of 1/32.
 
     Raises:
         UserError: weights are missing, among them the head.
     """
-    return _load("SEQ_CLS", folder, model, dtype=DTYPES[model.dtype], num_labels=1)
+    options = {"dtype": DTYPES[model.dtype], **placement(device, over_gpus)}
+    loaded: Any = _load("SEQ_CLS", folder, model, num_labels=1, **options)
+    loaded.score.float().register_forward_pre_hook(_as_float32)
+    return cast(nn.Module, loaded)
 
 
-def load_classifier(folder: Path, model: ModelConfig) -> nn.Module:
+def _as_float32(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return tuple(states.float() for states in inputs)
+
+
+def load_classifier(
+    folder: Path,
+    model: ModelConfig,
+    *,
+    device: torch.device | None = None,
+    over_gpus: bool = False,
+) -> nn.Module:
     """A sequence classifier of others with one label, in its own dtype. Raises as above."""
-    options: dict[str, Any] = {"attn_implementation": None}  # what its architecture supports
-    return _load("SEQ_CLS", folder, model, dtype="auto", num_labels=1, **options)
+    options = {
+        "attn_implementation": None,  # what its architecture supports
+        "dtype": "auto",
+        **placement(device, over_gpus),
+    }
+    return _load("SEQ_CLS", folder, model, num_labels=1, **options)
 
 
 def new_reward_model(
@@ -132,7 +147,7 @@ def new_reward_model(
 
     All rewards start at 0: the first loss is ln 2, and there is no random direction to unlearn.
     """
-    options = {"dtype": DTYPES[model.dtype], **_placement(device)}
+    options = {"dtype": DTYPES[model.dtype], **placement(device)}
     loaded = _load("SEQ_CLS", folder, model, (REWARD_HEAD,), num_labels=1, **options)
     weight: Any = loaded.score.weight  # type: ignore[union-attr]
     nn.init.zeros_(getattr(weight, "ds_tensor", weight))  # under ZeRO-3 this rank's shard
@@ -183,6 +198,8 @@ def _load(
             f"{_list_weights('not used', unused)}"
             "check that the folder is the right model and was copied completely"
         )
+    if options.get("device_map") == OVER_GPUS:
+        require_on_gpus(loaded, folder)
     if model.use_liger_kernel:
         _use_liger(loaded)
     return cast(nn.Module, loaded)
@@ -250,18 +267,16 @@ def check_classifier(folder: Path, model: ModelConfig) -> None:
     _load("SEQ_CLS", folder, eager, device_map="meta", dtype="auto", num_labels=1)
 
 
-def _four_bits(model: ModelConfig) -> dict[str, Any]:
-    """QLoRA's settings (Dettmers et al. 2023), on this process's GPU."""
+def _four_bits(model: ModelConfig) -> "BitsAndBytesConfig":
+    """QLoRA's settings (Dettmers et al. 2023)."""
     from transformers import BitsAndBytesConfig
 
-    quantization = BitsAndBytesConfig(
+    return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=DTYPES[model.dtype],
     )
-    gpu = int(os.environ.get("LOCAL_RANK", 0))
-    return {"quantization_config": quantization, "device_map": {"": gpu}}
 
 
 def transformer_of(model: nn.Module) -> Any:

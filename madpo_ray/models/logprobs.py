@@ -143,8 +143,8 @@ class ResponseRewards(nn.Module):
         """The last state (H,) at a position of one text, scaled to a mean square of 1."""
         transformer = transformer_of(self.model)
         use_attention(transformer, packed=False)
-        backbone = getattr(transformer, transformer.base_model_prefix)
-        return _normalised(backbone(input_ids=ids, use_cache=False).last_hidden_state[0, position])
+        states = _last_hidden_state(transformer, {"input_ids": ids, "use_cache": False})
+        return _normalised(states[0, position])
 
     def _last_states(self, batch: MicroBatch) -> Tensor:
         """Hidden states at each response's last token, (R * B, H)."""
@@ -152,7 +152,7 @@ class ResponseRewards(nn.Module):
 
     def _rewards(self, states: Tensor) -> Tensor:
         rewards: Tensor = transformer_of(self.model).score(states)
-        return rewards[:, 0].float()
+        return rewards[:, 0].float().to(states.device)
 
 
 def target_logps(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -186,9 +186,14 @@ class _TargetLogps(torch.autograd.Function):
 
 def _hidden_states(transformer: Any, batch: MicroBatch) -> Tensor:
     """The last hidden states, flattened to (rows * L, H)."""
+    return _last_hidden_state(transformer, _inputs(transformer, batch)).flatten(0, 1)
+
+
+def _last_hidden_state(transformer: Any, inputs: dict[str, Any]) -> Tensor:
+    """(rows, L, H), on the inputs' device: the last layer may be on another GPU than the first."""
     backbone = getattr(transformer, transformer.base_model_prefix)
-    hidden: Tensor = backbone(**_inputs(transformer, batch)).last_hidden_state
-    return hidden.flatten(0, 1)
+    states: Tensor = backbone(**inputs).last_hidden_state
+    return states.to(inputs["input_ids"].device)
 
 
 def _inputs(transformer: Any, batch: MicroBatch) -> dict[str, Any]:
@@ -231,8 +236,8 @@ def _chunk_logps(transformer: Any, hidden: Tensor, targets: Tensor) -> tuple[Ten
 
 
 def _head_logits(transformer: Any, hidden: Tensor) -> Tensor:
-    """Logits (n, V) in float32 of hidden states (n, H)."""
-    logits = transformer.get_output_embeddings()(hidden)
+    """Logits (n, V) in float32 of hidden states (n, H), on their device."""
+    logits = transformer.get_output_embeddings()(hidden).to(hidden.device)
     return _scaled(transformer.config, logits).float()
 
 

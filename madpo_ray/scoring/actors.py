@@ -17,8 +17,8 @@ from madpo_ray.artifacts.tables import read_splits, rows_files
 from madpo_ray.columns import LENGTHS, PAIR_ID, REASON, SPLIT, SPLITS
 from madpo_ray.config import ActorPool
 from madpo_ray.errors import UserError
-from madpo_ray.models.devices import use_device
-from madpo_ray.passes import BatchNotes, pool_options, received
+from madpo_ray.models.devices import refusing_large_models, use_device
+from madpo_ray.passes import REFUSAL, BatchNotes, pool_options, received, require_no_refusal
 from madpo_ray.scoring.chunks import ScoredChunks, rows_of
 from madpo_ray.scoring.progress import ScoringProgress
 from madpo_ray.scoring.scorers import score_or_explain, share_batches
@@ -30,11 +30,10 @@ logger = logging.getLogger(__name__)
 
 # At least so many blocks, for any number of actors: after a kill, what was scored is found by them.
 MIN_BLOCKS = 16
-# Pairs without scores after which an actor that has scored none gives up.
+# Pairs without scores, in so many batches, after which an actor gives up if none has scores. One
+# batch may hold the only pairs that fail.
 MAX_FAILURES = 16
-# Instead of scores: why the scorers cannot be used. Ray Data would pass on an exception's text
-# only, as a traceback.
-REFUSAL = "refusal"
+MAX_FAILED_BATCHES = 3
 
 
 class ScoringActor:
@@ -58,6 +57,7 @@ class ScoringActor:
         names = [name for scorer in scorers for name in scorer.columns]
         self._kept = None if kept is None else ScoredChunks(kept, names)
         self._num_failed = 0
+        self._num_failed_batches = 0
         self._has_succeeded = False
         torch.set_num_threads(num_threads)
         device = use_device()
@@ -65,8 +65,9 @@ class ScoringActor:
         self._refusal = ""
         share_batches(scorers)
         try:
-            for scorer in scorers:
-                scorer.load(device)
+            with refusing_large_models():
+                for scorer in scorers:
+                    scorer.load(device)
         except UserError as error:
             self._refusal = str(error)
 
@@ -99,10 +100,12 @@ class ScoringActor:
         """Raises UserError if many pairs were tried, and none has scores."""
         reasons = scored[REASON]
         self._num_failed += len(reasons) - reasons.null_count
+        self._num_failed_batches += reasons.null_count == 0
         self._has_succeeded = self._has_succeeded or reasons.null_count > 0
-        if self._has_succeeded or self._num_failed < MAX_FAILURES:
+        is_early = self._num_failed < MAX_FAILURES or self._num_failed_batches < MAX_FAILED_BATCHES
+        if self._has_succeeded or is_early:
             return
-        # A pass that resumes tries those first that failed before: earlier successes count.
+        # A pass that resumes tries those first that failed before; and other actors may succeed.
         self._has_succeeded = self._kept is not None and self._kept.has_scores()
         if not self._has_succeeded:
             raise UserError(
@@ -244,8 +247,7 @@ def _score(
         if new_tokens is not None:
             tables = _reported(tables, new_tokens)
         table = pa.concat_tables(tables, promote_options="default")
-    if REFUSAL in table.column_names:
-        raise UserError(pc.drop_null(table[REFUSAL])[0].as_py())
+    require_no_refusal(table)
     if len(table) != len(ids) or not pc.all(pc.equal(table[PAIR_ID], ids)).as_py():
         raise RuntimeError(f"{len(ids)} rows went into scoring, and others came out")
     return table

@@ -25,8 +25,9 @@ logger = logging.getLogger(__name__)
 
 # Two texts, to compare a batch with single rows.
 PROBES = ("What is the capital of France?", "Name a colour that you like, and say why you like it.")
-# Largest relative difference between a batch's rewards and those of single rows.
-TOLERANCE = 1e-2
+# Largest relative difference between a batch's rewards and those of single rows. A logit in
+# bfloat16 between 4 and 8 is a multiple of 1/32.
+TOLERANCE, TOLERANCE_IN_BFLOAT16 = 1e-2, 5e-2
 
 
 class TextScorer(abc.ABC):
@@ -111,18 +112,22 @@ class ClassifierReward(TextScorer):
         *,
         batch_size: int,
         max_tokens: int | None = None,
+        over_gpus: bool = False,
         key: str,
     ) -> None:
         self._key = key
         self._folder = folder
-        self._model_config = model
+        self._model_config = model.without_kernels() if over_gpus else model
         self._limits = (batch_size, max_tokens)
+        self._over_gpus = over_gpus
 
     def load(self, device: torch.device) -> None:
         self._device = device
         self._tokenizer = load_tokenizer(self._folder, self._model_config)
-        model: Any = load_classifier(self._folder, self._model_config)
-        self._model = model.to(device).eval()
+        model: Any = load_classifier(
+            self._folder, self._model_config, device=device, over_gpus=self._over_gpus
+        )
+        self._model = model.eval()
         self._end = self._tokenizer.eos_token_id
         config: Any = self._model.config.get_text_config()
         self._max_tokens = getattr(config, "max_position_embeddings", None)
@@ -137,11 +142,13 @@ class ClassifierReward(TextScorer):
         rows += [[*row, eos] for row in rows if eos is not None]  # as chat templates end
         expected = np.array([self._forward([row], 0)[0] for row in rows])
         own = config.pad_token_id
+        is_coarse = self._model.dtype == torch.bfloat16
+        tolerance = TOLERANCE_IN_BFLOAT16 if is_coarse else TOLERANCE
         for padding in (own, self._tokenizer.pad_token_id):
             if padding is None:
                 continue
             self._model.config.pad_token_id = config.pad_token_id = padding
-            if np.allclose(self._forward(rows, padding), expected, rtol=TOLERANCE, atol=TOLERANCE):
+            if np.allclose(self._forward(rows, padding), expected, rtol=tolerance, atol=tolerance):
                 return int(padding)
         self._model.config.pad_token_id = config.pad_token_id = own
         return None
@@ -174,9 +181,9 @@ class ClassifierReward(TextScorer):
             text = tokenizer.apply_chat_template(prompt + completion, tokenize=False)
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         if self._max_tokens is not None and len(ids) > self._max_tokens:
-            raise UserError(
-                f"{self._key}: a pair has {len(ids)} tokens for {self._folder}, which reads "
-                f"{self._max_tokens}: lower data.max_length, or for samples evaluate.max_new_tokens"
+            raise ValueError(
+                f"{len(ids)} tokens for {self._folder}, which reads {self._max_tokens}: lower "
+                "data.max_length, or for samples evaluate.max_new_tokens"
             )
         return ids
 

@@ -78,6 +78,10 @@ def score_or_explain(scorer: Scorer, rows: pa.Table) -> tuple[np.ndarray, list[s
 class ModelScorer(abc.ABC):
     """A scorer that reads token ids of pairs with a transformers model.
 
+    Args:
+        over_gpus: spread the model's layers over all GPUs of the process; without the kernels of
+            `use_liger_kernel` and `torch_compile`, which are of one GPU.
+
     Attributes:
         batches: what the model reads; `share_batches` gives all models of an actor the same.
     """
@@ -92,16 +96,18 @@ class ModelScorer(abc.ABC):
         columns: tuple[str, ...],
         batch_size: int,
         max_tokens: int | None = None,
+        over_gpus: bool = False,
     ) -> None:
         self.columns = columns
         self._folder = folder
-        self._model_config = model
+        self._model_config = model.without_kernels() if over_gpus else model
         self._limits = (batch_size, max_tokens)
+        self._over_gpus = over_gpus
         self.batches = Batches()
 
     def load(self, device: torch.device) -> None:
         self._device = device
-        self._module = self._load_module().to(device)
+        self._module = self._load_module(device=device, over_gpus=self._over_gpus)
         self._reading = find_reading(self._module, device, self._model_config)
 
     @torch.no_grad()
@@ -119,8 +125,8 @@ class ModelScorer(abc.ABC):
         return scores
 
     @abc.abstractmethod
-    def _load_module(self) -> nn.Module:
-        """A module that maps a micro-batch to outputs."""
+    def _load_module(self, **placement: Any) -> nn.Module:
+        """A module that maps a micro-batch to outputs; its weights go where the loader is told."""
 
     @abc.abstractmethod
     def _values(self, outputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -140,8 +146,9 @@ class PolicyLogps(ModelScorer):
         super().__init__(folder, model, **options)
         self._base = base
 
-    def _load_module(self) -> nn.Module:
-        return ResponseLogps(load_policy(self._folder, self._model_config, base=self._base))
+    def _load_module(self, **placement: Any) -> nn.Module:
+        policy = load_policy(self._folder, self._model_config, base=self._base, **placement)
+        return ResponseLogps(policy)
 
     def _values(self, outputs: dict[str, torch.Tensor]) -> torch.Tensor:
         return outputs["logps"]
@@ -150,8 +157,8 @@ class PolicyLogps(ModelScorer):
 class TrainedReward(ModelScorer):
     """Rewards of a reward model that stage `reward` trained, in the model's own units."""
 
-    def _load_module(self) -> nn.Module:
-        return ResponseRewards(load_reward_model(self._folder, self._model_config))
+    def _load_module(self, **placement: Any) -> nn.Module:
+        return ResponseRewards(load_reward_model(self._folder, self._model_config, **placement))
 
     def _values(self, outputs: dict[str, torch.Tensor]) -> torch.Tensor:
         return outputs["rewards"]

@@ -1,5 +1,7 @@
 """What scoring and sampling need: models that are complete in each actor."""
 
+import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,7 +20,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PassNeeds:
-    """What a pass without a training needs in each actor."""
+    """What a pass without a training needs on each GPU.
+
+    Attributes:
+        weights: in bytes; the average, if the layers are spread over several GPUs.
+        activations: in bytes.
+    """
 
     name: str
     weights: int
@@ -28,6 +35,19 @@ class PassNeeds:
     @property
     def peak(self) -> int:
         return self.weights + self.activations
+
+    def placed(self, gpus_per_actor: float) -> "PassNeeds":
+        """With that many GPUs for each actor: several actors on one, or one actor on several.
+
+        The layers of a spread model run one after another, so that one GPU of an actor works.
+        """
+        if gpus_per_actor > 1:
+            speed = self.pairs_per_second and self.pairs_per_second / gpus_per_actor
+            weights = math.ceil(self.weights / gpus_per_actor)
+            return dataclasses.replace(self, weights=weights, pairs_per_second=speed)
+        together = max(1, math.floor(1 / gpus_per_actor))
+        weights, activations = together * self.weights, together * self.activations
+        return dataclasses.replace(self, weights=weights, activations=activations)
 
 
 def _together(name: str, passes: Sequence[PassNeeds]) -> PassNeeds:
@@ -82,10 +102,9 @@ def pass_needs(
                 shape.pairs / (classifier.flops / cluster.speed(dtype)),
             )
         )
-    if scoring.one_model_at_a_time:
-        yield from scorers
-    else:
-        yield _together(name, scorers)
+    gpus_per_actor = config.actors.num_gpus or 1.0
+    for one in scorers if scoring.one_model_at_a_time else [_together(name, scorers)]:
+        yield one.placed(gpus_per_actor)
 
     # Samples of all policies, with the keys and values of one at a time.
     evaluated = config.evaluate
@@ -93,7 +112,9 @@ def pass_needs(
     cache = evaluated.generation_batch_size * _cache_bytes(
         architecture, dtype, lengths.prompt + evaluated.max_new_tokens
     )
-    yield PassNeeds(f"{evaluate.STAGE.name}: sampling", num_policies * reference_bytes, cache, None)
+    weights = num_policies * reference_bytes
+    sampling = PassNeeds(f"{evaluate.STAGE.name}: sampling", weights, cache, None)
+    yield sampling.placed(gpus_per_actor)
 
 
 def _cache_bytes(architecture: "PretrainedConfig", dtype: str, num_tokens: int) -> int:

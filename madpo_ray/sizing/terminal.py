@@ -84,7 +84,7 @@ def _training_lines(training: TrainingNeeds, cluster: Cluster) -> Iterator[str]:
 
 
 def _pass_table(passes: list[PassNeeds], cluster: Cluster) -> Table:
-    table = Table(title="scoring and sampling: GiB per actor with a GPU")
+    table = Table(title="scoring and sampling: GiB per GPU")
     for heading in ("stage", "weights", "activations or cache", "peak"):
         table.add_column(heading, justify="right")
     table.add_column(f"hours for {PAIRS:,} pairs", justify="right")

@@ -139,7 +139,7 @@ def _preferences(build: Build) -> dict[str, Any]:
         config.model,
         base=initial_policy(config),
         columns=columns.POLICY_LOGPS,
-        **config.scoring.forward_limits,
+        **config.scoring.model_options,
     )
     batch_size = config.scoring.batch_size
     test = _test_pairs(config)

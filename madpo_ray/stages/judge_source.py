@@ -73,15 +73,15 @@ class JudgeSource(NamedTuple):
         file = sys.modules[self.name.partition(":")[0]].__file__
         return hash_file(Path(file)) if file else None
 
-    def scorer(self, **limits: Any) -> "TextScorer":
+    def scorer(self, **options: Any) -> "TextScorer":
         """What gives the rewards.
 
         Args:
-            limits: what bounds a forward.
+            options: `ScoringConfig.model_options`.
         """
         from madpo_ray.scoring.judges import ClassifierReward, FunctionReward
 
         if self.is_function:
             return FunctionReward(self.name, key=self.key)
         folder = fetch_model(self._model, "SEQ_CLS", self.key)
-        return ClassifierReward(folder, self._model, key=self.key, **limits)
+        return ClassifierReward(folder, self._model, key=self.key, **options)

@@ -66,13 +66,13 @@ def sample_scorers(
     from madpo_ray.evaluation.judged import JudgedSamples
     from madpo_ray.evaluation.sample_sets import REFERENCE
 
-    limits = config.scoring.forward_limits
+    options = config.scoring.model_options
     scorers: list[Scorer] = [
-        DivergenceScorer(sets, policies, policies[REFERENCE], config.model, **limits)
+        DivergenceScorer(sets, policies, policies[REFERENCE], config.model, **options)
     ]
     judge = judge_of(config)
     if judge is not None:
-        scorers.append(JudgedSamples(sets, judge.scorer(**limits)))
+        scorers.append(JudgedSamples(sets, judge.scorer(**options)))
     return scorers
 
 
@@ -174,6 +174,7 @@ def _sample(
         temperatures=temperatures,
         max_new_tokens=config.evaluate.max_new_tokens,
         seed=config.run.seed,
+        over_gpus=config.scoring.over_gpus,
     )
 
 

@@ -61,12 +61,12 @@ def passes_of(config: Config) -> list[Pass]:
     from madpo_ray.scoring.scorers import PolicyLogps
 
     folder = config.run.folder / "scores"
-    limits = config.scoring.forward_limits
+    options = config.scoring.model_options
     upstream = {"pairs": pairs.STAGE.inputs(config).fingerprint}
 
     # The reference's log-probs.
     reference = PolicyLogps(
-        initial_policy(config), config.model, columns=columns.REF_LOGPS, **limits
+        initial_policy(config), config.model, columns=columns.REF_LOGPS, **options
     )
     reference_inputs = Inputs(
         MARGINS,

@@ -59,7 +59,9 @@ def set_in(section: str, key: str, value: Any) -> Edit:
         (set_in("evaluate", "chosen_score_column", None), "go together"),
         (set_in("data", "files", []), "at least 1 item"),
         (set_in("data", "validation_fraction", 0.8), "must be below 1"),
-        (set_in("data", "keep_columns", ["margin"]), "rename yours"),
+        (set_in("data", "keep_columns", ["margin"]), "give it another: margin as my_score"),
+        (set_in("data", "keep_columns", ["x as split"]), "split: reserved name"),
+        (set_in("data", "keep_columns", ["a as b", "b"]), "listed twice"),
         (set_in("data", "keep_columns", ["a", "a"]), "listed twice"),
         (set_in("data", "rejected_column", "chosen"), "and rejected_column are both 'chosen'"),
         (set_in("run", "seed", 2**32), "less than 4294967296"),
@@ -294,6 +296,19 @@ def test_actors_follow_the_workers(raw_config: dict[str, Any]) -> None:
     assert parse_config(raw_config).actors == (1, 8, 2.0, 0.25)
     raw_config["scoring"] = {"cpus_per_actor": 1.5}
     assert parse_config(raw_config).actors == (3, 3, 1.5, 1.0)
+
+
+def test_actors_of_several_gpus(raw_config: dict[str, Any]) -> None:
+    """No more of them than the workers' GPUs suffice for."""
+    raw_config["cluster"] = {"num_workers": 8, "use_gpu": True}
+    for gpus, actors, over_gpus in ((1, 8, False), (2, 4, True), (3, 2, True), (16, 1, True)):
+        raw_config["scoring"] = {"gpus_per_actor": float(gpus)}
+        config = parse_config(raw_config)
+        assert config.actors == (actors, actors, 1.0, gpus)
+        assert config.scoring.model_options["over_gpus"] == over_gpus
+    raw_config["scoring"] = {"gpus_per_actor": 1.5}
+    with pytest.raises(UserError, match="a share of one GPU, or a whole number"):
+        parse_config(raw_config)
 
 
 def test_more_actors_to_start_with_than_allowed(raw_config: dict[str, Any]) -> None:

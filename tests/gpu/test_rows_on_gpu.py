@@ -3,6 +3,8 @@
 import importlib.util
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -12,15 +14,18 @@ from madpo_ray.models.attention import _has_flash_kernel, packed_attention
 from madpo_ray.models.loading import load_policy
 from madpo_ray.models.logprobs import ResponseLogps
 from madpo_ray.models.reading import find_reading
+from madpo_ray.scoring.scorers import PolicyLogps, TrainedReward
 from support.forwards import PAIRS, separate_logps
-from support.models import make_model
+from support.models import make_model, make_reward_model
 
 CUDA = torch.device("cuda")
 # Largest difference of a response's log-prob, in nats. TF32 is off.
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 1.0}
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler reads it
+# The compiler reads what warns, and recommends TF32.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
 @pytest.mark.parametrize("torch_compile", [False, True])
 @pytest.mark.parametrize("dtype", list(TOLERANCES), ids=str)
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "mistral", "gemma3_text", "gpt2"])
@@ -62,6 +67,31 @@ def test_flash_kernel_equals_segments(
         results.append([output, *grads])
     for ours, theirs in zip(*results, strict=True):
         assert (ours.float() - theirs).norm() < 0.02 * theirs.norm()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_models_over_two_gpus_give_the_same_scores(tmp_path: Path) -> None:
+    """In float32, in packed rows; the settings' kernels of one GPU are not used."""
+    policy, judge = make_model("llama"), make_reward_model()
+    policy.save_pretrained(tmp_path / "policy")
+    judge.save_pretrained(tmp_path / "judge")
+    settings = ModelConfig(model_name_or_path="x", torch_compile=True)
+    rows = pa.Table.from_pylist(PAIRS)
+    for scorer_class, folder in ((PolicyLogps, "policy"), (TrainedReward, "judge")):
+        scores = []
+        for device, over_gpus in ((torch.device("cpu"), False), (CUDA, True)):
+            scorer = scorer_class(
+                tmp_path / folder,
+                settings if over_gpus else settings.without_kernels(),
+                columns=("chosen", "rejected"),
+                batch_size=2,
+                over_gpus=over_gpus,
+            )
+            scorer.load(device)
+            scores.append(scorer(rows))
+        devices = {weight.device for weight in scorer._module.parameters()}
+        assert devices == {torch.device("cuda", 0), torch.device("cuda", 1)}
+        np.testing.assert_allclose(scores[1], scores[0], rtol=0, atol=1e-3)
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("liger_kernel"), reason="needs liger-kernel")

@@ -1,9 +1,24 @@
-"""The device of a process."""
+"""The device of a process, and where the weights of models go."""
 
 import pytest
 import torch
 
-from madpo_ray.models.devices import use_device
+from madpo_ray.errors import UserError
+from madpo_ray.models.devices import placement, refusing_large_models, use_device
+
+
+def test_weights_go_straight_to_a_gpu() -> None:
+    """Not through a copy of all of them on the host."""
+    gpu = torch.device("cuda", 1)
+    assert placement(gpu) == {"device_map": {"": gpu}}
+    assert placement(gpu, over_gpus=True) == {"device_map": "balanced"}
+    assert placement(torch.device("cpu")) == placement(None) == {}
+
+
+def test_model_that_fills_its_gpu_is_refused() -> None:
+    message = r"do not fit its GPU \(CUDA out of memory\): raise scoring"
+    with pytest.raises(UserError, match=message), refusing_large_models():
+        raise torch.OutOfMemoryError("CUDA out of memory\nand so on")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

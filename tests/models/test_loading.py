@@ -11,20 +11,23 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from madpo_ray.config import ModelConfig, PolicyConfig, RewardConfig
+from madpo_ray.data.batching import collate
 from madpo_ray.errors import UserError
 from madpo_ray.models.loading import (
     check_weights,
+    load_classifier,
     load_policy,
     load_policy_float32,
     load_reward_model,
     load_tokenizer,
     new_reward_model,
 )
-from madpo_ray.models.logprobs import ResponseLogps
+from madpo_ray.models.logprobs import ResponseLogps, ResponseRewards
 from madpo_ray.models.preparing import prepare_for_training
-from madpo_ray.models.reading import Reading, require_no_dropout
+from madpo_ray.models.reading import Reading, find_reading, require_no_dropout
 from madpo_ray.models.saving import save_model, saved_tensors
 from madpo_ray.models.trainable import check_trainable
+from support.forwards import PAIRS
 from support.models import make_model, make_reward_model, tiny_config
 
 STARCODER_DROPOUTS = ("attention_dropout", "residual_dropout", "embedding_dropout")
@@ -81,8 +84,27 @@ def test_reward_model_has_the_configs_dtype(model_folder: Path, tmp_path: Path) 
     trained: Any = new_reward_model(model_folder, model)
     save_model(trained, saved_tensors(trained), tmp_path)
     for dtype in ("float32", "bfloat16"):
-        loaded = load_reward_model(tmp_path, model.model_copy(update={"dtype": dtype}))
-        assert {p.dtype for p in loaded.parameters()} == {getattr(torch, dtype)}
+        loaded: Any = load_reward_model(tmp_path, model.model_copy(update={"dtype": dtype}))
+        assert {p.dtype for p in loaded.model.parameters()} == {getattr(torch, dtype)}
+        assert loaded.score.weight.dtype == torch.float32
+
+
+def test_rewards_in_bfloat16_are_not_rounded(tmp_path: Path) -> None:
+    """Between 4 and 8 they would be multiples of 1/32, and margins would tie."""
+    make_reward_model().save_pretrained(tmp_path)
+    settings = ModelConfig(model_name_or_path=str(tmp_path), dtype="bfloat16")
+    model: Any = load_reward_model(tmp_path, settings)
+    with torch.no_grad():
+        model.score.weight.mul_(50)
+        module = ResponseRewards(model)
+        assert find_reading(module, torch.device("cpu"), settings).packed
+        batch = collate(PAIRS, packed=True)
+        states = module._last_states(batch)
+        rewards = module(batch)["rewards"]
+    assert states.dtype == torch.bfloat16
+    expected = states.float() @ model.score.weight[0]
+    torch.testing.assert_close(rewards, expected)
+    assert not rewards.equal(rewards.bfloat16().float())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -184,6 +206,18 @@ def test_no_weight_is_filled_in(
     options = {"task_type": "CAUSAL_LM"} if load is check_weights else {}
     with pytest.raises(UserError, match=re.escape(message)):
         load(folder, model, **options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="its GPU holds the model")
+def test_model_that_is_larger_than_the_gpus_is_refused(model_folder: Path, tmp_path: Path) -> None:
+    """Its last layers would be fetched from the host in each forward."""
+    model = ModelConfig(model_name_or_path=str(model_folder))
+    with pytest.raises(UserError, match=r"do not fit .* 0 GPUs of one actor: raise scoring"):
+        load_policy(model_folder, model, over_gpus=True)
+    make_reward_model().save_pretrained(tmp_path)
+    for load in (load_reward_model, load_classifier):
+        with pytest.raises(UserError, match=r"raise scoring\.gpus_per_actor"):
+            load(tmp_path, model, over_gpus=True)
 
 
 def test_complete_model_passes(model_folder: Path) -> None:

@@ -1,19 +1,25 @@
 """Log-probs, entropy and rewards of responses."""
 
 import dataclasses
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import dispatch_model
 
-from madpo_ray.config import PolicyConfig
-from madpo_ray.data.batching import MicroBatch, collate
+from madpo_ray.config import ModelConfig, PolicyConfig
+from madpo_ray.data.batching import MicroBatch, PackedRow, collate
 from madpo_ray.losses import dpo_loss
 from madpo_ray.models.attention import use_attention
 from madpo_ray.models.logprobs import TOKENS_PER_CHUNK, ResponseLogps, ResponseRewards, target_logps
 from madpo_ray.models.preparing import prepare_for_training
+from madpo_ray.models.reading import Reading, find_reading
 from support.forwards import PAIRS, separate_logps
 from support.models import make_model, make_reward_model
+
+SETTINGS = ModelConfig(model_name_or_path="x")
 
 
 @pytest.mark.parametrize(
@@ -50,6 +56,50 @@ def test_head_is_called_equally_often(monkeypatch: pytest.MonkeyPatch) -> None:
         for pairs in (PAIRS, PAIRS[:1]):
             ResponseLogps(model, max_response_tokens=200)(collate(pairs, packed=True))
     assert len(calls) == 2 * 29
+
+
+@pytest.mark.parametrize("make", [make_model, make_reward_model])
+def test_packed_rows_pass_between_devices(
+    make: Callable[[], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """accelerate's hooks bring a layer's inputs to its device, the row's spans among them.
+
+    The second device of a machine without GPUs is a file, read in each forward.
+    """
+    places = []
+    copy = PackedRow.to
+
+    def noted(row: PackedRow, device: torch.device, **options: bool) -> PackedRow:
+        places.append(device)
+        return copy(row, device, **options)
+
+    monkeypatch.setattr(PackedRow, "to", noted)
+    module_class = ResponseLogps if make is make_model else ResponseRewards
+    batch = collate(PAIRS, packed=True)
+    model = make()
+    with torch.no_grad():
+        expected = module_class(model).numbers_to_compare(batch)
+        assert not places
+        device_map = dict.fromkeys(layers_of(model), "cpu") | {"model.layers.1": "disk"}
+        dispatch_model(model, device_map, main_device="cpu", offload_dir=tmp_path)
+        module = module_class(model)
+        assert find_reading(module, torch.device("cpu"), SETTINGS) == Reading(packed=True)
+        places.clear()
+        numbers = module.numbers_to_compare(batch)
+    assert places
+    torch.testing.assert_close(numbers, expected, rtol=0, atol=0)
+
+
+def layers_of(model: Any) -> list[str]:
+    """Names of the modules that may be on devices of their own."""
+    layers = [f"model.layers.{number}" for number in range(len(model.model.layers))]
+    return [
+        *layers,
+        "model.embed_tokens",
+        "model.norm",
+        "model.rotary_emb",
+        "lm_head" if hasattr(model, "lm_head") else "score",
+    ]
 
 
 def test_entropy_is_the_mean_over_response_tokens() -> None:

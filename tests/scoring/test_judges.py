@@ -14,9 +14,10 @@ from madpo_ray.config import ModelConfig
 from madpo_ray.data.messages import as_text
 from madpo_ray.errors import UserError
 from madpo_ray.models.loading import READS_END
-from madpo_ray.passes import BatchNotes
-from madpo_ray.scoring.actors import REFUSAL, ScoringActor
+from madpo_ray.passes import REFUSAL, BatchNotes
+from madpo_ray.scoring.actors import ScoringActor
 from madpo_ray.scoring.judges import ClassifierReward, FunctionReward, find_function
+from madpo_ray.scoring.scorers import score_or_explain
 from support.models import make_reward_model, make_tokenizer
 from support.pairs import make_rows
 
@@ -103,12 +104,22 @@ def test_classifier_of_two_labels_is_refused(tmp_path: Path) -> None:
         scorer_of(save(tmp_path, model)).load(CPU)
 
 
-def test_text_that_is_too_long_is_refused(tmp_path: Path) -> None:
-    scorer = scorer_of(save(tmp_path, max_position_embeddings=5))
-    scorer.load(CPU)
+def test_text_that_is_too_long_is_a_reject(tmp_path: Path) -> None:
+    """One such pair does not end a pass."""
     rows = table(conversational=False)
-    with pytest.raises(UserError, match=r"a pair has \d+ tokens .* reads 5: lower data.max_length"):
-        scorer(rows)
+    scorer = scorer_of(save(tmp_path))
+    scorer.load(CPU)
+    tokenizer = scorer._tokenizer
+    pairs = rows.to_pylist()
+    texts = [(one["prompt"] + one["chosen"], one["prompt"] + one["rejected"]) for one in pairs]
+    lengths = [max(len(tokenizer(text)["input_ids"]) for text in both) for both in texts]
+    limited = scorer_of(save(tmp_path, max_position_embeddings=max(lengths) - 1))
+    limited.load(CPU)
+    scores, reasons = score_or_explain(limited, rows)
+    is_too_long = [length == max(lengths) for length in lengths]
+    assert [bool(reason) for reason in reasons] == is_too_long == np.isnan(scores[0]).tolist()
+    assert rf"reads {max(lengths) - 1}: lower data.max_length" in "".join(reasons)
+    assert not all(is_too_long)
 
 
 def test_messages_need_a_chat_template(tmp_path: Path) -> None:

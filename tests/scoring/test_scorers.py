@@ -12,8 +12,8 @@ import torch
 from madpo_ray.config import ModelConfig
 from madpo_ray.errors import UserError
 from madpo_ray.models.loading import load_policy
-from madpo_ray.passes import BatchNotes
-from madpo_ray.scoring.actors import MAX_FAILURES, REFUSAL, ScoringActor
+from madpo_ray.passes import REFUSAL, BatchNotes
+from madpo_ray.scoring.actors import MAX_FAILED_BATCHES, MAX_FAILURES, ScoringActor
 from madpo_ray.scoring.chunks import ScoredChunks
 from madpo_ray.scoring.scorers import (
     CrossFittedReward,
@@ -222,6 +222,32 @@ def test_scorer_that_fails_for_every_pair_ends_the_pass(scorer: Any, tmp_path: P
         assert actor(bad)["reason"][0].as_py()
     (refusal,) = actor(bad)["refusal"].to_pylist()
     assert refusal.startswith("none of the first 16 pairs could be scored, such as b: ")
+
+
+def test_batch_of_failures_does_not_end_a_pass(tmp_path: Path) -> None:
+    """Pairs that a judge fails for may stand together, also in the first batches."""
+    actor = ScoringActor([Failing("bad")], torch.get_num_threads(), BatchNotes(tmp_path))
+    bad = pa.table({"pair_id": [f"bad{i}" for i in range(4 * MAX_FAILURES)]})
+    for _ in range(MAX_FAILED_BATCHES - 1):
+        assert actor(bad)["reason"].null_count == 0
+    assert actor(pa.table({"pair_id": ["a"]}))["reason"].null_count == 1
+    assert actor(bad)["reason"].null_count == 0
+
+
+def test_success_of_another_actor_counts(tmp_path: Path) -> None:
+    """Of one that began at the same time."""
+    notes, kept = BatchNotes(tmp_path), tmp_path / "kept"
+    first, second = (
+        ScoringActor([Failing("bad")], torch.get_num_threads(), notes, kept) for _ in range(2)
+    )
+    batches = [
+        pa.table({"pair_id": [f"bad{i}-{j}" for i in range(MAX_FAILURES)]})
+        for j in range(2 * MAX_FAILED_BATCHES)
+    ]
+    assert second(batches[0])["reason"].null_count == 0
+    assert first(pa.table({"pair_id": ["a"]}))["reason"].null_count == 1
+    for batch in batches[1:]:
+        assert second(batch)["reason"].null_count == 0
 
 
 def test_one_success_is_enough(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Plans of a tiny model on GPUs of a size that makes the choice."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,22 @@ def test_more_nodes_hold_smaller_parts(config: Config) -> None:
     assert two.by_zero_stage[0] == one.by_zero_stage[0]
     assert two.pairs_per_second == pytest.approx(2 * one.pairs_per_second)
     assert two.checkpoint == one.checkpoint
+
+
+def test_gpus_of_an_actor(config: Config) -> None:
+    """Several hold its weights together, one layer at work; of one, several actors have shares."""
+
+    def margins(gpus_per_actor: float | None) -> PassNeeds:
+        scoring = config.scoring.model_copy(update={"gpus_per_actor": gpus_per_actor})
+        changed = config.model_copy(update={"scoring": scoring})
+        return find_needs(changed, cluster_of(2**40), LENGTHS).passes[0]
+
+    one, two, shared = margins(None), margins(2.0), margins(0.3)
+    assert two.weights == math.ceil(one.weights / 2)
+    assert two.activations == one.activations
+    assert one.pairs_per_second == 2 * (two.pairs_per_second or 0)
+    assert shared.peak == 3 * one.peak
+    assert shared.pairs_per_second == one.pairs_per_second
 
 
 def test_each_fold_has_a_model_in_every_actor(config: Config) -> None:

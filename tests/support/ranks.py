@@ -53,8 +53,11 @@ class Ranks:
     """A job on a number of ranks: started in a second, and killed."""
 
     def __init__(self, job: TrainingJob, world_size: int, folder: Path) -> None:
-        context = multiprocessing.get_context("forkserver")
+        # CUDA does not survive a fork of a process that imported DeepSpeed, which asks for devices.
+        context: Any = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
+        if torch.cuda.device_count():
+            context = multiprocessing.get_context("spawn")
         store = tempfile.mktemp(dir=folder)
         self._outcomes = context.Queue()
         self.processes = [
