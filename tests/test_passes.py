@@ -45,6 +45,15 @@ def run(notes: BatchNotes, victim: int) -> list[pa.Table]:
         return list(received(dataset, "rows"))
 
 
+def test_actors_have_what_the_config_says() -> None:
+    options = pool_options(ActorPool(2, 5, 1.5, 0.25))
+    assert (options["num_cpus"], options["num_gpus"]) == (1.5, 0.25)
+    assert (options["compute"].min_size, options["compute"].max_size) == (2, 5)
+    # Of one CPU next to a GPU Ray warns: it takes one itself.
+    assert pool_options(ActorPool(1, 1, 1.0, 2.0)).keys() == {"compute", "num_gpus"}
+    assert pool_options(ActorPool(1, 1, 1.0, 0.0))["num_gpus"] is None
+
+
 def test_batch_that_kills_its_actor_is_named(tmp_path: Path) -> None:
     """After four deaths, not after infinitely many."""
     with connected(ClusterConfig()), pytest.raises(Stopped) as caught:

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from madpo_ray.artifacts.manifest import changed_since, flat, read_manifest
+from madpo_ray.artifacts.tables import rows_files, rows_folder
 from madpo_ray.config.files import read_yaml
 from madpo_ray.errors import UserError
 from madpo_ray.stages import evaluate, margins, pairs, reward, sft, train, tune
@@ -20,6 +21,7 @@ from madpo_ray.training.metrics import METRICS_FILE, read_metrics
 
 logger = logging.getLogger(__name__)
 
+SAMPLES = "samples.parquet"
 MAX_SAMPLES = 20
 MAX_REJECTS = 50
 MAX_SUSPICIOUS = 30
@@ -31,6 +33,7 @@ class FinishedStage:
 
     name: str
     seconds: float | None
+    rows: int | None  # that it wrote; of a training, pairs that it read, again in each epoch
     lines: list[str]
 
 
@@ -62,24 +65,25 @@ def collect(folder: Path, stages: Sequence[Stage]) -> Run:
         UserError: it has no finished stage.
     """
     run = Run(name=folder.resolve().name, folder=folder)
+    config_file = folder / "config.yaml"
+    if config_file.is_file():
+        run.config = flat(read_yaml(config_file.read_text(encoding="utf-8")) or {})
     found = {stage: read_manifest(folder / stage.name) for stage in stages}
     for stage, manifest in found.items():
         if manifest is not None:
-            run.stages.append(_finished(stage, manifest, folder))
+            rows = _count_rows(folder / stage.name, run.config)
+            run.stages.append(_finished(stage, manifest, folder, rows))
             run.versions = manifest.get("versions", {})
     if not run.stages:
         raise UserError(
             f"{folder} has no finished stage: give the folder storage_path/name of a run"
         )
 
-    config_file = folder / "config.yaml"
-    if config_file.is_file():
-        run.config = flat(read_yaml(config_file.read_text(encoding="utf-8")) or {})
     run.margins = _read_json(folder / margins.STAGE.name / REPORT)
     run.suspicious = _read_lines(folder / margins.STAGE.name / SUSPICIOUS)[:MAX_SUSPICIOUS]
     run.metrics = _metrics(folder)
     run.evaluation = _read_json(folder / evaluate.STAGE.name / "evaluation.json")
-    samples = folder / evaluate.STAGE.name / "samples.parquet"
+    samples = folder / evaluate.STAGE.name / SAMPLES
     if samples.is_file():
         run.samples = pq.read_table(samples).slice(0, MAX_SAMPLES)
     run.search = _read_json(folder / tune.STAGE.name / "trials.json")
@@ -87,7 +91,9 @@ def collect(folder: Path, stages: Sequence[Stage]) -> Run:
     return run
 
 
-def _finished(stage: Stage, manifest: dict[str, Any], folder: Path) -> FinishedStage:
+def _finished(
+    stage: Stage, manifest: dict[str, Any], folder: Path, rows: int | None
+) -> FinishedStage:
     """What a stage printed, and whether a stage that it reads was made again since."""
     try:
         lines = [line for line in stage.describe(manifest["results"]) if isinstance(line, str)]
@@ -96,7 +102,19 @@ def _finished(stage: Stage, manifest: dict[str, Any], folder: Path) -> FinishedS
         lines = []
     if changed := changed_since(folder, manifest["inputs"].get("upstream", {})):
         lines.append(f"made from an earlier {' and '.join(changed)}")
-    return FinishedStage(stage.name, manifest.get("seconds"), lines)
+    return FinishedStage(stage.name, manifest.get("seconds"), rows, lines)
+
+
+def _count_rows(stage: Path, config: dict[str, Any]) -> int | None:
+    """The rows of a stage's folder; None if that is not known."""
+    files = rows_files(rows_folder(stage)) or list(stage.glob(SAMPLES))
+    if files:
+        return sum(int(pq.read_metadata(file).num_rows) for file in files)
+    batch_size = config.get(f"{stage.name}.global_batch_size")
+    logs = [lines for file in stage.rglob(METRICS_FILE) if (lines := read_metrics(file))]
+    if not logs or not isinstance(batch_size, int):
+        return None
+    return batch_size * sum(int(lines[-1]["step"]) for lines in logs)
 
 
 def _metrics(folder: Path) -> dict[str, list[dict[str, Any]]]:

@@ -28,9 +28,15 @@ def sections_of(runs: Sequence[Run]) -> list[Section]:
 
 
 def _pipeline(runs: Sequence[Run]) -> Section:
-    headings = ["stage", "seconds", "result"]
+    headings = ["stage", "seconds", "rows", "result"]
     rows: list[list[Any]] = [
-        [run.name, stage.name, or_dash(stage.seconds), "\n".join(stage.lines)]
+        [
+            run.name,
+            stage.name,
+            or_dash(stage.seconds),
+            or_dash(stage.rows),
+            "\n".join(stage.lines),
+        ]
         for run in runs
         for stage in run.stages
     ]
@@ -38,7 +44,10 @@ def _pipeline(runs: Sequence[Run]) -> Section:
         headings.insert(0, "run")
     else:
         rows = [row[1:] for row in rows]
-    note = "Seconds are those of a stage's last start: what was resumed took longer."
+    note = (
+        "Seconds are those of a stage's last start: what was resumed took longer. Rows are what it "
+        "wrote; of a training, the pairs that it read."
+    )
     return Section("Pipeline", note=note, tables=[Table(headings, rows)])
 
 

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from madpo_ray.stages import evaluate, margins, pairs, reward, train
 from madpo_ray.stages.stage import Stage
 from madpo_ray.training.metrics import read_metrics
 from support.faults import Record, arm
+from support.judges import NOTES
 from support.nodes import nodes_of_one_cpu
 from support.pairs import tiny_run
 
@@ -40,7 +42,13 @@ BIN = Path(sys.executable).parent
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[tuple[str, int]]:
+def notes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where judges note what they do."""
+    return tmp_path_factory.mktemp("notes")
+
+
+@pytest.fixture(scope="module")
+def cluster(notes: Path) -> Iterator[tuple[str, int]]:
     """A Ray that no command starts or ends: its address and process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -52,6 +60,7 @@ def cluster() -> Iterator[tuple[str, int]]:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
+        env={**os.environ, NOTES: str(notes)},
     )
     status = [BIN / "ray", "status", f"--address=127.0.0.1:{port}"]
     try:
@@ -169,6 +178,83 @@ def test_driver_is_killed(stage: Stage, finished: Config, tmp_path: Path, record
     record(f"driver of {stage.name}", "kill -9 at the n-th file operation", count, "same result")
 
 
+def judged_copy(finished: Config, storage: Path, judge: str) -> Config:
+    """The run before its pairs were scored; a judge and the reference will score them."""
+    config = copy_before(margins.STAGE, finished, storage)
+    raw = config.model_dump(mode="json")
+    raw["reward"] = {"source": f"support.judges:{judge}"}
+    raw["margins"]["calibration"] = "none"
+    raw["scoring"] |= {"min_actors": 2, "batch_size": 2, "per_device_batch_size": 2}
+    return parse_config(raw)
+
+
+def numbers_of(config: Config) -> dict[str, list[Any]]:
+    names = ["pair_id", "margin", "ref_chosen_logps", "ref_rejected_logps"]
+    found: dict[str, list[Any]] = read_columns(margins.STAGE.rows(config), names).to_pydict()
+    return found
+
+
+@pytest.mark.parametrize("victim", ["actor", "driver"])
+def test_scoring_is_killed(
+    victim: str, finished: Config, ray_head: int, notes: Path, tmp_path: Path, record: Record
+) -> None:
+    """In the middle of the pass; pairs whose scores are on the disk are not scored again."""
+    scored = notes / "scored.txt"
+    undisturbed = judged_copy(finished, tmp_path / "undisturbed", "note_prompts")
+    assert run(undisturbed.model_dump(mode="json"), margins.STAGE) == 0
+    expected = numbers_of(undisturbed)
+    prompts = read_columns(pairs.STAGE.rows(undisturbed), ["pair_id", "prompt"]).to_pylist()
+    prompt_of = {row["pair_id"]: row["prompt"] for row in prompts}
+
+    count = 0
+    for num_files in (1, 8, 20):
+        scored.write_text("")
+        config = judged_copy(finished, tmp_path / str(num_files), "note_prompts")
+        raw = config.model_dump(mode="json")
+        process = start(raw, margins.STAGE)
+        while len(kept_files(config)) < num_files:
+            assert process.is_alive()
+            time.sleep(0.005)
+        known = [
+            one for file in kept_paths(config) for one in pq.read_table(file)["pair_id"].to_pylist()
+        ]
+        if victim == "actor":
+            scoring_actors(ray_head)[0].kill()
+        else:
+            process.kill()
+        process.join()
+        assert victim == "actor" or process.exitcode == -signal.SIGKILL
+        time.sleep(3)  # the actors of a killed driver end a moment later
+        if process.exitcode != 0:
+            assert run(raw, margins.STAGE) == 0
+
+        calls = Counter(scored.read_text().splitlines())
+        assert {calls[prompt_of[one]] for one in known} == {2}  # once for each response
+        assert set(calls) == set(prompt_of.values())
+        assert numbers_of(config) == expected
+        count += 1
+    record(
+        "scoring in margins", f"kill -9 of the {victim}", count, "same result, none scored twice"
+    )
+
+
+def test_disk_is_full_where_an_actor_writes(
+    finished: Config, notes: Path, tmp_path: Path, record: Record
+) -> None:
+    """It is said, and the same command finishes once there is room."""
+    undisturbed = judged_copy(finished, tmp_path / "undisturbed", "count_kind_words")
+    assert run(undisturbed.model_dump(mode="json"), margins.STAGE) == 0
+    config = judged_copy(finished, tmp_path / "full", "fill_disk_once")
+    raw = config.model_dump(mode="json")
+    assert run(raw, margins.STAGE) != 0
+    assert (notes / "full").exists()
+    log = (tmp_path / "full" / "log.txt").read_text()
+    assert "No space left on device" in log
+    assert run(raw, margins.STAGE) == 0
+    assert numbers_of(config) == numbers_of(undisturbed)
+    record("scoring in margins", "disk full where an actor writes", 1, "resumed, same result")
+
+
 def unscored_copy(finished: Config, storage: Path) -> Config:
     """The run before its pairs were scored; training will score them."""
     config = copy_before(margins.STAGE, finished, storage)
@@ -178,17 +264,26 @@ def unscored_copy(finished: Config, storage: Path) -> Config:
     return parse_config(raw)
 
 
+def kept_paths(config: Config) -> list[Path]:
+    """The files with scores."""
+    return list(config.run.ray_folder.glob("margins-*/kept/[!.]*.parquet"))
+
+
 def kept_files(config: Config) -> dict[str, int]:
-    """Names of the files with scores, and when each was written."""
-    files = config.run.ray_folder.glob("margins-*/kept/[!.]*.parquet")
-    return {file.name: file.stat().st_mtime_ns for file in files}
+    """Their names, and when each was written."""
+    return {file.name: file.stat().st_mtime_ns for file in kept_paths(config)}
+
+
+def scored_ids(config: Config) -> list[str]:
+    """pair_id of everything that is in them."""
+    tables = [pq.read_table(file) for file in kept_paths(config)]
+    return [one for table in tables for one in table["pair_id"].to_pylist()]
 
 
 def assert_each_pair_was_scored_once(config: Config) -> None:
-    files = config.run.ray_folder.glob("margins-*/kept/[!.]*.parquet")
-    scored = [one for file in files for one in pq.read_table(file)["pair_id"].to_pylist()]
     rows = read_columns(pairs.STAGE.rows(config), ["pair_id", "split"]).to_pylist()
-    assert sorted(scored) == sorted(row["pair_id"] for row in rows if row["split"] != "test")
+    expected = sorted(row["pair_id"] for row in rows if row["split"] != "test")
+    assert sorted(scored_ids(config)) == expected
 
 
 def losses(config: Config) -> list[float]:
@@ -240,18 +335,19 @@ def test_scoring_actor_of_a_training_is_killed(
     """Ray starts another, and the training continues."""
     undisturbed = unscored_copy(finished, tmp_path / "undisturbed")
     assert run(undisturbed.model_dump(mode="json"), train.STAGE) == 0
+    total = len(kept_files(undisturbed))
     count = 0
-    for delay_s in (0.0, 1.0, 3.0):
-        config = unscored_copy(finished, tmp_path / str(delay_s))
+    for share in (0.0, 0.4, 0.7):
+        config = unscored_copy(finished, tmp_path / str(share))
         process = start(config.model_dump(mode="json"), train.STAGE)
-        while not (actors := scoring_actors(ray_head)):
+        while len(kept_files(config)) < share * total or not (actors := scoring_actors(ray_head)):
             assert process.is_alive()
-            time.sleep(0.01)
-        time.sleep(delay_s)
-        with contextlib.suppress(psutil.NoSuchProcess):
-            actors[0].kill()
+            time.sleep(0.005)
+        before = kept_files(config)
+        actors[0].kill()
         process.join()
         assert process.exitcode == 0
+        assert before.items() <= kept_files(config).items()
         assert_each_pair_was_scored_once(config)
         assert losses(config) == pytest.approx(losses(undisturbed), abs=1e-5)
         count += 1
@@ -314,10 +410,12 @@ def test_node_with_a_scoring_actor_of_a_training_is_removed(
         while len(kept_files(config)) < chunks // 2:
             assert process.is_alive()
             time.sleep(0.005)
+        before = kept_files(config)
         nodes.remove_node(node_with_a_scoring_actor(nodes), allow_graceful=False)
         process.join()
         if process.exitcode != 0:
             assert run(raw, train.STAGE) == 0
+    assert before.items() <= kept_files(config).items()
     assert_each_pair_was_scored_once(config)
     assert losses(config) == pytest.approx(losses(undisturbed), abs=1e-5)
     record(

@@ -56,6 +56,16 @@ def test_every_part_of_a_run_is_shown(finished_run: Run) -> None:
     assert found["Evaluation"].tables[0].rows[0][1] == evaluation["reference"]["accuracy"]
 
 
+def test_rows_of_each_stage(finished_run: Run) -> None:
+    config, _ = finished_run
+    run = collect(config.run.folder, STAGES)
+    rows = {stage.name: stage.rows for stage in run.stages}
+    assert rows["pairs"] == rows["margins"] == 90
+    assert rows["train"] == 5 * 8  # steps of eight pairs
+    assert rows["evaluate"] == 4
+    assert 2 * 90 > (rows["reward"] or 0) > 90  # three epochs of the training pairs
+
+
 def test_several_runs_side_by_side(finished_run: Run, tmp_path: Path) -> None:
     config, _ = finished_run
     other = tmp_path / "other"

@@ -78,6 +78,15 @@ def test_classifier_gives_its_own_rewards(
     np.testing.assert_allclose(scores, expected, atol=1e-4)
 
 
+def test_classifier_keeps_its_own_dtype(tmp_path: Path) -> None:
+    """The config's is of the models that are trained."""
+    scorer = scorer_of(save(tmp_path, make_reward_model().to(torch.bfloat16)))
+    scorer.load(CPU)
+    assert {weight.dtype for weight in scorer._model.parameters()} == {torch.bfloat16}
+    assert scorer._padding is not None
+    assert np.isfinite(scorer(table(conversational=False))).all()
+
+
 def test_classifier_without_sdpa_reads_batches(tmp_path: Path) -> None:
     """An encoder, whose pooled first token does not see padding."""
     torch.manual_seed(0)

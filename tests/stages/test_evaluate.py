@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from pyarrow import feather
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from madpo_ray import pipeline
 from madpo_ray.artifacts.tables import read_split
@@ -22,7 +23,7 @@ from madpo_ray.evaluation.measures import preference_metrics
 from madpo_ray.evaluation.sample_sets import PolicyFiles
 from madpo_ray.evaluation.sampling import Sampler, end_tokens
 from madpo_ray.models.loading import load_policy
-from madpo_ray.stages import evaluate, margins, pairs, sft, train
+from madpo_ray.stages import evaluate, margins, pairs, reward, sft, train
 from madpo_ray.stages.other_runs import find_policy
 from support.judges import count_kind_words
 from support.models import make_model, make_reward_model, make_tokenizer
@@ -87,6 +88,9 @@ def test_samples_are_judged_at_each_temperature(finished_run: Run) -> None:
     assert [pair_id[-1] for pair_id in samples["pair_id"].to_pylist()] == ["0", "0", "1", "1"]
     assert samples["prompt"].to_pylist()[:2] == samples["prompt"].to_pylist()[2:]
     assert len(set(samples["prompt"].to_pylist())) == 2
+    # Nothing was trained or calibrated on them.
+    held_out = read_split(pairs.STAGE.rows(config), "test", ["prompt"])["prompt"].to_pylist()
+    assert set(samples["prompt"].to_pylist()) <= set(held_out)
     lines = (folder / "samples.csv").read_text().splitlines()
     assert len(lines) == 5
     assert "reward,reward_low,reward_high" in lines[0]
@@ -118,6 +122,31 @@ def test_divergence_is_that_of_plain_forwards(finished_run: Run) -> None:
     entries = evaluation(config)["sampling"]
     mean = np.mean([row["policy@1_kl"] for row in samples])
     assert entries[0]["kl"] == pytest.approx(mean)
+
+
+@pytest.mark.slow
+def test_classifier_is_a_judge(finished_run: Run, tmp_path: Path) -> None:
+    """Such as a reward model that was trained here, as transformers scores the same texts."""
+    config, _ = finished_run
+    shutil.copytree(config.run.folder, tmp_path / "tiny")
+    judge = shutil.copytree(reward.STAGE.folder(config) / "model", tmp_path / "judge")
+    raw = config.model_dump(mode="json")
+    raw["run"]["storage_path"] = str(tmp_path)
+    raw["evaluate"] |= {"judge": str(judge), "temperatures": [1.0]}
+    changed = parse_config(raw)
+    pipeline.run_stage(changed, evaluate.STAGE, say=lambda what: None)
+    (entry, _) = evaluation(changed)["sampling"]
+
+    model = AutoModelForSequenceClassification.from_pretrained(judge).eval()
+    tokenizer = AutoTokenizer.from_pretrained(judge)
+    samples = pq.read_table(evaluate.STAGE.folder(changed) / "samples.parquet").to_pylist()
+    rewards = []
+    for row in samples:
+        ids = tokenizer(row["prompt"] + row["policy@1"])["input_ids"] + [tokenizer.eos_token_id]
+        with torch.no_grad():
+            rewards.append(float(model(input_ids=torch.tensor([ids])).logits[0, 0]))
+    assert [row["policy@1_reward"] for row in samples] == pytest.approx(rewards, abs=1e-4)
+    assert entry["reward"]["mean"] == pytest.approx(np.mean(rewards), abs=1e-4)
 
 
 def test_runs_are_compared(finished_run: Run, tmp_path: Path) -> None:

@@ -8,12 +8,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from datasets import load_dataset
+from typer.testing import CliRunner
 
 from conftest import make_policy_job
 from madpo_ray import pipeline
 from madpo_ray.artifacts.building import building
 from madpo_ray.artifacts.tables import read_split, rows_folder, write_table
-from madpo_ray.config import Config, parse_config
+from madpo_ray.cli import app
+from madpo_ray.config import Config, parse_config, save_config
 from madpo_ray.errors import UserError
 from madpo_ray.losses import madpo_weight
 from madpo_ray.stages import export, margins
@@ -49,6 +52,20 @@ def exported(config: Config, table: dict[str, list[Any]]) -> dict[str, pa.Table]
     pipeline.run_stage(config, export.STAGE, say=lambda what: None)
     files = sorted((export.STAGE.folder(config) / "data").iterdir())
     return {file.name.split("-")[0]: pq.read_table(file) for file in files}
+
+
+@pytest.mark.ray
+@pytest.mark.deepspeed
+def test_command_exports_a_finished_run(finished_run: tuple[Config, list[str]]) -> None:
+    config, _ = finished_run
+    file = config.run.folder.parent / "config.yaml"
+    save_config(config, file)
+    called = CliRunner().invoke(app, ["margins", "--config", str(file), "--export", "trl"])
+    assert called.exit_code == 0, called.output
+    assert "margins: done already" in called.output
+    data = load_dataset(str(export.STAGE.folder(config) / "data"), split="train")
+    pairs = read_split(margins.STAGE.rows(config), "train", ["margin"])
+    assert data["margin"] == pairs["margin"].to_pylist()
 
 
 def test_texts_with_their_numbers(config: Config) -> None:

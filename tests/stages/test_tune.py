@@ -94,6 +94,7 @@ def test_search_over_finished_margins(finished_run: Run, tmp_path: Path) -> None
     config = write_config(finished_run, file, num_samples=3, search_space=space)
     printed = search(file)
     assert "3 trials" in printed
+    assert "scoring passes during the search: 0" in printed
     assert f"best {METRIC}" in printed
 
     # The first trial has the config's own values, and c_min follows from c_max.

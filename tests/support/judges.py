@@ -1,8 +1,14 @@
 """Judges as users write them, with TRL's signature."""
 
+import os
+from pathlib import Path
 from typing import Any
 
+from support.faults import arm
+
 VICTIM = "say 7:"
+# A folder that `note_prompts` and `fill_disk_once` write to, in the environment of Ray's workers.
+NOTES = "TEST_NOTES"
 
 
 def count_kind_words(prompts: list[Any], completions: list[Any], **others: Any) -> list[float]:
@@ -10,6 +16,22 @@ def count_kind_words(prompts: list[Any], completions: list[Any], **others: Any) 
     words = [completion.split() for completion in completions]
     kind = [sum(word in ("good", "great", "warm") for word in one) for one in words]
     return [2.0 * count - len(one) for count, one in zip(kind, words, strict=True)]
+
+
+def note_prompts(prompts: list[Any], completions: list[Any], **others: Any) -> list[float]:
+    """The same; every call's prompts are appended to `scored.txt`."""
+    with (Path(os.environ[NOTES]) / "scored.txt").open("a") as stream:
+        stream.write("".join(f"{prompt}\n" for prompt in prompts))
+    return count_kind_words(prompts, completions)
+
+
+def fill_disk_once(prompts: list[Any], completions: list[Any], **others: Any) -> list[float]:
+    """The same; the first process that calls it finds the disk full, a few operations later."""
+    folder = Path(os.environ[NOTES])
+    if not (folder / "full").exists():
+        (folder / "full").touch()
+        arm(folder.parent, 3, "disk full")
+    return count_kind_words(prompts, completions)
 
 
 def fail_for_one(prompts: list[Any], completions: list[Any], **others: Any) -> list[float]:
