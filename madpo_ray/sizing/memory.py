@@ -13,6 +13,7 @@ from madpo_ray.training.engine import ADAM_BYTES
 BYTES = {"float32": 4, "bfloat16": 2}
 MOMENTS = ADAM_BYTES
 FOUR_BITS = 4.127 / 8  # bytes of a weight in NF4 with double quantisation (Dettmers et al. 2023)
+PREFETCHED = 50_000_000  # weights that ZeRO-3 fetches at a time: stage3_prefetch_bucket_size
 MASTER = 4  # of a weight that the optimizer keeps in float32, and of its gradient in a step
 
 
@@ -53,13 +54,16 @@ def rank_memory(
     trained = footprint.trained
     share = trained // num_ranks
 
-    # Weights: ZeRO-3 shards them, and gathers those that are in use.
+    # Weights: ZeRO-3 shards them, and gathers those that are in use; what it fetches at a time is
+    # gathered in one piece, and copied out.
     weights = weight_bytes(footprint, dtype)
     gathered = 0
     if stage == 3:
         weights //= num_ranks
         live = max(settings.stage3_max_live_parameters, footprint.largest)
-        gathered = min(footprint.parameters, live) * size
+        live = min(footprint.parameters, live)
+        staged = min(live, max(PREFETCHED, footprint.largest))
+        gathered = (live + staged) * size
 
     # Adam's moments, and float32 copies of the weights.
     optimizer = _optimizer_bytes(dtype, stage) * (share if stage else trained)
@@ -101,11 +105,19 @@ def weight_bytes(footprint: Footprint, dtype: str) -> int:
 
 
 def _optimizer_bytes(dtype: str, stage: int) -> int:
-    """Of a trained weight. Stages 1 and 2 copy float32 weights, too."""
-    has_copies = dtype == "bfloat16" or stage in (1, 2)
+    """Of a trained weight. Where it is sharded, float32 weights are copied, too.
+
+    ZeRO-3 means not to, but compares a torch.device with a string (`_create_fp32_partitions`).
+    """
+    has_copies = dtype == "bfloat16" or stage > 0
     return MOMENTS + (MASTER if has_copies else 0)
 
 
 def checkpoint_bytes(footprint: Footprint, *, dtype: str, zero_stage: int) -> int:
-    """Of one checkpoint, all ranks' parts together: trained weights, their copies and moments."""
+    """Of one checkpoint, all ranks' parts together: trained weights, their copies and moments.
+
+    ZeRO-3's has no other weights than the float32 copies.
+    """
+    if zero_stage == 3:
+        return footprint.trained * (MASTER + MOMENTS)
     return footprint.trained * (BYTES[dtype] + _optimizer_bytes(dtype, zero_stage))

@@ -75,7 +75,7 @@ class TrainingNeeds:
     by_zero_stage: Mapping[int, RankMemory]
     recomputed: Mapping[int, RankMemory]  # the same with gradient_checkpointing
     fitting: Choice | None  # the first settings that fit; None if none do
-    checkpoint: int  # bytes, over all ranks
+    checkpoint: int  # bytes, over all ranks, with the first settings that fit
     pairs_per_second: float
     times: int  # how often it trains
     idle: float  # share of the GPUs' time for which a step has no micro-batches
@@ -190,6 +190,10 @@ def training_needs(
     # Some GPUs are idle if a step has too few micro-batches.
     busy, turns = count_turns(settings.global_batch_size, shape.pairs, cluster.num_gpus)
     micro_batches_per_second = cluster.speed(dtype) / footprint.flops * busy / turns
+    fitting = sizer.first_that_fits()
+    stage = settings.zero_stage
+    if fitting is not None:
+        stage = fitting.changes.get("zero_stage", stage)
     return TrainingNeeds(
         stage=training.stage,
         shape=shape,
@@ -197,8 +201,8 @@ def training_needs(
         configured=sizer.choice({}, sizer.memory({})),
         by_zero_stage=sizer.by_zero_stage(is_recomputed=False),
         recomputed=sizer.by_zero_stage(is_recomputed=True),
-        fitting=sizer.first_that_fits(),
-        checkpoint=checkpoint_bytes(footprint, dtype=dtype, zero_stage=settings.zero_stage),
+        fitting=fitting,
+        checkpoint=checkpoint_bytes(footprint, dtype=dtype, zero_stage=stage),
         times=training.times,
         idle=1 - busy / turns,
         pairs_per_second=shape.pairs * micro_batches_per_second,

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from madpo_ray.config import PolicyConfig
+from madpo_ray.sizing import memory as sizing_memory
 from madpo_ray.sizing.footprint import Footprint
 from madpo_ray.sizing.memory import RankMemory, checkpoint_bytes, rank_memory, weight_bytes
 
@@ -47,9 +48,9 @@ def memory(dtype: str = "bfloat16", **settings: Any) -> tuple[int, ...]:
         (1, "float32", (3200, 1200, 1600, 40, 400, 0)),
         (2, "bfloat16", (1600, 1200, 400, 20, 400, 0)),
         (2, "float32", (3200, 1200, 400, 40, 400, 0)),
-        # A quarter of all weights, and 200 that are gathered; in float32 no second copy.
-        (3, "bfloat16", (400 + 400, 1200, 400, 20, 400, 0)),
-        (3, "float32", (800 + 800, 800, 400, 40, 400, 0)),
+        # A quarter of all weights, and 200 that are gathered, twice on their way.
+        (3, "bfloat16", (400 + 2 * 400, 1200, 400, 20, 400, 0)),
+        (3, "float32", (800 + 2 * 800, 1200, 400, 40, 400, 0)),
     ],
 )
 def test_parts(stage: int, dtype: str, expected: tuple[int, ...]) -> None:
@@ -62,11 +63,19 @@ def test_overlap_doubles_buckets() -> None:
 
 def test_offloading_moves_to_the_host() -> None:
     offloaded = memory(zero_stage=3, offload_optimizer=True, offload_param=True)
-    assert offloaded == (400, 0, 0, 20, 0, 1200 + 400 + 400 + 400)
+    assert offloaded == (800, 0, 0, 20, 0, 1200 + 400 + 400 + 400)
 
 
 def test_the_largest_tensor_is_gathered() -> None:
-    assert memory(zero_stage=3, stage3_max_live_parameters=1)[0] == 400 + 2 * 100
+    assert memory(zero_stage=3, stage3_max_live_parameters=1)[0] == 400 + 2 * 2 * 100
+
+
+def test_a_fetch_is_staged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many gathered weights, only what is fetched at a time is there twice."""
+    monkeypatch.setattr(sizing_memory, "PREFETCHED", 150)
+    assert memory(zero_stage=3)[0] == 400 + 2 * (200 + 150)
+    monkeypatch.setattr(sizing_memory, "PREFETCHED", 50)
+    assert memory(zero_stage=3)[0] == 400 + 2 * (200 + 100)  # the largest tensor
 
 
 def test_four_bits_shrink_frozen_weights() -> None:
@@ -87,4 +96,5 @@ def test_peak_is_the_larger_of_backward_and_step() -> None:
 def test_checkpoint_has_weights_copies_and_moments() -> None:
     assert checkpoint_bytes(FOOTPRINT, dtype="bfloat16", zero_stage=0) == 400 * (2 + 4 + 8)
     assert checkpoint_bytes(FOOTPRINT, dtype="float32", zero_stage=2) == 400 * (4 + 4 + 8)
-    assert checkpoint_bytes(FOOTPRINT, dtype="float32", zero_stage=3) == 400 * (4 + 8)
+    for dtype in ("float32", "bfloat16"):
+        assert checkpoint_bytes(FOOTPRINT, dtype=dtype, zero_stage=3) == 400 * (4 + 8)
