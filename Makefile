@@ -6,7 +6,7 @@ CONSTRAINTS := cluster/constraints.txt
 DEMO := .demo
 # One thread for each test's process: Ray's workers have one too.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
-# These are tests of CPUs, on a machine with GPUs, too.
+# These tests run on CPUs, also on a machine with GPUs.
 test test-all: export CUDA_VISIBLE_DEVICES =
 
 .PHONY: setup demo check test test-all test-gpu clean

@@ -121,6 +121,7 @@ def rank_main(arguments: argparse.Namespace) -> None:
     run_rank(job, LocalSite(job))
     gathered: list[Any] = [None] * RANKS
     dist.all_gather_object(gathered, watch.peak)
+    dist.destroy_process_group()  # its threads may not outlive the interpreter
     if arguments.rank == 0:
         print("\n" + json.dumps(gathered), flush=True)
 

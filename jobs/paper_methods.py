@@ -154,7 +154,7 @@ def weighted_data(seen: Config, folder: Path) -> dict[str, Any]:
     """Section data of the pairs with the weights of the ablations."""
     file = folder / "weighted.jsonl"
     write_weighted(seen, file)  # again: other settings give other weights
-    return {"data": {"files": [str(file)], "keep_columns": [*seen.data.keep_columns, *ABLATIONS]}}
+    return {"data": {"files": [str(file)], "keep_columns": [*seen.data.kept_columns, *ABLATIONS]}}
 
 
 def true_rewards(config: Config) -> dict[str, Any]:
@@ -165,7 +165,7 @@ def true_rewards(config: Config) -> dict[str, Any]:
 
 def write_weighted(scored: Config, file: Path) -> None:
     """The scored pairs with the weights of both ablations."""
-    names = [*TEXT_COLUMNS, SPLIT, GROUP, MARGIN, *scored.data.keep_columns]
+    names = [*TEXT_COLUMNS, SPLIT, GROUP, MARGIN, *scored.data.kept_columns]
     table = read_columns(margins.STAGE.rows(scored), names)
     weights = ablated_weights(table[MARGIN].to_numpy(), scored.train)
     rows = table.drop_columns([MARGIN]).to_pylist()

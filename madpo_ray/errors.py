@@ -32,6 +32,10 @@ class Stopped(Exception):  # noqa: N818 (most often not an error)
         self.exit_code = exit_code
 
 
+class StoppedForGood(Stopped):
+    """Stopped by what ran: with the same settings it would be again."""
+
+
 class StoppedFromOutside(Stopped):
     """Stopped by the machines and not by what ran: a disk, or no place for workers."""
 

@@ -179,8 +179,8 @@ def is_remote(name: str) -> bool:
 
 def _split_alias(column: str) -> tuple[str, str]:
     """The column of a file, and its name in artifacts."""
-    own, _, name = column.partition(" as ")
-    return own.strip(), name.strip() or own.strip()
+    own, is_renamed, name = column.partition(" as ")
+    return (own.strip(), name.strip()) if is_renamed else (column, column)
 
 
 class DataConfig(Section):
@@ -244,7 +244,7 @@ class DataConfig(Section):
     keep_columns: Strings = Field(
         (),
         description="numeric columns to carry along to the margins artifact; `margin as my_margin` "
-        "gives one another name",
+        "renames one",
     )
     max_reject_fraction: float = operational(
         0.5, ge=0, le=1, description="share of rejected rows above which the run stops"

@@ -10,9 +10,8 @@ from madpo_ray.config.root import Config
 from madpo_ray.errors import UserError
 
 # `owner/name`, perhaps with a revision, and not the name of a file.
-HUB_DATASET = re.compile(
-    r"[\w-][\w.-]*/(?!.*\.(jsonl?|ndjson|csv|tsv|parquet|arrow|gz|zst)$)[\w.-]+(@[\w./-]+)?"
-)
+_FILES = r"(?i:jsonl?|ndjson|csv|tsv|txt|parquet|arrow|feather|gz|zst|bz2|xz|zip|tar)"
+HUB_NAME = re.compile(rf"[\w-][\w.-]*/(?!.*\.{_FILES}$)[\w.-]+(@[\w./-]+)?")
 
 
 def with_absolute_paths(config: Config) -> Config:
@@ -60,7 +59,7 @@ def _data_file(name: str) -> str:
     """A path, a URI, or a data set's name on the hub, of which there is no folder here."""
     if is_remote(name):
         return _checked_uri(name)
-    if HUB_DATASET.fullmatch(name) and not Path(name).parent.exists():
+    if HUB_NAME.fullmatch(name) and not Path(name).parent.exists():
         return f"hf://datasets/{name}"
     return _absolute("data.files", name)
 
@@ -74,7 +73,9 @@ def _checked_uri(name: str) -> str:
             "hf://datasets/"
         )
     server = path.partition("/")[0]
-    if store != "hf" and re.search("[:@]", server.removeprefix("anonymous@")):
+    if store == "gs":
+        server = server.removeprefix("anonymous@")  # a public bucket
+    if store != "hf" and re.search("[:@]", server):
         raise UserError(
             f"data.files: a {store}:// name holds credentials, and names are recorded: set them in "
             "the environment instead (for s3:// AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"

@@ -2,6 +2,7 @@
 
 import glob
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -20,8 +21,11 @@ from madpo_ray.errors import UserError
 if TYPE_CHECKING:
     from datasets import DatasetBuilder
 
+logger = logging.getLogger(__name__)
+
 HUB = "hf://datasets/"
-HUB_DATASET = re.compile(re.escape(HUB) + r"[^/@]+/[^/@]+(@.+)?")  # no file or folder in it
+# A data set, perhaps at a revision; no file or folder in it.
+HUB_DATASET = re.compile(re.escape(HUB) + r"[^/@]+/[^/@]+(@(refs/(pr|convert)/)?[^/]+)?")
 
 KINDS = (ParquetSource, ArrowSource, JSONLinesSource, JSONSource, CSVSource)
 SUFFIXES = tuple(suffix for kind in KINDS for suffix in kind.suffixes)
@@ -141,8 +145,11 @@ def _training_files(name: str) -> list[str]:
     """Those of a hub data set's split train, as its card or the names of its files tell."""
     from datasets import load_dataset_builder
 
-    repository, _, revision = name.removeprefix(HUB).partition("@")
-    return files_of_train(load_dataset_builder(repository, revision=revision or None), name)
+    # With its prefix a name is never that of a folder here.
+    repository, _, revision = name.partition("@")
+    files = files_of_train(load_dataset_builder(repository, revision=revision or None), name)
+    logger.info("%s is read from the hub: %d files of its split train", name, len(files))
+    return files
 
 
 def files_of_train(builder: "DatasetBuilder", name: str) -> list[str]:

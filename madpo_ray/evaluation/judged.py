@@ -8,14 +8,17 @@ import torch
 
 from madpo_ray.columns import PROMPT
 from madpo_ray.data.messages import Content, from_text
+from madpo_ray.errors import UserError
 from madpo_ray.evaluation.sample_sets import SampleSet
 from madpo_ray.scoring.judges import TextScorer
+from madpo_ray.scoring.reasons import UnscorableRows
 
 
 class JudgedSamples:
     """A scorer of samples: the judge's reward of each.
 
     A sample is a text after a prompt that is a text, and an assistant's message after messages.
+    One that the judge cannot read ends the pass.
     """
 
     def __init__(self, sampled: Sequence[SampleSet], judge: TextScorer) -> None:
@@ -36,7 +39,10 @@ class JudgedSamples:
             completions = [
                 _after(prompt, text) for prompt, text in zip(prompts, texts, strict=True)
             ]
-            scores.append(self._judge.rewards(prompts, completions))
+            try:
+                scores.append(self._judge.rewards(prompts, completions))
+            except UnscorableRows as error:
+                raise UserError(f"{error}, or evaluate.max_new_tokens") from None
         return np.stack(scores)
 
 

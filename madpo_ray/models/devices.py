@@ -11,6 +11,7 @@ from madpo_ray.errors import UserError
 
 # transformers' device_map for a model whose layers are spread over all GPUs of a process.
 OVER_GPUS = "balanced"
+LARGER = "raise scoring.gpus_per_actor, or set scoring.one_model_at_a_time for stage margins"
 
 
 def use_device() -> torch.device:
@@ -37,14 +38,17 @@ def placement(device: torch.device | None, over_gpus: bool = False) -> dict[str,
 
 @contextlib.contextmanager
 def refusing_large_models() -> Iterator[None]:
-    """Turns a GPU that is full while models are loaded into a UserError."""
+    """Turns what is raised where GPUs are full while models are loaded into a UserError."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        first_line, *_ = str(error).splitlines()
+    except (torch.OutOfMemoryError, ValueError) as error:
+        # What transformers raises of weights in 4 bits.
+        is_full = isinstance(error, torch.OutOfMemoryError) or "dispatched on the CPU" in str(error)
+        if not is_full:
+            raise
+        first_line, *_ = str(error).strip().splitlines()
         raise UserError(
-            f"the models of one actor do not fit its GPU ({first_line}): raise "
-            "scoring.gpus_per_actor, or set scoring.one_model_at_a_time for stage margins"
+            f"the models of one actor do not fit its GPUs ({first_line}): {LARGER}"
         ) from None
 
 
@@ -54,6 +58,5 @@ def require_on_gpus(model: Any, folder: Path) -> None:
         size = sum(weight.numel() * weight.element_size() for weight in model.parameters()) / 2**30
         raise UserError(
             f"{folder}: its {size:.1f} GiB of weights do not fit the free memory of the "
-            f"{torch.cuda.device_count()} GPUs of one actor: raise scoring.gpus_per_actor, or set "
-            "scoring.one_model_at_a_time"
+            f"{torch.cuda.device_count()} GPUs of one actor: {LARGER}"
         )

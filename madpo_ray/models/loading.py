@@ -199,6 +199,9 @@ def _load(
             "check that the folder is the right model and was copied completely"
         )
     if options.get("device_map") == OVER_GPUS:
+        if not loaded._no_split_modules:  # a layer could be cut in two
+            options["device_map"] = {"": torch.cuda.current_device()}
+            return _load(task_type, folder, model, new, **options)
         require_on_gpus(loaded, folder)
     if model.use_liger_kernel:
         _use_liger(loaded)

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from madpo_ray.artifacts.manifest import changed_since, flat, read_manifest
 from madpo_ray.artifacts.tables import rows_files, rows_folder
+from madpo_ray.columns import TRAIN
 from madpo_ray.config.files import read_yaml
 from madpo_ray.errors import UserError
 from madpo_ray.stages import evaluate, margins, pairs, reward, sft, train, tune
@@ -33,7 +34,7 @@ class FinishedStage:
 
     name: str
     seconds: float | None
-    rows: int | None  # that it wrote; of a training, pairs that it read, again in each epoch
+    rows: int | None  # that it wrote; of a training, the pairs of its split
     lines: list[str]
 
 
@@ -65,20 +66,19 @@ def collect(folder: Path, stages: Sequence[Stage]) -> Run:
         UserError: it has no finished stage.
     """
     run = Run(name=folder.resolve().name, folder=folder)
-    config_file = folder / "config.yaml"
-    if config_file.is_file():
-        run.config = flat(read_yaml(config_file.read_text(encoding="utf-8")) or {})
     found = {stage: read_manifest(folder / stage.name) for stage in stages}
     for stage, manifest in found.items():
         if manifest is not None:
-            rows = _count_rows(folder / stage.name, run.config)
-            run.stages.append(_finished(stage, manifest, folder, rows))
+            run.stages.append(_finished(stage, manifest, folder, _count_rows(stage, found, folder)))
             run.versions = manifest.get("versions", {})
     if not run.stages:
         raise UserError(
             f"{folder} has no finished stage: give the folder storage_path/name of a run"
         )
 
+    config_file = folder / "config.yaml"
+    if config_file.is_file():
+        run.config = flat(read_yaml(config_file.read_text(encoding="utf-8")) or {})
     run.margins = _read_json(folder / margins.STAGE.name / REPORT)
     run.suspicious = _read_lines(folder / margins.STAGE.name / SUSPICIOUS)[:MAX_SUSPICIOUS]
     run.metrics = _metrics(folder)
@@ -105,16 +105,17 @@ def _finished(
     return FinishedStage(stage.name, manifest.get("seconds"), rows, lines)
 
 
-def _count_rows(stage: Path, config: dict[str, Any]) -> int | None:
-    """The rows of a stage's folder; None if that is not known."""
-    files = rows_files(rows_folder(stage)) or list(stage.glob(SAMPLES))
+def _count_rows(
+    stage: Stage, manifests: Mapping[Stage, dict[str, Any] | None], folder: Path
+) -> int | None:
+    """What a stage wrote or, of a training, the pairs that it had; None if that is not known."""
+    own = folder / stage.name
+    files = rows_files(rows_folder(own)) or list(own.glob(SAMPLES))
     if files:
         return sum(int(pq.read_metadata(file).num_rows) for file in files)
-    batch_size = config.get(f"{stage.name}.global_batch_size")
-    logs = [lines for file in stage.rglob(METRICS_FILE) if (lines := read_metrics(file))]
-    if not logs or not isinstance(batch_size, int):
-        return None
-    return batch_size * sum(int(lines[-1]["step"]) for lines in logs)
+    read = manifests.get(pairs.STAGE)
+    is_training = any(own.rglob(METRICS_FILE))
+    return int(read["results"]["pairs"][TRAIN]) if read and is_training else None
 
 
 def _metrics(folder: Path) -> dict[str, list[dict[str, Any]]]:

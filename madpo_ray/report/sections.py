@@ -46,7 +46,7 @@ def _pipeline(runs: Sequence[Run]) -> Section:
         rows = [row[1:] for row in rows]
     note = (
         "Seconds are those of a stage's last start: what was resumed took longer. Rows are what it "
-        "wrote; of a training, the pairs that it read."
+        "wrote; of a training, the training pairs."
     )
     return Section("Pipeline", note=note, tables=[Table(headings, rows)])
 

@@ -20,6 +20,7 @@ from madpo_ray.data.messages import Content, from_text
 from madpo_ray.errors import UserError
 from madpo_ray.models.loading import READS_END, load_classifier, load_tokenizer
 from madpo_ray.scoring.batches import cut
+from madpo_ray.scoring.reasons import UnscorableRows
 
 logger = logging.getLogger(__name__)
 
@@ -158,6 +159,7 @@ class ClassifierReward(TextScorer):
             self._tokenize(prompt, completion)
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
+        self._require_short(rows)
         limits = (1, None) if self._padding is None else self._limits
         rewards = np.full(len(rows), np.nan)
         for members in cut(np.array([len(row) for row in rows]), *limits, padded=True):
@@ -180,12 +182,18 @@ class ClassifierReward(TextScorer):
                 )
             text = tokenizer.apply_chat_template(prompt + completion, tokenize=False)
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if self._max_tokens is not None and len(ids) > self._max_tokens:
-            raise ValueError(
-                f"{len(ids)} tokens for {self._folder}, which reads {self._max_tokens}: lower "
-                "data.max_length, or for samples evaluate.max_new_tokens"
-            )
         return ids
+
+    def _require_short(self, rows: Sequence[Sequence[int]]) -> None:
+        """Raises UnscorableRows if the model cannot read some of the rows."""
+        too_long = {
+            place: f"too long for {self._key}: {len(ids)} tokens, and {self._folder} reads "
+            f"{self._max_tokens}: lower data.max_length"
+            for place, ids in enumerate(rows)
+            if self._max_tokens is not None and len(ids) > self._max_tokens
+        }
+        if too_long:
+            raise UnscorableRows(too_long)
 
     @torch.no_grad()
     def _forward(self, rows: Sequence[Sequence[int]], padding: int) -> np.ndarray:

@@ -1,12 +1,25 @@
 """Why pairs could not be scored, and how many of them a run may have."""
 
 from collections import Counter
+from collections.abc import Mapping
 
 import pyarrow as pa
 
 from madpo_ray.errors import UserError
 
 MAX_REASONS = 5  # in a message
+
+
+class UnscorableRows(ValueError):  # noqa: N818 (about some rows of a table)
+    """Rows of a table that a scorer cannot score, whatever the others are.
+
+    Args:
+        reasons: by the row's place in the table.
+    """
+
+    def __init__(self, reasons: Mapping[int, str]) -> None:
+        super().__init__(next(iter(reasons.values())))
+        self.reasons = reasons
 
 
 def check_reasons(reasons: pa.ChunkedArray, allowed: float) -> Counter[str]:

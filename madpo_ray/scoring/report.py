@@ -3,7 +3,7 @@
 Legend: N pairs of a split.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -56,28 +56,36 @@ def describe_weights(weights: Margins) -> dict[str, float]:
 
 
 def find_alarms(
-    margins: Margins, weights: Margins, *, tau: float, calibration: Mapping[str, Any]
+    margins: Margins,
+    weights_of: Callable[[Margins], Margins],
+    *,
+    tau: float,
+    calibration: Mapping[str, Any],
 ) -> list[str]:
-    """Why margins that were not fitted to (N,) are not calibrated, as sentences; none if they are.
+    """Why margins (N,) of pairs that trained no reward model are not calibrated, as sentences.
 
-    The mean of calibrated margins' weights is 1 below tau (see `describe_weights`), whatever the
-    reward model. Rings if it is more than three standard errors and ALLOWED_WEIGHT away; and if the
-    calibration error is above ALLOWED_ERROR and, by three standard deviations, above what chance
-    makes of calibrated margins of so many pairs.
+    None if they are, as far as so many pairs can tell: the mean weight of calibrated margins is 1
+    below tau (see `describe_weights`), whatever the reward model. Rings if it is ALLOWED_WEIGHT, or
+    the calibration error ALLOWED_ERROR, away from what it should be, and by three standard
+    deviations of what chance makes of calibrated margins of these sizes.
 
     Args:
-        weights: of these pairs, (N,).
+        weights_of: gives the weights of margins.
         calibration: what `calibration_report` gave.
     """
     alarms = []
-    inside = weights[np.abs(margins) < tau]
-    if len(inside) > 1:
-        mean, error = inside.mean(), inside.std(ddof=1) / np.sqrt(len(inside))
-        if abs(mean - 1) > max(3 * error, ALLOWED_WEIGHT):
+    inside = margins[np.abs(margins) < tau]
+    if len(inside):
+        mean = weights_of(inside).mean()
+        # Each sign is right with the probability that its size says.
+        share = expit(np.abs(inside))
+        differences = weights_of(np.abs(inside)) - weights_of(-np.abs(inside))
+        deviation = np.sqrt((share * (1 - share) * differences**2).sum()) / len(inside)
+        if abs(mean - 1) > max(3 * deviation, ALLOWED_WEIGHT):
             size = "large" if mean < 1 else "small"
             alarms.append(
-                f"ALARM: the mean weight of held-out pairs below tau is {mean:.3f} (standard error "
-                f"{error:.3f}), not 1: their margins are too {size}"
+                f"ALARM: the mean weight of held-out pairs below tau is {mean:.3f}, not 1 "
+                f"(standard deviation {deviation:.3f}): their margins are too {size}"
             )
     when = "after" if "ece_after" in calibration else "before"
     error = calibration[f"ece_{when}"]

@@ -22,6 +22,7 @@ from madpo_ray.models.logprobs import ResponseLogps, ResponseRewards
 from madpo_ray.models.reading import find_reading
 from madpo_ray.scoring.batches import Batches, Layout
 from madpo_ray.scoring.chunks import RAISED
+from madpo_ray.scoring.reasons import UnscorableRows
 
 
 class Scorer(Protocol):
@@ -48,7 +49,7 @@ class Scorer(Protocol):
 def score_or_explain(scorer: Scorer, rows: pa.Table) -> tuple[np.ndarray, list[str]]:
     """Scores (R, P) of a table of P rows, and why those that are NaN are so: "" for the others.
 
-    If the scorer fails for a table, it is tried row by row.
+    If the scorer fails for a table, it is tried row by row; if it names rows, without them.
 
     Raises:
         UserError: the scorer refuses all rows. Errors of memory and of devices are no row's, too.
@@ -56,6 +57,15 @@ def score_or_explain(scorer: Scorer, rows: pa.Table) -> tuple[np.ndarray, list[s
     num_rows = rows.num_rows
     try:
         scores = scorer(rows)
+    except UnscorableRows as error:
+        reasons = [error.reasons.get(place, "") for place in range(num_rows)]
+        others = np.flatnonzero([not reason for reason in reasons])
+        scores = np.full((len(scorer.columns), num_rows), np.nan)
+        if len(others):
+            scores[:, others], own = score_or_explain(scorer, rows.take(others))
+            for place, reason in zip(others.tolist(), own, strict=True):
+                reasons[place] = reason
+        return scores, reasons
     except (UserError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except Exception as error:  # a callable, or a tokenizer, may raise anything about one row

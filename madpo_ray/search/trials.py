@@ -23,7 +23,7 @@ from madpo_ray.artifacts.lock import NO_LOCKS
 from madpo_ray.atomic import write_json
 from madpo_ray.config import Config, Domain, with_changes
 from madpo_ray.data.order import Order
-from madpo_ray.errors import ExitCode, Stopped, StoppedFromOutside
+from madpo_ray.errors import ExitCode, StoppedForGood
 from madpo_ray.search.outcomes import ACCURACY, EVALUATION, TOTAL_STEPS
 from madpo_ray.search.space import complete, settings_of
 from madpo_ray.training.checkpoints import checkpoint_folders, newest_checkpoint
@@ -163,7 +163,7 @@ class Trial:
         """Trains from where an earlier run ended; reports every evaluation to Ray Tune.
 
         Raises:
-            Stopped: it cannot be trained; then, or in an earlier start of the search.
+            StoppedForGood: its loss is not finite; in this, or an earlier start of the search.
         """
         began = time.monotonic()
         reported = self.reports()
@@ -171,7 +171,7 @@ class Trial:
             ray.tune.report(report)
         if self.has_ended:
             if failure := self._ended_record().get("failure"):
-                raise Stopped(failure, ExitCode.FAILED)
+                raise StoppedForGood(failure, ExitCode.FAILED)
             return
         if self.measure is not None and reported:  # it was killed just before its end
             self.record_end(reported[-1][EVALUATION], None)
@@ -180,10 +180,9 @@ class Trial:
         callbacks = [_EvaluationCallback(self)] if self.measure is None else []
         try:
             train_on_ray(self.job, self.config.cluster, callbacks=callbacks)
-        except Stopped as stopped:
-            if stopped.exit_code == ExitCode.FAILED and not isinstance(stopped, StoppedFromOutside):
-                last_evaluation = (self.reports() or [{EVALUATION: 0}])[-1][EVALUATION]
-                self.record_end(last_evaluation, time.monotonic() - began, stopped.message)
+        except StoppedForGood as stopped:
+            last_evaluation = (self.reports() or [{EVALUATION: 0}])[-1][EVALUATION]
+            self.record_end(last_evaluation, time.monotonic() - began, stopped.message)
             raise
         if self.measure is not None:
             write_json(self._measured_file, self.measure(self.config, self.job))

@@ -100,7 +100,10 @@ def _first_points(config: Config, drawn: list[Values]) -> list[Values]:
         return drawn
     own = own_point(config)
     if own is None:
-        logger.info("the config's own values are outside of the search space: no trial has them")
+        logger.info(
+            "no trial has the config's own values: the search space does not hold them, or they do "
+            "not follow from each other as it says"
+        )
         return []
     return [own]
 

@@ -114,7 +114,10 @@ def pass_needs(
     )
     weights = num_policies * reference_bytes
     sampling = PassNeeds(f"{evaluate.STAGE.name}: sampling", weights, cache, None)
-    yield sampling.placed(gpus_per_actor)
+    placed = sampling.placed(gpus_per_actor)
+    if gpus_per_actor > 1:  # the cache of a layer is where the layer is
+        placed = dataclasses.replace(placed, activations=math.ceil(cache / gpus_per_actor))
+    yield placed
 
 
 def _cache_bytes(architecture: "PretrainedConfig", dtype: str, num_tokens: int) -> int:

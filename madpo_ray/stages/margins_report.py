@@ -68,8 +68,12 @@ def write_report(
     # Pairs that neither trained the reward model nor fitted the calibration, if there are some.
     held_out = columns.TEST if splits[columns.TEST]["pairs"] else columns.VALIDATION
     unseen = _margins(build.rows, held_out)
-    weights = weights_of(unseen, config.train)
-    alarms = find_alarms(unseen, weights, tau=config.train.tau, calibration=calibration)
+    alarms = find_alarms(
+        unseen,
+        lambda margins: weights_of(margins, config.train),
+        tau=config.train.tau,
+        calibration=calibration,
+    )
     histogram = margin_histogram(_margins(build.rows, columns.TRAIN))
     report = {
         "made_with": _made_with(config),

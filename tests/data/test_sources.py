@@ -8,7 +8,14 @@ import pytest
 from datasets import Dataset, DatasetBuilder, DatasetDict, load_dataset_builder
 
 from madpo_ray.data import files
-from madpo_ray.data.sources import KINDS, count_rows, files_of_train, list_files, open_source
+from madpo_ray.data.sources import (
+    HUB_DATASET,
+    KINDS,
+    count_rows,
+    files_of_train,
+    list_files,
+    open_source,
+)
 from madpo_ray.errors import UserError
 
 
@@ -78,6 +85,24 @@ def test_data_set_of_the_hub_is_its_split_train(tmp_path: Path) -> None:
     (tmp_path / "carded" / "README.md").write_text(f"---\n{json.dumps(card)}\n---\n")
     with pytest.raises(UserError, match=r"no split train \(its splits: train_prefs\): .*first\.js"):
         files_of_train(builder_of(tmp_path / "carded"), "hf://datasets/x/y")
+
+
+@pytest.mark.parametrize(
+    ("name", "is_data_set"),
+    [
+        ("a/b", True),
+        ("a/b@main", True),
+        ("a/b@refs/pr/1", True),
+        ("a/b@main/data", False),
+        ("a/b@main/data/*.parquet", False),
+        ("a/b@refs/pr/1/data/x.parquet", False),
+        ("a/b/data", False),
+        ("a", False),
+    ],
+)
+def test_names_of_data_sets(name: str, is_data_set: bool) -> None:
+    """A file or folder of one, also at a revision, is read as it is named."""
+    assert bool(HUB_DATASET.fullmatch(f"hf://datasets/{name}")) == is_data_set
 
 
 def test_folder_of_datasets_is_read_in_its_order(tmp_path: Path) -> None:

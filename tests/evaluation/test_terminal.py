@@ -42,7 +42,7 @@ def results(sample: str) -> dict[str, Any]:
                 "temperature": 0.7,
                 "reward_difference": {"mean": -0.125, "interval": (-0.5, 0.25)},
                 "win_rate": {"mean": 0.375, "interval": (0.25, 0.5)},
-                "length_controlled_win_rate": 0.4375,
+                "length_controlled_win_rate": None,
             }
         ],
         "samples": {"before": [sample], "after": [sample]},

@@ -16,9 +16,13 @@ def test_weights_go_straight_to_a_gpu() -> None:
 
 
 def test_model_that_fills_its_gpu_is_refused() -> None:
-    message = r"do not fit its GPU \(CUDA out of memory\): raise scoring"
+    message = r"do not fit its GPUs \(CUDA out of memory\): raise scoring"
     with pytest.raises(UserError, match=message), refusing_large_models():
         raise torch.OutOfMemoryError("CUDA out of memory\nand so on")
+    with pytest.raises(UserError, match="raise scoring"), refusing_large_models():
+        raise ValueError("Some modules are dispatched on the CPU or the disk. Make sure ...")
+    with pytest.raises(ValueError, match="another"), refusing_large_models():
+        raise ValueError("another")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

@@ -94,7 +94,6 @@ def test_search_over_finished_margins(finished_run: Run, tmp_path: Path) -> None
     config = write_config(finished_run, file, num_samples=3, search_space=space)
     printed = search(file)
     assert "3 trials" in printed
-    assert "scoring passes during the search: 0" in printed
     assert f"best {METRIC}" in printed
 
     # The first trial has the config's own values, and c_min follows from c_max.
@@ -217,7 +216,7 @@ def test_failed_trial_is_recorded(finished_run: Run, tmp_path: Path) -> None:
     assert "2 trials, 0 stopped early, 1 failed" in printed
     found = json.loads((tune.STAGE.folder(config) / "trials.json").read_text())
     failed, good = found["trials"]
-    assert failed["error"].startswith("Stopped: the ")
+    assert failed["error"].startswith("StoppedForGood: the ")
     assert "skip_nonfinite" in failed["error"]
     assert good["state"] == "complete"
     best = load_config(tune.STAGE.folder(config) / "best.yaml")

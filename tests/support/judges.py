@@ -1,6 +1,7 @@
 """Judges as users write them, with TRL's signature."""
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,20 @@ def count_kind_words(prompts: list[Any], completions: list[Any], **others: Any) 
 
 
 def note_prompts(prompts: list[Any], completions: list[Any], **others: Any) -> list[float]:
-    """The same; every call's prompts are appended to `scored.txt`."""
+    """The same; every call's prompts are appended to `scored.txt`. Waits while `hold` is there."""
+    while (Path(os.environ[NOTES]) / "hold").exists():
+        time.sleep(0.02)
     with (Path(os.environ[NOTES]) / "scored.txt").open("a") as stream:
         stream.write("".join(f"{prompt}\n" for prompt in prompts))
     return count_kind_words(prompts, completions)
 
 
 def fill_disk_once(prompts: list[Any], completions: list[Any], **others: Any) -> list[float]:
-    """The same; the first process that calls it finds the disk full, a few operations later."""
+    """The same; the first process that calls it finds the disk full when it writes."""
     folder = Path(os.environ[NOTES])
     if not (folder / "full").exists():
         (folder / "full").touch()
-        arm(folder.parent, 3, "disk full")
+        arm(folder.parent, 1, "disk full")  # the chunk of scores is moved into its place
     return count_kind_words(prompts, completions)
 
 
