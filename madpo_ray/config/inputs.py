@@ -179,7 +179,7 @@ def is_remote(name: str) -> bool:
 
 def _split_alias(column: str) -> tuple[str, str]:
     """The column of a file, and its name in artifacts."""
-    own, is_renamed, name = column.partition(" as ")
+    own, is_renamed, name = column.rpartition(" as ")
     return (own.strip(), name.strip()) if is_renamed else (column, column)
 
 
@@ -263,6 +263,8 @@ class DataConfig(Section):
             raise ValueError(f"{taken[0]}: reserved name; give it another: {taken[0]} as my_score")
         if len(set(names)) < len(names):
             raise ValueError("a column is listed twice")
+        if not all(part for column in value for part in _split_alias(column)):
+            raise ValueError("a column has no name")
         return value
 
     @model_validator(mode="after")

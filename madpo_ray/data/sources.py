@@ -1,5 +1,6 @@
 """The files of preference pairs that a config names, and `open_source` as their only door."""
 
+import functools
 import glob
 import json
 import logging
@@ -141,8 +142,12 @@ def _remote_files(name: str) -> list[str]:
         return [place.uri(f"{folder}/{one}") for one in found]
 
 
+@functools.cache
 def _training_files(name: str) -> list[str]:
-    """Those of a hub data set's split train, as its card or the names of its files tell."""
+    """Those of a hub data set's split train, as its card or the names of its files tell.
+
+    Their names hold the commit: a branch that moves on changes nothing in this process.
+    """
     from datasets import load_dataset_builder
 
     # With its prefix a name is never that of a folder here.

@@ -42,7 +42,7 @@ class JudgedSamples:
             try:
                 scores.append(self._judge.rewards(prompts, completions))
             except UnscorableRows as error:
-                raise UserError(f"{error}, or evaluate.max_new_tokens") from None
+                raise UserError(f"{error}; lower evaluate.max_new_tokens") from None
         return np.stack(scores)
 
 

@@ -1,6 +1,7 @@
 """Load a model as policy or reward model."""
 
 import contextlib
+import gc
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -200,6 +201,8 @@ def _load(
         )
     if options.get("device_map") == OVER_GPUS:
         if not loaded._no_split_modules:  # a layer could be cut in two
+            del loaded, report
+            gc.collect()  # its hooks refer to it
             options["device_map"] = {"": torch.cuda.current_device()}
             return _load(task_type, folder, model, new, **options)
         require_on_gpus(loaded, folder)

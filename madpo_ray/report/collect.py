@@ -113,9 +113,15 @@ def _count_rows(
     files = rows_files(rows_folder(own)) or list(own.glob(SAMPLES))
     if files:
         return sum(int(pq.read_metadata(file).num_rows) for file in files)
-    read = manifests.get(pairs.STAGE)
-    is_training = any(own.rglob(METRICS_FILE))
-    return int(read["results"]["pairs"][TRAIN]) if read and is_training else None
+    if not any(own.rglob(METRICS_FILE)):
+        return None
+    try:
+        if stage is train.STAGE and (scored := manifests.get(margins.STAGE)):
+            return int(scored["results"]["splits"][TRAIN]["pairs"])
+        read = manifests.get(pairs.STAGE)
+        return int(read["results"]["pairs"][TRAIN]) if read else None
+    except (KeyError, TypeError):  # of another version of this package
+        return None
 
 
 def _metrics(folder: Path) -> dict[str, list[dict[str, Any]]]:

@@ -131,7 +131,12 @@ class ClassifierReward(TextScorer):
         self._model = model.eval()
         self._end = self._tokenizer.eos_token_id
         config: Any = self._model.config.get_text_config()
-        self._max_tokens = getattr(config, "max_position_embeddings", None)
+        # The tokenizer's limit is lower where positions do not start at 0.
+        limits = (
+            getattr(config, "max_position_embeddings", None),
+            self._tokenizer.model_max_length,
+        )
+        self._max_tokens = min(limit for limit in limits if limit is not None)
         self._padding = self._find_padding(config)
         if self._padding is None:
             logger.warning("%s gives other rewards in a batch: it reads one row", self._folder)
@@ -188,9 +193,10 @@ class ClassifierReward(TextScorer):
         """Raises UnscorableRows if the model cannot read some of the rows."""
         too_long = {
             place: f"too long for {self._key}: {len(ids)} tokens, and {self._folder} reads "
-            f"{self._max_tokens}: lower data.max_length"
+            f"{self._max_tokens} (a lower data.max_length with data.over_length: drop leaves such "
+            "pairs out)"
             for place, ids in enumerate(rows)
-            if self._max_tokens is not None and len(ids) > self._max_tokens
+            if len(ids) > self._max_tokens
         }
         if too_long:
             raise UnscorableRows(too_long)

@@ -66,8 +66,8 @@ def find_alarms(
 
     None if they are, as far as so many pairs can tell: the mean weight of calibrated margins is 1
     below tau (see `describe_weights`), whatever the reward model. Rings if it is ALLOWED_WEIGHT, or
-    the calibration error ALLOWED_ERROR, away from what it should be, and by three standard
-    deviations of what chance makes of calibrated margins of these sizes.
+    the calibration error ALLOWED_ERROR, away from what it should be; by three standard deviations
+    of what chance makes of calibrated margins of these sizes; and by more than two wrong signs.
 
     Args:
         weights_of: gives the weights of margins.
@@ -81,7 +81,8 @@ def find_alarms(
         share = expit(np.abs(inside))
         differences = weights_of(np.abs(inside)) - weights_of(-np.abs(inside))
         deviation = np.sqrt((share * (1 - share) * differences**2).sum()) / len(inside)
-        if abs(mean - 1) > max(3 * deviation, ALLOWED_WEIGHT):
+        two_signs = 2 * np.abs(differences).max() / len(inside)
+        if abs(mean - 1) > max(3 * deviation, two_signs, ALLOWED_WEIGHT):
             size = "large" if mean < 1 else "small"
             alarms.append(
                 f"ALARM: the mean weight of held-out pairs below tau is {mean:.3f}, not 1 "
@@ -90,7 +91,7 @@ def find_alarms(
     when = "after" if "ece_after" in calibration else "before"
     error = calibration[f"ece_{when}"]
     chance, deviation = _error_by_chance(calibration[f"reliability_{when}"])
-    if error > max(chance + 3 * deviation, ALLOWED_ERROR):
+    if error > max(chance + max(3 * deviation, 2 / len(margins)), ALLOWED_ERROR):
         alarms.append(
             f"ALARM: the calibration error (ECE) is {error:.3f}, where chance makes {chance:.3f}: "
             "see pictures/reliability.png and margins.calibration"

@@ -109,6 +109,7 @@ class Trial:
         self.job.checkpoints.mkdir(parents=True, exist_ok=True)
         if not self.has_ended:
             record = {EVALUATION: evaluation, "seconds": seconds, "failure": failure}
+            record["skip_nonfinite"] = self.job.settings.skip_nonfinite
             write_json(self._ended_file, record)
 
     def discard_checkpoints(self) -> None:
@@ -163,15 +164,20 @@ class Trial:
         """Trains from where an earlier run ended; reports every evaluation to Ray Tune.
 
         Raises:
-            StoppedForGood: its loss is not finite; in this, or an earlier start of the search.
+            StoppedForGood: a loss or gradient is not finite, in this or an earlier start of the
+                search; it is tried again with a larger `skip_nonfinite`.
         """
         began = time.monotonic()
+        failure = self._ended_record().get("failure")
+        if failure and self._ended_record()["skip_nonfinite"] < self.job.settings.skip_nonfinite:
+            self._ended_file.unlink()
+            failure = None
         reported = self.reports()
         for report in reported:
             ray.tune.report(report)
+        if failure:
+            raise StoppedForGood(failure, ExitCode.FAILED)
         if self.has_ended:
-            if failure := self._ended_record().get("failure"):
-                raise StoppedForGood(failure, ExitCode.FAILED)
             return
         if self.measure is not None and reported:  # it was killed just before its end
             self.record_end(reported[-1][EVALUATION], None)

@@ -67,7 +67,8 @@ def _training_lines(training: TrainingNeeds, cluster: Cluster) -> Iterator[str]:
         fitting = training.fitting
         yield f"{name}: first settings that fit: {_settings(fitting.changes)}"
         yield f"{name}: with those it needs {_needed(fitting)}"
-    yield f"{name}: a checkpoint has {training.checkpoint / 1e9:.1f} GB over all nodes"
+    size = f"{training.checkpoint / 1e9:.1f} GB over all nodes"
+    yield f"{name}: a checkpoint of {'that' if training.fitting else 'this'} has {size}"
     speed = training.pairs_per_second
     tokens = speed * training.footprint.tokens / training.shape.pairs
     yield (

@@ -218,7 +218,7 @@ def describe(results: Mapping[str, Any]) -> Description:
     return [
         f"{results['trials']} trials, {results['stopped']} stopped early, {results['failed']} "
         f"failed; {steps} steps of {complete} ({1 - steps / max(complete, 1):.0%} saved)",
-        "all trials read the margins and log-probs that one pass had scored before",
+        "all trials read what stage margins had stored: nothing was scored for one of them",
         f"best {name} {best[name]:.3f} with {shown(best['values'])}; see best.yaml",
     ]
 

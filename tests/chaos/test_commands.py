@@ -216,17 +216,20 @@ def test_scoring_is_killed(
             assert process.is_alive()
             time.sleep(0.005)
         hold.touch()  # what is being scored is the last until the kill
-        known = scored_ids(config)
-        if victim == "actor":
-            scoring_actors(ray_head)[0].kill()
+        try:
+            known = scored_ids(config)
+            if victim == "actor":
+                scoring_actors(ray_head)[0].kill()
+            else:
+                process.kill()
+                time.sleep(3)  # the actors of a killed driver end a moment later
+        finally:
             hold.unlink()
-            process.join()
+        process.join()
+        if victim == "actor":
             assert process.exitcode == 0  # Ray started another
         else:
-            process.kill()
-            process.join()
-            time.sleep(3)  # the actors of a killed driver end a moment later
-            hold.unlink()
+            assert process.exitcode == -signal.SIGKILL
             assert run(raw, margins.STAGE) == 0
 
         calls = Counter(scored.read_text().splitlines())

@@ -62,6 +62,7 @@ def set_in(section: str, key: str, value: Any) -> Edit:
         (set_in("data", "keep_columns", ["margin"]), "give it another: margin as my_score"),
         (set_in("data", "keep_columns", ["x as split"]), "split: reserved name"),
         (set_in("data", "keep_columns", ["a as b", "b"]), "listed twice"),
+        (set_in("data", "keep_columns", ["a as "]), "a column has no name"),
         (set_in("data", "keep_columns", ["a", "a"]), "listed twice"),
         (set_in("data", "rejected_column", "chosen"), "and rejected_column are both 'chosen'"),
         (set_in("run", "seed", 2**32), "less than 4294967296"),

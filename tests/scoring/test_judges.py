@@ -127,7 +127,7 @@ def test_text_that_is_too_long_is_a_reject(tmp_path: Path) -> None:
     scores, reasons = score_or_explain(limited, rows)
     is_too_long = [length == max(lengths) for length in lengths]
     assert [bool(reason) for reason in reasons] == is_too_long == np.isnan(scores[0]).tolist()
-    assert f"reads {max(lengths) - 1}: lower data.max_length" in "".join(reasons)
+    assert f"reads {max(lengths) - 1} (a lower data.max_length" in "".join(reasons)
     assert all(reason.startswith("too long for reward.source: ") for reason in reasons if reason)
     assert not all(is_too_long)
 
