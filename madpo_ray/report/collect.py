@@ -22,7 +22,6 @@ from madpo_ray.training.metrics import METRICS_FILE, read_metrics
 
 logger = logging.getLogger(__name__)
 
-SAMPLES = "samples.parquet"
 MAX_SAMPLES = 20
 MAX_REJECTS = 50
 MAX_SUSPICIOUS = 30
@@ -83,7 +82,7 @@ def collect(folder: Path, stages: Sequence[Stage]) -> Run:
     run.suspicious = _read_lines(folder / margins.STAGE.name / SUSPICIOUS)[:MAX_SUSPICIOUS]
     run.metrics = _metrics(folder)
     run.evaluation = _read_json(folder / evaluate.STAGE.name / "evaluation.json")
-    samples = folder / evaluate.STAGE.name / SAMPLES
+    samples = folder / evaluate.STAGE.name / evaluate.SAMPLES
     if samples.is_file():
         run.samples = pq.read_table(samples).slice(0, MAX_SAMPLES)
     run.search = _read_json(folder / tune.STAGE.name / "trials.json")
@@ -110,7 +109,7 @@ def _count_rows(
 ) -> int | None:
     """What a stage wrote or, of a training, the pairs that it had; None if that is not known."""
     own = folder / stage.name
-    files = rows_files(rows_folder(own)) or list(own.glob(SAMPLES))
+    files = rows_files(rows_folder(own)) or list(own.glob(evaluate.SAMPLES))
     if files:
         return sum(int(pq.read_metadata(file).num_rows) for file in files)
     if not any(own.rglob(METRICS_FILE)):

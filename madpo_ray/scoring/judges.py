@@ -118,7 +118,7 @@ class ClassifierReward(TextScorer):
     ) -> None:
         self._key = key
         self._folder = folder
-        self._model_config = model.without_kernels() if over_gpus else model
+        self._model_config = model
         self._limits = (batch_size, max_tokens)
         self._over_gpus = over_gpus
 

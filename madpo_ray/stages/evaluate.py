@@ -27,6 +27,8 @@ from madpo_ray.stages.stage import Build, Description, Stage
 # Torch, Ray Data and scipy are imported inside functions: they take seconds, and neither
 # `--help` nor a wrong config should wait.
 
+SAMPLES = "samples.parquet"
+
 
 def _settings(config: Config) -> dict[str, Any]:
     # The content of a judge and of other runs counts, not where they are.
@@ -170,7 +172,7 @@ def _samples(build: Build) -> dict[str, Any]:
     # Numbers, tables and pictures.
     num_prompts = table.num_rows // SAMPLES_PER_PROMPT
     entries = describe_samples(table, sets, num_prompts=num_prompts)
-    pq.write_table(table, build.folder / "samples.parquet")
+    pq.write_table(table, build.folder / SAMPLES)
     write_csv(build.folder / "samples.csv", entries)
     _draw_pictures(build.folder / "pictures", entries)
     shown = table.slice(0, config.evaluate.num_shown)

@@ -19,7 +19,7 @@ from madpo_ray.disk import explain_disk_error, find_disk_error
 from madpo_ray.errors import ExitCode, Stopped, StoppedForGood, StoppedFromOutside, UserError
 from madpo_ray.models.loading import check_weights
 from madpo_ray.models.trainable import check_trainable
-from madpo_ray.passes import REFUSAL, BatchNotes, ordered_execution
+from madpo_ray.passes import BatchNotes, ordered_execution, require_no_refusal
 from madpo_ray.restarts import Restarts
 from madpo_ray.signals import on_sigterm
 from madpo_ray.training.bar import training_bar
@@ -61,8 +61,7 @@ class RaySite:
             assert shard is not None
             # Whole chunks: for each batch Ray needs a millisecond.
             for chunk in shard.iter_batches(batch_size=None, batch_format="pyarrow"):
-                if REFUSAL in chunk.column_names:
-                    raise UserError(chunk[REFUSAL][0].as_py())
+                require_no_refusal(chunk)
                 for row in range(chunk.num_rows):
                     yield chunk.slice(row, 1)
 
