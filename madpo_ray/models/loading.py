@@ -79,7 +79,7 @@ def load_policy(
     options: dict[str, Any] = {"dtype": DTYPES[model.dtype], **placement(device, over_gpus)}
     if model.load_in_4bit:
         options["quantization_config"] = _four_bits(model)
-    return _load("CAUSAL_LM", folder, model, **options)
+    return load_exactly("CAUSAL_LM", folder, model, **options)
 
 
 def _with_adapter(base: nn.Module, folder: Path) -> nn.Module:
@@ -116,7 +116,7 @@ def load_reward_model(
         UserError: weights are missing, among them the head.
     """
     options = {"dtype": DTYPES[model.dtype], **placement(device, over_gpus)}
-    loaded: Any = _load("SEQ_CLS", folder, model, num_labels=1, **options)
+    loaded: Any = load_exactly("SEQ_CLS", folder, model, num_labels=1, **options)
     loaded.score.float().register_forward_pre_hook(_as_float32)
     return cast(nn.Module, loaded)
 
@@ -138,7 +138,7 @@ def load_classifier(
         "dtype": "auto",
         **placement(device, over_gpus),
     }
-    return _load("SEQ_CLS", folder, model, num_labels=1, **options)
+    return load_exactly("SEQ_CLS", folder, model, num_labels=1, **options)
 
 
 def new_reward_model(
@@ -149,13 +149,13 @@ def new_reward_model(
     All rewards start at 0: the first loss is ln 2, and there is no random direction to unlearn.
     """
     options = {"dtype": DTYPES[model.dtype], **placement(device)}
-    loaded = _load("SEQ_CLS", folder, model, (REWARD_HEAD,), num_labels=1, **options)
+    loaded = load_exactly("SEQ_CLS", folder, model, (REWARD_HEAD,), num_labels=1, **options)
     weight: Any = loaded.score.weight  # type: ignore[union-attr]
     nn.init.zeros_(getattr(weight, "ds_tensor", weight))  # under ZeRO-3 this rank's shard
     return loaded
 
 
-def _load(
+def load_exactly(
     task_type: TaskType,
     folder: Path,
     model: ModelConfig,
@@ -204,7 +204,7 @@ def _load(
             del loaded, report
             gc.collect()  # its hooks refer to it
             options["device_map"] = {"": torch.cuda.current_device()}
-            return _load(task_type, folder, model, new, **options)
+            return load_exactly(task_type, folder, model, new, **options)
         require_on_gpus(loaded, folder)
     if model.use_liger_kernel:
         _use_liger(loaded)
@@ -250,27 +250,6 @@ def _quiet_load_report() -> Iterator[None]:
         logging.set_verbosity(before)
         if had_bars:
             logging.enable_progress_bar()
-
-
-def check_weights(folder: Path, model: ModelConfig, *, task_type: TaskType) -> None:
-    """Raises UserError if the folder lacks weights of the model. Reads names and shapes only."""
-    new = (REWARD_HEAD,) if task_type == "SEQ_CLS" else ()
-    labels = {"num_labels": 1} if task_type == "SEQ_CLS" else {}
-    plain = {"attn_implementation": "eager", "load_in_4bit": False, "use_liger_kernel": False}
-    eager = model.model_copy(update=plain)
-    try:
-        _load(task_type, folder, eager, new, device_map="meta", **labels)
-    # A folder can be broken in as many ways as it has files; nothing else happens here.
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{folder} cannot be loaded: {type(error).__name__}: {error}") from None
-
-
-def check_classifier(folder: Path, model: ModelConfig) -> None:
-    """Raises UserError if the folder is no classifier with one label. Reads no weights."""
-    eager = model.model_copy(update={"attn_implementation": "eager"})
-    _load("SEQ_CLS", folder, eager, device_map="meta", dtype="auto", num_labels=1)
 
 
 def _four_bits(model: ModelConfig) -> "BitsAndBytesConfig":

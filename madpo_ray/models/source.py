@@ -105,13 +105,18 @@ def _check_folder(path: Path, task_type: "TaskType", key: str) -> None:
     if not (path / "config.json").is_file():
         raise UserError(f"{where} is not a folder with a config.json")
     if not any(path.glob("*.safetensors")):
-        raise UserError(f"{where} has no safetensors weights, and no others are read")
+        raise UserError(
+            f"{where} has no safetensors weights, and no others are read: load it in transformers "
+            "and save it, with its tokenizer, by save_pretrained into a folder to give here"
+        )
 
     # Of the right kind, with its tokenizer.
     names = read_json(path / "config.json").get("architectures") or []
     classifiers = [name for name in names if "Classification" in str(name)]
     if task_type == "SEQ_CLS" and not classifiers:
-        raise UserError(f"{where} is not a sequence classifier, but a {', '.join(names)}")
+        raise UserError(
+            f"{where} is not a sequence classifier, but a {', '.join(names) or 'model'}"
+        )
     if task_type == "CAUSAL_LM" and classifiers:
         raise UserError(
             f"{where} is a {classifiers[0]}, which has no language-modelling head: give the causal "

@@ -183,7 +183,8 @@ class ClassifierReward(TextScorer):
             if not tokenizer.chat_template:
                 raise UserError(
                     f"{self._key}: the pairs are messages, and the tokenizer of {self._folder} "
-                    "has no chat template: add the one that it was trained with"
+                    "has no chat template: save model and tokenizer into a folder, with the "
+                    "template that it was trained with as chat_template.jinja, and give the folder"
                 )
             text = tokenizer.apply_chat_template(prompt + completion, tokenize=False)
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]

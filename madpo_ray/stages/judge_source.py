@@ -43,9 +43,12 @@ class JudgeSource(NamedTuple):
             return
         check_model(self._model, "SEQ_CLS", self.key)
         if Path(self.name).is_absolute():
-            from madpo_ray.models.loading import check_classifier
+            self._check_classifier(Path(self.name))
 
-            check_classifier(Path(self.name), self._model)
+    def _check_classifier(self, folder: Path) -> None:
+        from madpo_ray.models.checks import check_classifier
+
+        check_classifier(folder, self._model, key=self.key)
 
     def check_reads(self, prompt: "Content") -> None:
         """Raises UserError if prompts are messages, and a local classifier has no template."""
@@ -56,7 +59,7 @@ class JudgeSource(NamedTuple):
         if not load_tokenizer(Path(self.name), self._model).chat_template:
             raise UserError(
                 f"{self.key}: the prompts are messages, and the tokenizer of {self.name} has no "
-                "chat template: add the one that it was trained with"
+                "chat template: save the one that it was trained with there, as chat_template.jinja"
             )
 
     def settings(self) -> dict[str, Any]:
@@ -84,4 +87,5 @@ class JudgeSource(NamedTuple):
         if self.is_function:
             return FunctionReward(self.name, key=self.key)
         folder = fetch_model(self._model, "SEQ_CLS", self.key)
+        self._check_classifier(folder)  # of the hub only here
         return ClassifierReward(folder, self._model, key=self.key, **options)

@@ -288,7 +288,7 @@ def check_training(config: Config, settings: TrainingConfig, *, task_type: "Task
     folder = Path(config.model.model_name_or_path)
     if not folder.is_dir():
         return
-    from madpo_ray.models.loading import check_weights
+    from madpo_ray.models.checks import check_weights
     from madpo_ray.models.trainable import check_trainable
 
     check_trainable(folder, config.model, settings, task_type=task_type)

@@ -17,7 +17,7 @@ from madpo_ray.data.micro_batches import open_tokens
 from madpo_ray.data.order import Order
 from madpo_ray.disk import explain_disk_error, find_disk_error
 from madpo_ray.errors import ExitCode, Stopped, StoppedForGood, StoppedFromOutside, UserError
-from madpo_ray.models.loading import check_weights
+from madpo_ray.models.checks import check_weights
 from madpo_ray.models.trainable import check_trainable
 from madpo_ray.passes import BatchNotes, ordered_execution, require_no_refusal
 from madpo_ray.restarts import Restarts
