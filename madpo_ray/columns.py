@@ -42,6 +42,17 @@ SWAPPED_HASH = "swapped_hash"  # content_hash of the pair with chosen and reject
 NUM_CUT = "num_cut"  # responses that were cut at max_length
 PROMPT_REPEATS = "prompt_repeats"  # responses that began with the prompt
 
+# Only while micro-batches are on their way to a rank.
+MICRO_BATCH = (
+    "number",
+    "tokens",
+    "lengths",
+    "step",
+    "pairs_in_step",
+    "response_tokens_in_step",
+    "is_last",
+)
+
 # Columns of the user's that are carried along must not have one of these names.
 RESERVED = frozenset(
     {
@@ -69,6 +80,7 @@ RESERVED = frozenset(
         SWAPPED_HASH,
         NUM_CUT,
         PROMPT_REPEATS,
+        *MICRO_BATCH,
     }
 )
 

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from madpo_ray import columns
 from madpo_ray.artifacts.manifest import read_manifest
@@ -77,13 +76,8 @@ def preview(config: Config, stages: Sequence[Stage]) -> Preview:
     )
 
 
-def _is_local(config: Config) -> bool:
-    """Whether the model is here; a hub name is not looked up for a preview."""
-    return Path(config.model.model_name_or_path).is_absolute()
-
-
 def _pairs_by_split(config: Config) -> dict[str, int] | None:
-    if not _is_local(config) or not pairs.STAGE.is_finished(config):
+    if not pairs.STAGE.is_finished(config):
         return None
     manifest = read_manifest(pairs.STAGE.folder(config))
     assert manifest is not None
@@ -157,15 +151,11 @@ def _trials(config: Config) -> str:
 
 
 def _to_do(config: Config, stages: Sequence[Stage]) -> list[str]:
-    if not _is_local(config):
-        return [stage.name for stage in stages]
     return [stage.name for stage in stages if not stage.is_finished(config)]
 
 
 def _needed(config: Config, stages: Sequence[Stage]) -> list[str]:
     """Stages whose results are read, and which are neither finished nor among these stages."""
-    if not _is_local(config):
-        return []
     upstream = [one for stage in stages for one in stage.needed(config)]
     missing = [one for one in dict.fromkeys(upstream) if one not in stages]
     return [stage.name for stage in missing if not stage.is_finished(config)]

@@ -3,13 +3,18 @@
 import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from madpo_ray import columns
-from madpo_ray.config import DataConfig
+from madpo_ray.artifacts.tables import read_split
+from madpo_ray.config import DataConfig, TrainingConfig
 from madpo_ray.data.files import DAMAGED, Row
 from madpo_ray.data.formats import UNREAD, Pair, parse_pair
 from madpo_ray.data.messages import BadRowError, UnreadColumnError
+from madpo_ray.data.order import count_tokens, require_budget
 from madpo_ray.data.responses import SCORE_COLUMNS, pairs_in
 from madpo_ray.data.sources import list_files, open_source
 from madpo_ray.errors import UserError, did_you_mean
@@ -97,6 +102,21 @@ def _parse_pairs(row: Row, data: DataConfig) -> list[Pair]:
         except BadRowError:
             continue
     return found
+
+
+def check_budget(rows: Path, settings: TrainingConfig, responses: Sequence[str]) -> None:
+    """Raises UserError if a pair of stage `pairs` is longer than a training's budget of tokens.
+
+    Args:
+        responses: columns of the token ids that it reads after the prompt's.
+    """
+    if settings.max_tokens_per_device is None:
+        return
+    names = [columns.LENGTHS[name] for name in (columns.PROMPT_IDS, *responses)]
+    for split in (columns.TRAIN, columns.VALIDATION):
+        table = read_split(rows, split, names)
+        lengths = np.stack([table[name].to_numpy() for name in names], axis=1)
+        require_budget(count_tokens(lengths, packed=True), settings.max_tokens_per_device)
 
 
 def check_counts(results: Mapping[str, Any], data: DataConfig) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from madpo_ray.artifacts.tables import read_split
 from madpo_ray.columns import GROUP_HASH, LENGTHS, PROMPT_IDS, RESPONSE_IDS
-from madpo_ray.data.splits import folds_of
+from madpo_ray.data.splits import folds_of, require_full_folds
 from madpo_ray.errors import UserError
 
 # Steps whose pairs are sorted by length together: ranks have equally much to do, an epoch is mixed.
@@ -124,6 +124,16 @@ def count_tokens(lengths: np.ndarray, *, packed: bool) -> np.ndarray:
     return lengths.sum(1) if packed else rows
 
 
+def require_budget(tokens: np.ndarray, max_tokens: int) -> None:
+    """Raises UserError if one of these numbers of tokens, (pairs,), is above the budget."""
+    longest = int(tokens.max(initial=0))
+    if longest > max_tokens:
+        raise UserError(
+            f"max_tokens_per_device: {max_tokens} is less than the longest pair's {longest} "
+            "tokens: raise it, or lower data.max_length"
+        )
+
+
 def _ordered_members(
     lengths: np.ndarray, *, seed: int, epoch: int | None, global_batch_size: int
 ) -> np.ndarray:
@@ -192,7 +202,8 @@ class Order:
         self._pair_lengths = self.lengths.sum(1)
         self._response_tokens = self.lengths[:, 1:].sum(1)
         self.tokens_read = count_tokens(self.lengths, packed=spec.packed)
-        self._check_budget()
+        if spec.max_tokens is not None:
+            require_budget(self.tokens_read, spec.max_tokens)
 
         # Steps of the run.
         num_pairs = len(self.lengths)
@@ -242,15 +253,6 @@ class Order:
         )
         return members, place
 
-    def _check_budget(self) -> None:
-        longest = int(self.tokens_read.max())
-        budget = self.spec.max_tokens
-        if budget is not None and longest > budget:
-            raise UserError(
-                f"max_tokens_per_device: {budget} is less than the longest pair's {longest} "
-                "tokens: raise it, or lower data.max_length"
-            )
-
     def _epoch_of(self, number: int) -> Epoch:
         if self._epoch_number != number:
             self._epoch_number = number
@@ -274,19 +276,14 @@ class Order:
 
 
 def _rows_to_read(spec: OrderSpec, num_pairs: int) -> np.ndarray:
-    """Row numbers, in the split, of the pairs that are read. Raises UserError if there is none."""
+    """Row numbers, in the split, of the pairs that are read. Raises UserError for an empty fold."""
     if spec.fold is None:
         return np.arange(num_pairs)
     fold, num_folds = spec.fold
     table = read_split(spec.rows, spec.split, [GROUP_HASH])
-    folds = folds_of(table[GROUP_HASH].to_numpy(), num_folds)
-    rows = np.flatnonzero(folds != fold)
-    if not len(rows) or len(rows) == len(folds):
-        raise UserError(
-            f"reward.folds: {num_folds} folds of {len(folds)} pairs leave fold {fold} or the "
-            "others without a pair: lower it, or set data.group_column"
-        )
-    return rows
+    hashes = table[GROUP_HASH].to_numpy()
+    require_full_folds(hashes, num_folds)
+    return np.flatnonzero(folds_of(hashes, num_folds) != fold)
 
 
 def _read_lengths(spec: OrderSpec) -> np.ndarray:

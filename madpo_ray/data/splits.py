@@ -12,6 +12,7 @@ import numpy as np
 from madpo_ray import columns
 from madpo_ray.config import DataConfig
 from madpo_ray.data.formats import Pair
+from madpo_ray.errors import UserError
 
 
 def content_hash(pair: Pair) -> str:
@@ -47,6 +48,17 @@ def swapped_hash(pair: Pair) -> str:
 def group_hash(group: str) -> int:
     """A number below 2^56 that decides a group's fold."""
     return int.from_bytes(hashlib.sha256(f"fold:{group}".encode()).digest()[:7])
+
+
+def require_full_folds(hashes: np.ndarray, num_folds: int) -> None:
+    """Raises UserError if a fold of groups with these hashes, (pairs,), has no pair."""
+    counts = np.bincount(folds_of(hashes, num_folds), minlength=num_folds)
+    if not counts.all():
+        raise UserError(
+            f"reward.folds: {num_folds} folds of {len(hashes)} training pairs leave fold "
+            f"{counts.argmin()} without a pair: lower it, or set data.group_column to a column "
+            "with more values"
+        )
 
 
 Place = tuple[int, int, int]  # file number, row, pair in the row

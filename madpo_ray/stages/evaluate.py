@@ -69,7 +69,7 @@ def _check(config: Config) -> None:
     """
     data = config.data
     is_empty = data.split_column is None and data.test_fraction == 0
-    is_known = pairs.STAGE.exists(config) and pairs.STAGE.is_finished(config)
+    is_known = pairs.STAGE.is_finished(config)
     if is_known:
         is_empty = pairs.STAGE.require(config)["pairs"][columns.TEST] == 0
     if is_empty:

@@ -3,6 +3,8 @@
 Only by its own command, or by `madpo-ray margins --export trl`.
 """
 
+import contextlib
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,12 +31,12 @@ def _settings(config: Config) -> dict[str, Any]:
 def make(build: Build) -> dict[str, Any]:
     """Writes one Parquet file per split, below `data/`, which `datasets.load_dataset` reads.
 
-    Columns are `prompt`, `chosen`, `rejected` (texts, or lists of messages), `ref_chosen_logps`,
-    `ref_rejected_logps` and, if there are rewards, `margin` and `weight`: MADPO's, at the settings
-    of section train.
+    Columns are `prompt`, `chosen`, `rejected` (texts, or lists of messages in `datasets`' type
+    Json), `ref_chosen_logps`, `ref_rejected_logps` and, if there are rewards, `margin` and
+    `weight`: MADPO's, at the settings of section train.
 
     Raises:
-        UserError: messages of several shapes, which a table cannot hold in one column.
+        UserError: some pairs are texts, and some are messages.
     """
     config = build.config
     rows = margins.STAGE.rows(config)
@@ -65,39 +67,59 @@ STAGE = Stage(
 
 def _write_split(rows: Path, split: str, file: Path, config: Config) -> int:
     """Writes the pairs of a split, some at a time; no file for none. Returns how many."""
-    try:
-        schemas = [table.schema for table in _tables(rows, split, config)]
-        if not schemas:
-            return 0
-        schema = pa.unify_schemas(schemas, promote_options="permissive")
-        count = 0
-        with pq.ParquetWriter(file, schema) as writer:
-            for table in _tables(rows, split, config):
-                writer.write_table(table.cast(schema))
-                count += table.num_rows
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
-        raise UserError(
-            f"the pairs of split {split} cannot be exported: their messages have several shapes, "
-            f"which a column of a table cannot hold ({error})"
-        ) from None
+    count = 0
+    with contextlib.ExitStack() as opened:
+        writer = None
+        for table in _tables(rows, split, config):
+            if writer is None:
+                writer = opened.enter_context(pq.ParquetWriter(file, table.schema))
+            if table.schema != writer.schema:
+                raise UserError(_explain_mixture(split))
+            writer.write_table(table)
+            count += table.num_rows
     return count
 
 
 def _tables(rows: Path, split: str, config: Config) -> Iterator[pa.Table]:
-    """The columns for TRL, some rows at a time."""
-    names = [columns.PAIR_ID, *columns.TEXT_COLUMNS, *columns.REF_LOGPS]
+    """The columns for TRL, some rows at a time; their schema names the types of `datasets`."""
+    from datasets import Features, Json, List, Value
+
+    numbers = [*columns.REF_LOGPS]
     if columns.MARGIN in column_names(rows):
-        names.append(columns.MARGIN)
-    for table in split_batches(rows, split, names):
+        numbers.append(columns.MARGIN)
+    for table in split_batches(rows, split, [columns.PAIR_ID, *columns.TEXT_COLUMNS, *numbers]):
         if table.num_rows == 0:
             continue
-        table = table.drop_columns([columns.SPLIT])
+        features = {columns.PAIR_ID: Value("string")}
+        exported = {columns.PAIR_ID: table[columns.PAIR_ID]}
+
+        # Texts, or messages as JSON: in a struct each would have the keys of all others, as nulls.
         for name in columns.TEXT_COLUMNS:
-            contents = pa.array([from_text(text) for text in table[name].to_pylist()])
-            table = table.set_column(table.column_names.index(name), name, contents)
-        if columns.MARGIN in names:
-            table = table.append_column(WEIGHT, _weights(table[columns.MARGIN], config))
-        yield table
+            contents: list[Any] = [from_text(text) for text in table[name].to_pylist()]
+            kinds = {type(content) for content in contents}
+            if len(kinds) > 1:
+                raise UserError(_explain_mixture(split))
+            features[name] = Value("string")
+            if kinds == {list}:
+                features[name] = List(Json())
+                contents = [[json.dumps(message) for message in one] for one in contents]
+            exported[name] = pa.array(contents)
+
+        # Numbers.
+        for name in numbers:
+            features[name] = Value("float64")
+            exported[name] = table[name]
+        if columns.MARGIN in numbers:
+            features[WEIGHT] = Value("float64")
+            exported[WEIGHT] = _weights(table[columns.MARGIN], config)
+        yield pa.table(exported).cast(Features(features).arrow_schema)
+
+
+def _explain_mixture(split: str) -> str:
+    return (
+        f"the pairs of split {split} cannot be exported: some are texts and some are messages, and "
+        "a data set for TRL holds one kind"
+    )
 
 
 def _weights(margin: pa.ChunkedArray, config: Config) -> pa.Array:

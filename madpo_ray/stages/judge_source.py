@@ -1,5 +1,6 @@
 """Classifiers and functions that give rewards to texts, as the config names them."""
 
+import inspect
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -51,12 +52,20 @@ class JudgeSource(NamedTuple):
         check_classifier(folder, self._model, key=self.key)
 
     def check_reads(self, prompt: "Content") -> None:
-        """Raises UserError if prompts are messages, and a local classifier has no template."""
-        if self.is_function or isinstance(prompt, str) or not Path(self.name).is_absolute():
+        """Raises UserError if prompts are messages, and a classifier has no chat template.
+
+        A model on the hub is fetched, and checked as `check` does with others.
+        """
+        if self.is_function:
+            return
+        folder = fetch_model(self._model, "SEQ_CLS", self.key)
+        if folder != Path(self.name):
+            self._check_classifier(folder)
+        if isinstance(prompt, str):
             return
         from madpo_ray.models.loading import load_tokenizer
 
-        if not load_tokenizer(Path(self.name), self._model).chat_template:
+        if not load_tokenizer(folder, self._model).chat_template:
             raise UserError(
                 f"{self.key}: the prompts are messages, and the tokenizer of {self.name} has no "
                 "chat template: save the one that it was trained with there, as chat_template.jinja"
@@ -66,15 +75,19 @@ class JudgeSource(NamedTuple):
         """What decides its rewards, other than `content`: a classifier's name does not count."""
         return {"function": self.name} if self.is_function else {}
 
-    def content(self) -> str | None:
-        """The hash of a classifier, or of the file that a function is in, if it has one."""
+    def content(self) -> Any:
+        """The hash of a classifier, or of the files of a function: the one that it is defined in,
+        and the one that the config names.
+        """
         if not self.is_function:
             return model_inputs(self._model, "SEQ_CLS", self.key).fingerprint
         from madpo_ray.scoring.judges import find_function
 
-        find_function(self.name, self.key)  # or say why it is not there
-        file = sys.modules[self.name.partition(":")[0]].__file__
-        return hash_file(Path(file)) if file else None
+        function = find_function(self.name, self.key)
+        named = sys.modules[self.name.partition(":")[0]]
+        defined = inspect.getmodule(inspect.unwrap(function))
+        files = {getattr(module, "__file__", None) for module in (named, defined)}
+        return sorted(hash_file(Path(file)) for file in files if file is not None)
 
     def scorer(self, **options: Any) -> "TextScorer":
         """What gives the rewards.
@@ -87,5 +100,4 @@ class JudgeSource(NamedTuple):
         if self.is_function:
             return FunctionReward(self.name, key=self.key)
         folder = fetch_model(self._model, "SEQ_CLS", self.key)
-        self._check_classifier(folder)  # of the hub only here
         return ClassifierReward(folder, self._model, key=self.key, **options)

@@ -57,9 +57,23 @@ def _check(config: Config) -> None:
     if not reward.uses_rewards(config):
         return
     reward_source.check(config)
-    if pairs.STAGE.exists(config) and pairs.STAGE.is_finished(config):
+    if pairs.STAGE.is_finished(config):
         first = first_row(pairs.STAGE.rows(config), [columns.PROMPT])
         reward_source.check_reads(config, from_text(first[columns.PROMPT]))
+        _check_given_margins(config)
+
+
+def _check_given_margins(config: Config) -> None:
+    """Raises UserError if margins that are in the data cannot be calibrated."""
+    if config.reward.source_kind != "columns":
+        return
+    from madpo_ray.scoring.streamed import with_source
+
+    names = config.reward.source_columns
+    rows = pairs.STAGE.rows(config)
+    validation = read_split(rows, columns.VALIDATION, [columns.PAIR_ID, *names])
+    scored = with_source(validation.select([columns.PAIR_ID]), validation, names)
+    scores.scaling(scores.calibration(scored, config), config)
 
 
 def _upstream(config: Config) -> tuple[Stage, ...]:
@@ -126,7 +140,9 @@ def _scored(rows: Path, config: Config) -> tuple[pa.Table, pa.ChunkedArray]:
     numbers = read_columns(rows, [columns.PAIR_ID])
     reason = pa.chunked_array([pa.nulls(numbers.num_rows, pa.string())])
     for one in scores.passes_of(config):
-        added = read_columns(one.rows, (*one.scorer.columns, columns.REASON))
+        added = read_columns(one.rows, (columns.PAIR_ID, *one.scorer.columns, columns.REASON))
+        if added[columns.PAIR_ID] != numbers[columns.PAIR_ID]:
+            raise RuntimeError(f"{one.rows} has the scores of other pairs: remove {one.folder}")
         for name in one.scorer.columns:
             numbers = numbers.append_column(name, added[name])
         reason = pc.coalesce(reason, added[columns.REASON])

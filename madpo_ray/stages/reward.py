@@ -5,8 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from madpo_ray import columns
 from madpo_ray.artifacts.manifest import model_folder
+from madpo_ray.artifacts.tables import read_split
 from madpo_ray.config import Config
+from madpo_ray.data.checks import check_budget
+from madpo_ray.data.splits import require_full_folds
 from madpo_ray.errors import UserError
 from madpo_ray.models.source import base_model, check_model, model_inputs
 from madpo_ray.stages import pairs
@@ -47,6 +51,12 @@ def _check(config: Config) -> None:
         )
     check_model(config.model)
     check_training(config, config.reward, task_type="SEQ_CLS")
+    if pairs.STAGE.is_finished(config):
+        check_budget(pairs.STAGE.rows(config), config.reward, columns.RESPONSE_IDS)
+        if config.reward.folds > 1:
+            names = [columns.GROUP_HASH]
+            table = read_split(pairs.STAGE.rows(config), columns.TRAIN, names)
+            require_full_folds(table[columns.GROUP_HASH].to_numpy(), config.reward.folds)
 
 
 def models(config: Config) -> list[Path]:

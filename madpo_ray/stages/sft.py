@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from madpo_ray import columns
 from madpo_ray.artifacts.manifest import Inputs
 from madpo_ray.config import Config
+from madpo_ray.data.checks import check_budget
 from madpo_ray.errors import UserError
 from madpo_ray.models.source import base_model, check_model, model_inputs
 from madpo_ray.stages import pairs
@@ -40,6 +42,8 @@ def _check(config: Config) -> None:
             "the initial policy"
         )
     check_training(config, config.sft, task_type="CAUSAL_LM")
+    if pairs.STAGE.is_finished(config):
+        check_budget(pairs.STAGE.rows(config), config.sft, (columns.CHOSEN_IDS,))
 
 
 def make(build: Build) -> dict[str, Any]:

@@ -151,7 +151,8 @@ class Stage:
 
     def is_finished(self, config: Config) -> bool:
         """Whether the result is there and was made from this config."""
-        return is_finished(self.folder(config), self.inputs(config))
+        # First whether there is one: for its inputs files are hashed, and models are fetched.
+        return self.exists(config) and is_finished(self.folder(config), self.inputs(config))
 
     def require(self, config: Config) -> dict[str, Any]:
         """The results in the manifest, for a stage that builds on them.

@@ -11,6 +11,7 @@ import numpy as np
 from madpo_ray import columns
 from madpo_ray.artifacts.tables import read_split
 from madpo_ray.config import Config
+from madpo_ray.data.checks import check_budget
 from madpo_ray.errors import UserError
 from madpo_ray.stages import margins, pairs, reward, scores, stage
 from madpo_ray.stages.sft import initial_policy, initial_policy_content, stages_before_policy
@@ -65,15 +66,22 @@ def check(config: Config) -> None:
             "remove margins.with_rewards, or set it to true"
         )
     check_training(config, config.train, task_type="CAUSAL_LM")
+    if pairs.STAGE.is_finished(config):
+        check_budget(pairs.STAGE.rows(config), config.train, columns.RESPONSE_IDS)
+        _check_weights(config, pairs.STAGE.rows(config))
 
 
-def check_weights(config: Config) -> None:
+def check_pair_weights(config: Config) -> None:
     """Raises UserError if a pair's own weight is missing, negative or not finite."""
+    _check_weights(config, _rows(config))
+
+
+def _check_weights(config: Config, rows: Path) -> None:
     name = config.train.weight_column
     if name is None:
         return
     for split in (columns.TRAIN, columns.VALIDATION):
-        table = read_split(_rows(config), split, (columns.PAIR_ID, name))
+        table = read_split(rows, split, (columns.PAIR_ID, name))
         weights = table[name].to_numpy()
         bad = np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)))
         if len(bad):
@@ -169,7 +177,7 @@ STAGE = Stage(
     streams=_streams,
     content=initial_policy_content,
     check=check,
-    check_upstream=check_weights,
+    check_upstream=check_pair_weights,
     make=make,
     describe=describe,
 )

@@ -70,7 +70,7 @@ def _check(config: Config) -> None:
     _check_space(config)
     if config.tune.objective != "accuracy":
         judge = require_judge(config)
-        if pairs.STAGE.exists(config) and pairs.STAGE.is_finished(config):
+        if pairs.STAGE.is_finished(config):
             check_prompts(config, judge, columns.VALIDATION)
 
     trials = config.tune.max_concurrent_trials or 1
@@ -115,7 +115,7 @@ def _check_weights(config: Config) -> None:
     names += domain.values if isinstance(domain, Choice | Grid) else []
     for name in dict.fromkeys(names):
         changed = with_changes(config.train, "tune.search_space", {"weight_column": name})
-        train.check_weights(config.model_copy(update={"train": changed}))
+        train.check_pair_weights(config.model_copy(update={"train": changed}))
 
 
 def make(build: Build) -> dict[str, Any]:

@@ -6,9 +6,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from madpo_ray import columns
 from madpo_ray.artifacts.tables import read_split, write_table
 from madpo_ray.data.micro_batches import (
+    LENGTHS,
     NUMBER,
+    PLACE,
+    TOKENS,
     MicroBatchReader,
     decode_micro_batch,
     pairs_of,
@@ -16,6 +20,11 @@ from madpo_ray.data.micro_batches import (
 )
 from madpo_ray.data.order import Order
 from support.ranks import MakeJob
+
+
+def test_columns_of_pairs_cannot_take_the_names_of_fields() -> None:
+    """They would overwrite them."""
+    assert {NUMBER, TOKENS, LENGTHS, *PLACE} == set(columns.MICRO_BATCH)
 
 
 def test_several_at_once_are_the_same_as_one_by_one(policy_job: MakeJob) -> None:

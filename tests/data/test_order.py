@@ -278,5 +278,7 @@ def test_folds_without_pairs_are_refused(policy_job: MakeJob, tmp_path: Path) ->
     rows = rows.append_column("group_hash", pa.array([4] * rows.num_rows))
     write_table(rows, tmp_path / "rows")
     for fold in (0, 1):
-        with pytest.raises(UserError, match=r"reward\.folds: 2 folds of 75 pairs leave fold"):
+        with pytest.raises(
+            UserError, match=r"reward\.folds: 2 folds of 75 training pairs leave fold 1"
+        ):
             Order(replace(spec, rows=tmp_path / "rows", fold=(fold, 2)))

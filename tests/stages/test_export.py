@@ -1,5 +1,6 @@
 """The scored pairs as a data set that TRL's DPOTrainer takes."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -89,9 +90,21 @@ def test_texts_with_their_numbers(config: Config) -> None:
     assert train["weight"].to_pylist() == weights.tolist()
 
 
-def test_messages_are_lists(config: Config) -> None:
-    tables = exported(config, scored(8, messages=True))
-    assert tables["train"]["prompt"][1].as_py() == [{"role": "user", "content": " say 1"}]
+def test_messages_are_lists(config: Config, tmp_path: Path) -> None:
+    """Each with its own keys: a template would see a null where a message has none."""
+    table = scored(8, messages=True)
+    conversation = [
+        {"role": "user", "content": " say 2", "name": "eve"},
+        {"role": "assistant", "content": "", "tool_calls": [{"arguments": {"x": 1, "y": 1.5}}]},
+        {"role": "tool", "content": [{"type": "text", "text": "3"}]},
+    ]
+    table["prompt"][2] = json.dumps(conversation)
+    exported(config, table)
+    data = load_dataset(
+        str(export.STAGE.folder(config) / "data"), cache_dir=str(tmp_path / "cache"), split="train"
+    )
+    assert data[1]["prompt"] == [{"role": "user", "content": " say 1"}]
+    assert data[2]["prompt"] == conversation
 
 
 def test_margins_without_rewards_have_no_weight(raw_config: dict[str, Any]) -> None:
@@ -103,12 +116,43 @@ def test_margins_without_rewards_have_no_weight(raw_config: dict[str, Any]) -> N
     assert not {"margin", "weight", "split"} & set(names)
 
 
-def test_messages_of_several_shapes_are_refused(config: Config) -> None:
-    """A column of a table holds one."""
+@pytest.mark.filterwarnings("ignore")  # TRL's own
+def test_trl_renders_messages_as_they_were(
+    config: Config, tokenizer: Any, model_folder: Path, tmp_path: Path
+) -> None:
+    from trl import DPOConfig, DPOTrainer
+
     table = scored(8, messages=True)
-    parts = [{"type": "text", "text": " say 2"}]
-    table["prompt"][2] = json.dumps([{"role": "user", "content": parts}])
-    with pytest.raises(UserError, match="split train cannot be exported: their messages have"):
+    turns = [
+        {"role": "user", "content": " say 2"},
+        {"role": "assistant", "content": " good", "name": "eve"},
+        {"role": "user", "content": " bad"},
+    ]
+    table["prompt"][2] = json.dumps(turns)
+    exported(config, table)
+    data = load_dataset(
+        str(export.STAGE.folder(config) / "data"), cache_dir=str(tmp_path / "cache"), split="train"
+    )
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] }}{% if 'name' in m %} kind{% endif %}{% endfor %}"
+    )
+    arguments = DPOConfig(
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True
+    )
+    trainer = DPOTrainer(
+        model=str(model_folder), args=arguments, train_dataset=data, processing_class=tokenizer
+    )
+    expected = tokenizer.apply_chat_template(turns, tokenize=False)
+    assert " kind" in expected
+    assert tokenizer.decode(trainer.train_dataset[2]["prompt_ids"]) == expected
+
+
+@pytest.mark.parametrize("row", [0, 2])
+def test_texts_next_to_messages_are_refused(row: int, config: Config) -> None:
+    table = scored(8, messages=True)
+    table["prompt"][row] = " say 2"
+    with pytest.raises(UserError, match="split train cannot be exported: some are texts and some"):
         exported(config, table)
 
 

@@ -99,6 +99,22 @@ def test_ensemble_is_no_matter_of_the_training(raw_config: dict[str, Any], tmp_p
     assert "ensemble[0]" not in margins.STAGE.inputs(alone).content
 
 
+def test_function_is_known_by_the_file_that_defines_it(
+    raw_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not only by the one that the config names, which may import it."""
+    package = tmp_path / "some_judges"
+    package.mkdir()
+    (package / "__init__.py").write_text("from some_judges.own import judge")
+    (package / "own.py").write_text("def judge(prompts, completions):\n    return [1.0]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    config = with_source(raw_config, "some_judges:judge")
+    before = margins.STAGE.content(config)["reward"]
+    assert len(before) == 2
+    (package / "own.py").write_text("def judge(prompts, completions):\n    return [2.0]\n")
+    assert margins.STAGE.content(config)["reward"] != before
+
+
 def test_scores_are_of_all_members(raw_config: dict[str, Any]) -> None:
     """Other functions of the same file are other scores."""
     del raw_config["sft"]

@@ -2,9 +2,12 @@
 
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from madpo_ray import pipeline
+from madpo_ray.artifacts.building import building
+from madpo_ray.artifacts.tables import rows_folder, write_table
 from madpo_ray.config import Config, parse_config
 from madpo_ray.errors import UserError
 from madpo_ray.stages import evaluate, export, margins, pairs, reward, sft, train, tune
@@ -45,6 +48,66 @@ def test_builds_requires_and_finishes(config: Config) -> None:
     changed = config.model_copy(update={"run": config.run.model_copy(update={"seed": 1})})
     assert not first.is_finished(changed)
     assert not second.is_finished(changed)
+
+
+SCORES = ("chosen_score", "rejected_score")  # which the fixture's config asks for
+
+
+def write_pairs(config: Config) -> None:
+    """Stage pairs as finished, with a few pairs of one group."""
+    split = ["train", "train", "validation"]
+    ones = [1] * len(split)
+    table = {
+        "pair_id": ["a", "b", "c"],
+        "prompt": ["say"] * len(split),
+        "split": split,
+        "group_hash": ones,
+        "prompt_length": [4, 10, 4],
+        "chosen_length": ones,
+        "rejected_length": ones,
+        "own_weight": [1.0, -1.0, 1.0],
+        "own_margin": [1.0, -1.0, 1.0],
+    }
+    with building(pairs.STAGE.folder(config), pairs.STAGE.inputs(config)) as (folder, _):
+        write_table(pa.table(table), rows_folder(folder))
+
+
+@pytest.mark.parametrize(
+    ("checked", "changes", "message"),
+    [
+        (reward.STAGE, {"reward": {"folds": 2}}, "reward.folds: 2 folds of 2 training pairs"),
+        (
+            train.STAGE,
+            {
+                "train": {"weight_column": "own_weight"},
+                "data": {"keep_columns": [*SCORES, "own_weight"]},
+            },
+            "own_weight is missing, negative or not finite for 1 pairs, such as b",
+        ),
+        (train.STAGE, {"train": {"max_tokens_per_device": 11}}, "11 is less than .* 12 tokens"),
+        (reward.STAGE, {"reward": {"max_tokens_per_device": 11}}, "11 is less than .* 12 tokens"),
+        (sft.STAGE, {"sft": {"max_tokens_per_device": 10}}, "10 is less than .* 11 tokens"),
+        (
+            margins.STAGE,
+            {
+                "reward": {"source": "columns", "source_columns": ["own_margin"]},
+                "data": {"keep_columns": [*SCORES, "own_margin"]},
+            },
+            "the margins cannot be calibrated: .* no margin is negative",
+        ),
+    ],
+    ids=["folds", "weights", "budget", "reward budget", "sft budget", "given margins"],
+)
+def test_what_the_pairs_show_is_refused_before_any_training(
+    checked: Stage, changes: dict[str, dict[str, Any]], message: str, raw_config: dict[str, Any]
+) -> None:
+    for section, keys in changes.items():
+        raw_config[section] = raw_config.get(section, {}) | keys
+    config = parse_config(raw_config)
+    checked.check(config)
+    write_pairs(config)
+    with pytest.raises(UserError, match=message):
+        checked.check(config)
 
 
 @pytest.mark.ray

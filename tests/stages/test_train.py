@@ -28,7 +28,7 @@ def test_refuses_bad_pair_weights(weight: float, config: Config) -> None:
     config = config.model_copy(update={"train": settings})
     message = "chosen_score is missing, negative or not finite for 1 pairs, such as b"
     with pytest.raises(UserError, match=message):
-        train.check_weights(config)
+        train.check_pair_weights(config)
 
 
 @pytest.mark.parametrize(
