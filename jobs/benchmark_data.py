@@ -34,7 +34,7 @@ import ray.data
 import ray.train
 from ray.train.torch import TorchTrainer
 
-from madpo_ray.cluster import LOCAL_EXTRA_CPUS
+from madpo_ray.cluster.connection import LOCAL_EXTRA_CPUS
 from madpo_ray.columns import LENGTHS, MARGIN, PAIR_ID, REF_LOGPS, SPLIT, TOKEN_COLUMNS, TRAIN
 from madpo_ray.data.micro_batches import decode_micro_batch, open_tokens
 from madpo_ray.data.order import Order, OrderSpec

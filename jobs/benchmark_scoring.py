@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM
 
 from madpo_ray import pipeline
 from madpo_ray.artifacts.tables import read_columns
-from madpo_ray.cluster import connected
+from madpo_ray.cluster.connection import connected
 from madpo_ray.columns import REF_LOGPS, TOKEN_COLUMNS
 from madpo_ray.config import ActorPool, ClusterConfig, Config, ModelConfig, parse_config
 from madpo_ray.passes import BatchNotes

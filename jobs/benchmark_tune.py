@@ -18,7 +18,7 @@ from typing import Any
 from benchmark_training import make_model
 
 from madpo_ray import pipeline
-from madpo_ray.cluster import connected
+from madpo_ray.cluster.connection import connected
 from madpo_ray.config import Config, parse_config, with_changes
 from madpo_ray.stages import margins, train, tune
 

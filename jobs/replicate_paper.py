@@ -41,7 +41,7 @@ from madpo_ray import pipeline
 from madpo_ray.artifacts.manifest import read_manifest
 from madpo_ray.atomic import write_json
 from madpo_ray.cli import exit_codes, say
-from madpo_ray.cluster import connected
+from madpo_ray.cluster.connection import connected
 from madpo_ray.config import Config
 from madpo_ray.errors import UserError
 from madpo_ray.evaluation.sample_sets import PolicyFiles, SampleSet

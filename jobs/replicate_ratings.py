@@ -33,7 +33,7 @@ from madpo_ray import pipeline
 from madpo_ray.artifacts.tables import read_columns
 from madpo_ray.atomic import write_json
 from madpo_ray.cli import exit_codes, say
-from madpo_ray.cluster import connected
+from madpo_ray.cluster.connection import connected
 from madpo_ray.columns import MARGIN, TEXT_COLUMNS
 from madpo_ray.config import Config
 from madpo_ray.data.messages import from_text

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from madpo_ray import pipeline
 from madpo_ray.cli import exit_codes, say
-from madpo_ray.cluster import connected
+from madpo_ray.cluster.connection import connected
 from madpo_ray.config import Config, load_config
 from madpo_ray.errors import UserError
 from madpo_ray.stages import margins, train

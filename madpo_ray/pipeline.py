@@ -30,7 +30,7 @@ from madpo_ray.artifacts.manifest import (
     read_manifest,
     refuse_changed_content,
 )
-from madpo_ray.cluster import connected
+from madpo_ray.cluster.connection import connected
 from madpo_ray.config import Config, save_config
 from madpo_ray.config.files import dump_config
 from madpo_ray.disk import stopping_on_disk_errors

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from madpo_ray.cluster import connected
+from madpo_ray.cluster.connection import connected
 from madpo_ray.config import ActorPool, ClusterConfig
 from madpo_ray.errors import ExitCode, Stopped
 from madpo_ray.passes import BatchNotes, pool_options, received

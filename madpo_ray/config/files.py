@@ -182,12 +182,21 @@ def _explain(error: Any, prefix: tuple[str, ...]) -> str:
     location = (*prefix, *error["loc"])
     key = ".".join(str(part) for part in location)
     if error["type"] == "extra_forbidden":
-        return f"unknown key {key}{did_you_mean(str(location[-1]), _keys_at(location[:-1]))}"
+        return f"unknown key {key}{_suggest_key(location)}"
     if error["type"] == "missing":
         return f"{key} is required"
     message = error["msg"].removeprefix("Value error, ")
     given = "" if isinstance(error["input"], dict) else f" (given: {error['input']!r})"
     return f"{key}: {message}{given}" if error["loc"] else message
+
+
+def _suggest_key(location: Sequence[str | int]) -> str:
+    """Where the key belongs, or what it may have been."""
+    *section, key = location
+    names = [name for name in Config.model_fields if key in _keys_at([name])]
+    if names and section:
+        return f"; did you mean {names[0]}.{key}?"
+    return did_you_mean(str(key), _keys_at(section))
 
 
 def _keys_at(location: Sequence[str | int]) -> list[str]:

@@ -27,7 +27,13 @@ def describe_options(name: str | None = None) -> str:
     if name is not None and name not in sections:
         raise UserError(f"there is no section {name!r}{did_you_mean(name, sections)}")
     wanted = sections if name is None else {name: sections[name]}
-    return "\n".join(line for key, section in wanted.items() for line in _lines(key, section))
+    lines: list[str] = []
+    for key, section in wanted.items():
+        field = Config.model_fields[key]
+        if field.default is None:
+            lines.append(f"# Without this section, as by default, {field.description}")
+        lines += _lines(key, section)
+    return "\n".join(lines)
 
 
 def _section_of(field: FieldInfo) -> type[Section]:

@@ -23,7 +23,7 @@ class Config(Section):
     run: RunConfig = RunConfig()
     cluster: ClusterConfig = ClusterConfig()
     sft: SFTConfig | None = Field(
-        None, description="null: the model itself is the initial policy and the reference"
+        None, description="the model itself is the initial policy and the reference"
     )
     reward: RewardConfig = RewardConfig()
     scoring: ScoringConfig = ScoringConfig()

@@ -27,24 +27,30 @@ LIKELY_PROMPTS = ("question", "instruction", "query", "input", "context", "probl
 
 def check_files(data: DataConfig) -> None:
     """Raises UserError if a file is missing, of an unknown kind, or lacks a column."""
-    responses = (data.responses_column, data.scores_column)
-    needed = [name for name in responses if name is not None]
-    if not needed:
-        needed = [data.chosen_column, data.rejected_column, *data.kept_columns.values()]
-    else:
-        needed += [name for name in data.kept_columns.values() if name not in SCORE_COLUMNS]
-    optional = (data.split_column, data.group_column, data.system_column)
-    needed += [name for name in optional if name is not None]
+    needed = _needed_columns(data)
     for file in list_files(data.files):
         available = open_source(file).columns()
         if available is None:
             continue
-        for name in needed:
+        for name, key in needed.items():
             if name not in available:
                 raise UserError(
-                    f"data.files: {file} has no column {name!r}{did_you_mean(name, available)}"
+                    f"{key}: {file} has no column {name!r}{did_you_mean(name, available)}"
                 )
         _check_first_rows(file, available, data)
+
+
+def _needed_columns(data: DataConfig) -> dict[str, str]:
+    """The columns that every file must have, and the keys that name them."""
+    keys = ["responses_column", "scores_column"]
+    kept = list(data.kept_columns.values())
+    if data.responses_column is None:
+        keys = ["chosen_column", "rejected_column"]
+    else:
+        kept = [name for name in kept if name not in SCORE_COLUMNS]
+    keys += ["split_column", "group_column", "system_column"]
+    needed = {getattr(data, key): f"data.{key}" for key in keys if getattr(data, key) is not None}
+    return needed | {name: "data.keep_columns" for name in kept if name not in needed}
 
 
 def _check_first_rows(file: str, available: Sequence[str], data: DataConfig) -> None:

@@ -17,6 +17,8 @@ _MESSAGE_KEYS = (
     re.compile(r"""['"](content|value)\\?['"]\s*:""", re.IGNORECASE),
 )
 
+SHAREGPT = "from and value, as in ShareGPT, are not read: rename them to role and content"
+
 Message = dict[str, Any]
 Content = str | list[Message]
 
@@ -88,7 +90,7 @@ def _stored_messages(text: str) -> list[Any] | None:
             raise BadRowError("a key of a stored message appears twice", repr(repeated))
         return value  # type: ignore[no-any-return]
     if any({"role", "from"} & message.keys() for message in value):
-        raise BadRowError("stored messages lack a role (from and value are not read)")
+        raise BadRowError(f"stored messages lack a role ({SHAREGPT})")
     return None
 
 
@@ -99,6 +101,8 @@ def _message(name: str, message: Any) -> Message:
     kept: Message = {key: value for key, value in message.items() if value is not None}
 
     role = kept.get("role")
+    if "from" in kept and role is None:
+        raise BadRowError(f"a message of {name} has no role ({SHAREGPT})")
     if not isinstance(role, str):
         raise BadRowError(f"a message of {name} has no role")
     if role not in ROLES:

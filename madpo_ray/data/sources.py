@@ -31,6 +31,9 @@ HUB_DATASET = re.compile(re.escape(HUB) + r"[^/@]+/[^/@]+(@(refs/(pr|convert)/)?
 KINDS = (ParquetSource, ArrowSource, JSONLinesSource, JSONSource, CSVSource)
 SUFFIXES = tuple(suffix for kind in KINDS for suffix in kind.suffixes)
 
+# Of files in a folder, which would be left out.
+OTHER_COMPRESSIONS = (".bz2", ".xz", ".zip", ".lz4", ".7z")
+
 
 def list_files(names: Sequence[str]) -> list[str]:
     """The files of `data.files`: a folder or a pattern stands for its files, sorted by name.
@@ -75,9 +78,34 @@ def _files_in(folder: Path) -> list[Path]:
     if saved is not None:
         return [folder / name for name in saved]
     found = [folder / name for name in names if _is_data(name) and _is_file(folder / name)]
+    _require_known_compressions(names, str(folder))
     if not found:
         raise UserError(f"data.files: {folder} holds no file that ends in {_known()}")
+    _warn_of_subfolders(folder)
     return found
+
+
+@functools.cache  # files are listed again and again
+def _warn_of_subfolders(folder: Path) -> None:
+    below = sorted(path for path in folder.glob("*/*") if _is_data(path.name))
+    if below:
+        logger.warning(
+            "data.files: %s: files in its subfolders are not read, such as %s; %s/**/* would",
+            folder,
+            below[0],
+            folder,
+        )
+
+
+def _require_known_compressions(names: Sequence[str], folder: str) -> None:
+    """Raises UserError for data that would be left out because of how it is compressed."""
+    for name in names:
+        stem, compression = os.path.splitext(name)
+        if compression.lower() in OTHER_COMPRESSIONS and _is_data(stem):
+            raise UserError(
+                f"data.files: {folder}/{name}: {compression} is not read: compress it with gzip or "
+                "zstd, or move it elsewhere"
+            )
 
 
 def _is_file(path: str | Path) -> bool:
@@ -137,6 +165,7 @@ def _remote_files(name: str) -> list[str]:
         found = _saved_files(names, lambda one: _read(place, f"{folder}/{one}"), name)
         if found is None:
             found = [one for one in names if _is_data(one)]
+            _require_known_compressions(names, name)
         if not found:
             raise UserError(f"data.files: {name} holds no file that ends in {_known()}")
         return [place.uri(f"{folder}/{one}") for one in found]

@@ -74,7 +74,8 @@ def _check(config: Config) -> None:
         is_empty = pairs.STAGE.require(config)["pairs"][columns.TEST] == 0
     if is_empty:
         raise UserError(
-            "split test has no pairs to evaluate on: set data.test_fraction or data.split_column"
+            "split test has no pairs to evaluate on: set data.test_fraction or data.split_column "
+            "(or stop before it: madpo-ray run --until train)"
         )
     judge = judge_of(config)
     if judge is not None:

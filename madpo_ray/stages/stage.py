@@ -17,7 +17,7 @@ from madpo_ray.artifacts.manifest import (
     require,
 )
 from madpo_ray.artifacts.tables import rows_folder
-from madpo_ray.cluster import connected
+from madpo_ray.cluster.connection import connected
 from madpo_ray.config import ClusterConfig, Config, TrainingConfig
 from madpo_ray.errors import UserError
 from madpo_ray.passes import BatchNotes

@@ -175,7 +175,7 @@ def make(build: Build) -> dict[str, Any]:
 def _measure(config: Config, job: "TrainingJob") -> dict[str, float]:
     """Reward and divergence of a trial's policy."""
     from madpo_ray.artifacts.manifest import model_folder
-    from madpo_ray.cluster import configure_data
+    from madpo_ray.cluster.connection import configure_data
     from madpo_ray.evaluation.sample_sets import PolicyFiles
 
     configure_data(config.cluster)  # an actor has options of its own
@@ -185,7 +185,8 @@ def _measure(config: Config, job: "TrainingJob") -> dict[str, float]:
 
 def _concurrency(config: Config) -> int:
     """Trials at a time. Raises UserError if they can never be placed together."""
-    from madpo_ray.cluster import alive_nodes, count_trainings
+    from madpo_ray.cluster.connection import alive_nodes
+    from madpo_ray.cluster.placement import count_trainings
 
     fitting = None  # nodes may come
     if not config.cluster.autoscaling:

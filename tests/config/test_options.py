@@ -27,6 +27,12 @@ def test_lists_every_key_with_its_default() -> None:
     assert listed.keys() == Config.model_fields.keys()
 
 
+def test_says_what_a_section_switches_on() -> None:
+    listed = describe_options("sft")
+    assert listed.startswith("# Without this section, as by default, the model itself is the init")
+    assert "\nsft:\n" in listed
+
+
 def test_says_what_a_key_means() -> None:
     lines = describe_options("train").splitlines()
     assert lines[0] == "train:"

@@ -54,6 +54,18 @@ def test_folder_stands_for_its_files(tmp_path: Path) -> None:
     assert list_files([str(tmp_path)]) == [a, b]
 
 
+def test_data_that_a_folder_leaves_out_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names_in(tmp_path, "a.jsonl", "b/c.jsonl", "note.txt.zip")
+    for _ in range(2):
+        list_files([str(tmp_path)])
+    assert caplog.text.count("files in its subfolders are not read, such as") == 1
+    names_in(tmp_path, "d.JSONL.bz2")
+    with pytest.raises(UserError, match=r"d\.JSONL\.bz2: \.bz2 is not read: compress it with gzip"):
+        list_files([str(tmp_path)])
+
+
 def test_pattern_stands_for_its_files(tmp_path: Path) -> None:
     a, b, c = names_in(tmp_path, "x/a.jsonl", "x/b.jsonl", "x/y/c.jsonl")
     assert list_files([str(tmp_path / "x/*.jsonl")]) == [a, b]

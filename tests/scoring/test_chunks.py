@@ -10,7 +10,7 @@ import ray
 import torch
 
 from madpo_ray.artifacts.tables import write_table
-from madpo_ray.cluster import connected
+from madpo_ray.cluster.connection import connected
 from madpo_ray.columns import LENGTHS
 from madpo_ray.config import ActorPool, ClusterConfig
 from madpo_ray.passes import BatchNotes

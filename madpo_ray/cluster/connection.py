@@ -1,4 +1,4 @@
-"""Connect to Ray, and refuse what it can never place."""
+"""Connect to Ray, or start a local one."""
 
 import contextlib
 import logging
@@ -6,11 +6,11 @@ import math
 import os
 import socket
 import sys
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from madpo_ray.cluster.placement import check_actors, check_nodes, explain_too_many
 from madpo_ray.config import ActorPool, ClusterConfig
 from madpo_ray.environment import runtime_env, set_for_local_ray
 from madpo_ray.errors import ExitCode, Stopped, UserError
@@ -21,10 +21,6 @@ from madpo_ray.signals import on_sigterm
 
 # Logical CPUs of a local Ray beyond the machine's: data tasks and Tune's drivers mostly wait.
 LOCAL_EXTRA_CPUS = 2
-# What Ray Data needs next to the workers: a read task, and the actor that builds micro-batches.
-DATA_CPUS = 1.5
-READ_CPUS = 1  # of one task that reads
-IF_NODES_COME = ", or set cluster.autoscaling: true if nodes will be added"
 
 
 @contextlib.contextmanager
@@ -104,9 +100,13 @@ def _start_or_connect(
             _check_reachable(address, cluster.connect_timeout_s)
             ray.init(address=address, runtime_env=runtime_env(), **options)
         except OSError as error:
+            source = "cluster.address" if cluster.address else "RAY_ADDRESS"
+            hint = "give the head's host:6379, or auto on a node of the cluster"
+            if address.startswith("http"):
+                hint = f"that is its dashboard, for `ray job submit`: {hint}"
             raise UserError(
-                f"no Ray cluster answers at {address} ({error}); start one, or remove "
-                "cluster.address"
+                f"{source}: no Ray cluster answers at {address} ({error}); {hint}, or remove "
+                f"{source} for a Ray of its own"
             ) from None
         except RuntimeError as error:
             if "Version mismatch" not in str(error):
@@ -170,7 +170,7 @@ def _check_reachable(address: str, timeout_s: float) -> None:
 def _check_local(cluster: ClusterConfig) -> None:
     available = os.cpu_count() or 1
     if cluster.num_workers * cluster.cpus_per_worker > available:
-        raise UserError(_explain_too_many(cluster, f"this machine has {available} CPUs"))
+        raise UserError(explain_too_many(cluster, f"this machine has {available} CPUs"))
 
 
 def check_workers_fit(
@@ -190,99 +190,6 @@ def alive_nodes() -> list[Mapping[str, float]]:
     import ray
 
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
-
-
-def count_trainings(nodes: Sequence[Mapping[str, float]], cluster: ClusterConfig) -> int:
-    """How many trainings, each with all its workers, such nodes have room for at a time."""
-    places = sum(_places_on(node, cluster.worker_resources) for node in nodes)
-    cpus = sum(node.get("CPU", 0) for node in nodes)
-    cpus_each = cluster.num_workers * cluster.cpus_per_worker + DATA_CPUS
-    return min(places // cluster.num_workers, math.floor(cpus / cpus_each))
-
-
-def check_nodes(
-    nodes: Sequence[Mapping[str, float]],
-    cluster: ClusterConfig,
-    actors: ActorPool | None = None,
-) -> None:
-    """Raises UserError if there is no place for the workers and for Ray Data.
-
-    Args:
-        nodes: resources of each node, by Ray's names.
-        actors: scoring actors that run at the same time as the workers.
-    """
-    # In sum.
-    available = Counter[str]()
-    for node in nodes:
-        available.update(node)
-    needed = {"CPU": cluster.num_workers * cluster.cpus_per_worker + DATA_CPUS}
-    if cluster.use_gpu:
-        needed["GPU"] = cluster.num_workers * cluster.gpus_per_worker
-    if actors is not None:
-        needed["CPU"] += actors.min_size * actors.num_cpus
-        if actors.num_gpus:
-            needed["GPU"] = needed.get("GPU", 0) + actors.min_size * actors.num_gpus
-    for resource, amount in needed.items():
-        if amount > available[resource]:
-            reason = f"the cluster has {available[resource]:g} {resource}s in all"
-            if resource == "CPU":
-                reason += f", and feeding the workers needs {DATA_CPUS:g} of them"
-            if actors is not None:
-                reason += (
-                    f"; margins.mode: stream needs {amount:g} with those of the scoring actors: "
-                    "see scoring.min_actors, scoring.gpus_per_actor and cluster.gpus_per_worker"
-                )
-            raise UserError(_explain_too_many(cluster, reason) + IF_NODES_COME)
-
-    # And each worker on a node.
-    places = sum(_places_on(node, cluster.worker_resources) for node in nodes)
-    if places < cluster.num_workers:
-        reason = f"the {len(nodes)} nodes have places for {places} such workers, each on one node"
-        raise UserError(_explain_too_many(cluster, reason) + IF_NODES_COME)
-
-
-def check_actors(nodes: Sequence[Mapping[str, float]], actors: ActorPool) -> None:
-    """Raises UserError if there is no place for the actors that a pass starts with."""
-    resources = {"CPU": actors.num_cpus}
-    if actors.num_gpus:
-        resources["GPU"] = actors.num_gpus
-    places = sum(_places_on(node, resources) for node in nodes)
-    if places < actors.min_size:
-        raise UserError(
-            f"scoring.min_actors: {actors.min_size} actors of {actors.num_cpus:g} CPUs and "
-            f"{actors.num_gpus:g} GPUs can never be placed: the {len(nodes)} nodes have places for "
-            f"{places}, each on one node. Lower min_actors, cpus_per_actor or gpus_per_actor"
-            + IF_NODES_COME
-        )
-
-    # Tasks that read pairs need a CPU, too; without one the pass never ends.
-    available = sum(node.get("CPU", 0) for node in nodes)
-    needed = actors.min_size * actors.num_cpus + READ_CPUS
-    if needed > available:
-        raise UserError(
-            f"scoring.min_actors: {actors.min_size} actors of {actors.num_cpus:g} CPUs leave "
-            f"none of the cluster's {available:g} CPUs to read pairs with. Lower min_actors or "
-            "cpus_per_actor" + IF_NODES_COME
-        )
-
-
-def _places_on(node: Mapping[str, float], resources: Mapping[str, float]) -> int:
-    """How many workers or actors with such resources fit on one node."""
-    return min(_count_shares(node.get(name, 0), name, share) for name, share in resources.items())
-
-
-def _count_shares(available: float, name: str, share: float) -> int:
-    """How often a share fits; one of a GPU is of a single GPU."""
-    if name == "GPU" and share < 1:
-        return math.floor(available) * math.floor(1 / share)
-    return math.floor(available / share)
-
-
-def _explain_too_many(cluster: ClusterConfig, reason: str) -> str:
-    return (
-        f"cluster.num_workers: {cluster.num_workers} workers of {cluster.worker_description} can "
-        f"never be placed: {reason}. Lower num_workers or cpus_per_worker"
-    )
 
 
 def configure_data(cluster: ClusterConfig) -> None:
