@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 # Attempts of one batch. Ray Data starts an actor again, and gives it the same batch, without end.
 MAX_ATTEMPTS = 4
-# A column: why an actor's models cannot be used. Of an exception Ray Data would pass on the text
-# only, as a traceback.
+# A column: why an actor's models cannot be used. Ray Data would pass on only the text of an
+# exception, as a traceback.
 REFUSAL = "refusal"
 
 
@@ -34,6 +34,15 @@ def pool_options(actors: ActorPool) -> dict[str, Any]:
     if not (actors.num_gpus and actors.num_cpus == 1):
         options["num_cpus"] = actors.num_cpus
     return options
+
+
+def count_gpus() -> int:
+    """How many GPUs Ray gave to this process; one for a share of one. None without Ray."""
+    import ray
+
+    if not ray.is_initialized():  # asking would start one
+        return 0
+    return len(ray.get_runtime_context().get_accelerator_ids()["GPU"])
 
 
 def ordered_execution() -> "ray.data.ExecutionOptions":
@@ -56,12 +65,31 @@ def received(dataset: "ray.data.Dataset", what: str) -> "Iterator[pa.Table]":
             yield table
 
 
-def require_no_refusal(table: "pa.Table") -> None:
-    """Raises UserError if an actor put a refusal into the table."""
+def refused(rows: "pa.Table", reason: str, *, key: str) -> "pa.Table":
+    """What an actor returns for rows if its models cannot be used.
+
+    Args:
+        key: the column that identifies a row.
+    """
+    import pyarrow as pa
+
+    return pa.table({key: rows[key], REFUSAL: [reason] * rows.num_rows})
+
+
+def find_refusal(table: "pa.Table") -> str | None:
+    """Why an actor's models cannot be used, if the table holds a refusal."""
     import pyarrow.compute as pc
 
-    if REFUSAL in table.column_names:
-        raise UserError(pc.drop_null(table[REFUSAL])[0].as_py())
+    if REFUSAL not in table.column_names:
+        return None
+    reason: str = pc.drop_null(table[REFUSAL])[0].as_py()
+    return reason
+
+
+def require_no_refusal(table: "pa.Table") -> None:
+    """Raises UserError if an actor put a refusal into the table."""
+    if (reason := find_refusal(table)) is not None:
+        raise UserError(reason)
 
 
 class BatchNotes:

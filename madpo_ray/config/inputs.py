@@ -157,10 +157,6 @@ class ModelConfig(Section):
         }
         return self.model_dump(mode="json", include=names)
 
-    def without_kernels(self) -> "ModelConfig":
-        """The same model without kernels that need all of it on one GPU."""
-        return self.model_copy(update={"use_liger_kernel": False, "torch_compile": False})
-
     def names(self) -> dict[str, Any]:
         """The config's names of model and tokenizer; their content is hashed separately."""
         return self.model_dump(

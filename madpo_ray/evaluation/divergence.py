@@ -48,7 +48,7 @@ class DivergenceScorer:
         self._sampled = sampled
         self._policies = policies
         self._reference_files = reference
-        self._model_config = model.without_kernels() if over_gpus else model
+        self._model_config = model
         self._limits = (batch_size, max_tokens)
         self._over_gpus = over_gpus
         self.reads = (PROMPT_IDS, *(one.ids for one in sampled))
@@ -126,7 +126,9 @@ def token_divergence(
     else:
         ours = (policy / temperature).log_softmax(-1)
         gaps = ours - theirs
-        found = [(ours.exp() * gaps).sum(-1), gaps.gather(-1, targets)[:, 0]]
+        # A token without probability adds nothing, even where its logits are -inf.
+        terms = torch.where(ours.isneginf(), 0.0, ours.exp() * gaps)
+        found = [terms.sum(-1), gaps.gather(-1, targets)[:, 0]]
     return torch.stack(found)
 
 

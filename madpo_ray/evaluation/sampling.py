@@ -12,14 +12,22 @@ from madpo_ray.columns import PROMPT_IDS
 from madpo_ray.config import ActorPool, ModelConfig
 from madpo_ray.errors import UserError
 from madpo_ray.evaluation.sample_sets import PolicyFiles, SampleSet
-from madpo_ray.models.devices import refusing_large_models, use_device
+from madpo_ray.models.devices import refusing_large_batches, refusing_large_models, use_device
 from madpo_ray.models.loading import load_policy, load_tokenizer
-from madpo_ray.passes import REFUSAL, BatchNotes, pool_options, received, require_no_refusal
+from madpo_ray.passes import (
+    BatchNotes,
+    count_gpus,
+    pool_options,
+    received,
+    refused,
+    require_no_refusal,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 INDEX = "index"
+BATCH_KEY = "evaluate.generation_batch_size (which gives other samples)"
 
 
 class Sampler:
@@ -42,10 +50,8 @@ class Sampler:
     ) -> None:
         from transformers import GenerationConfig
 
-        model = model.without_kernels() if over_gpus else model
-
         torch.set_num_threads(num_threads)
-        self._device = use_device()
+        self._device = use_device(count_gpus())
         self._seed = seed
         self._temperatures = temperatures
         self._tokenizer = load_tokenizer(next(iter(policies.values())).folder, model)
@@ -168,10 +174,15 @@ class SamplingActor:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         if self._refusal:
-            return pa.table({INDEX: table[INDEX], REFUSAL: [self._refusal] * table.num_rows})
+            return refused(table, self._refusal, key=INDEX)
         first, last = table[INDEX][0], table[INDEX][-1]
         with self._notes.working_on(f"the prompts {first} to {last}"):
-            return self._sampler(table)
+            try:
+                with refusing_large_batches(BATCH_KEY):
+                    return self._sampler(table)
+            except UserError as error:
+                self._refusal = str(error)
+                return refused(table, self._refusal, key=INDEX)
 
 
 def sample_responses(

@@ -11,12 +11,25 @@ from madpo_ray.errors import UserError
 
 # transformers' device_map for a model whose layers are spread over all GPUs of a process.
 OVER_GPUS = "balanced"
-LARGER = "raise scoring.gpus_per_actor, or set scoring.one_model_at_a_time for stage margins"
+HOW_TO_FIT = "raise scoring.gpus_per_actor, or set scoring.one_model_at_a_time for stage margins"
 
 
-def use_device() -> torch.device:
-    """The GPU that Ray gave to this process, or its CPU; set up for batches of any shape."""
+def use_device(num_gpus: int = 0) -> torch.device:
+    """The GPU that Ray gave to this process, or its CPU; set up for batches of any shape.
+
+    Args:
+        num_gpus: how many GPUs that is, at least.
+
+    Raises:
+        UserError: PyTorch sees none of them.
+    """
     if not torch.cuda.is_available():
+        if num_gpus:
+            raise UserError(
+                f"Ray gave a process {num_gpus} GPUs, and its PyTorch ({torch.__version__}) sees "
+                "none: install the CUDA build of the same version on every node, or set "
+                "cluster.use_gpu: false"
+            )
         return torch.device("cpu")
     # cuDNN makes a plan of its attention for each new shape, in 3 ms of the host's time per layer
     # on an H200, and hardly any two micro-batches have one shape. PyTorch's other kernels serve.
@@ -25,7 +38,10 @@ def use_device() -> torch.device:
 
 
 def placement(device: torch.device | None, over_gpus: bool = False) -> dict[str, Any]:
-    """Weights go from the file to a GPU one by one: no process converts all of them on the host."""
+    """Arguments of `from_pretrained` that place weights: from the file straight to a GPU.
+
+    No process converts all of them on the host.
+    """
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     if over_gpus:
@@ -38,7 +54,7 @@ def placement(device: torch.device | None, over_gpus: bool = False) -> dict[str,
 
 @contextlib.contextmanager
 def refusing_large_models() -> Iterator[None]:
-    """Turns what is raised where GPUs are full while models are loaded into a UserError."""
+    """Turns an out-of-memory error while models are loaded into a UserError."""
     try:
         yield
     except (torch.OutOfMemoryError, ValueError) as error:
@@ -46,10 +62,34 @@ def refusing_large_models() -> Iterator[None]:
         is_full = isinstance(error, torch.OutOfMemoryError) or "dispatched on the CPU" in str(error)
         if not is_full:
             raise
-        first_line, *_ = str(error).strip().splitlines()
         raise UserError(
-            f"the models of one actor do not fit its GPUs ({first_line}): {LARGER}"
+            f"the models of one actor do not fit its GPUs ({_first_line(error)}): {HOW_TO_FIT}"
         ) from None
+
+
+@contextlib.contextmanager
+def refusing_large_batches(keys: str) -> Iterator[None]:
+    """Turns an out-of-memory error of a GPU into a UserError.
+
+    Args:
+        keys: of the config, which make batches smaller.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"a batch does not fit the memory of a GPU ({_first_line(error)}): lower {keys}, or "
+            f"{HOW_TO_FIT}"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def is_spread(model: Any) -> bool:
+    """Whether the layers of a transformers model are on several devices."""
+    return len(set(getattr(model, "hf_device_map", {}).values())) > 1
 
 
 def require_on_gpus(model: Any, folder: Path) -> None:
@@ -58,5 +98,5 @@ def require_on_gpus(model: Any, folder: Path) -> None:
         size = sum(weight.numel() * weight.element_size() for weight in model.parameters()) / 2**30
         raise UserError(
             f"{folder}: its {size:.1f} GiB of weights do not fit the free memory of the "
-            f"{torch.cuda.device_count()} GPUs of one actor: {LARGER}"
+            f"{torch.cuda.device_count()} GPUs of one actor: {HOW_TO_FIT}"
         )

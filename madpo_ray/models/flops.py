@@ -107,6 +107,8 @@ def peak_flops(
         _synchronise(device)
         best = min(best, time.perf_counter() - began)
     if device.type == "cuda":
+        del a, b
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)  # the peak is to be that of the training
     return 2 * size**3 / best
 

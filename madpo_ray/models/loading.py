@@ -12,7 +12,7 @@ from torch import nn
 
 from madpo_ray.config import ModelConfig
 from madpo_ray.errors import UserError
-from madpo_ray.models.devices import OVER_GPUS, placement, require_on_gpus
+from madpo_ray.models.devices import OVER_GPUS, is_spread, placement, require_on_gpus
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 REWARD_HEAD = "score.weight"
-# What a reward model has no use for of a language model: its head.
+# A language model's head, which a reward model does not use.
 LM_HEADS = {"lm_head.weight", "lm_head.bias", "embed_out.weight"}
 
 # In the config of reward models that are trained here: texts without a chat template end with the
@@ -73,8 +73,8 @@ def load_policy(
     """
     if (folder / "adapter_config.json").exists():
         assert base is not None, f"{folder} is an adapter, and its base was not given"
-        whole = load_policy(base, model, device=device, over_gpus=over_gpus)
-        return _with_adapter(whole, folder)
+        base_model = load_policy(base, model, device=device, over_gpus=over_gpus)
+        return _with_adapter(base_model, folder)
 
     options: dict[str, Any] = {"dtype": DTYPES[model.dtype], **placement(device, over_gpus)}
     if model.load_in_4bit:
@@ -90,7 +90,10 @@ def _with_adapter(base: nn.Module, folder: Path) -> nn.Module:
         # peft only warns, and trains or scores with fresh adapters.
         warnings.filterwarnings("error", message="Found missing adapter keys")
         try:
-            adapted: nn.Module = PeftModel.from_pretrained(base, str(folder))
+            # In the base's dtype, as it was trained.
+            adapted: nn.Module = PeftModel.from_pretrained(
+                base, str(folder), autocast_adapter_dtype=False
+            )
         except UserWarning as warning:
             raise UserError(f"{folder} is not a complete adapter: {warning}") from None
     return adapted
@@ -188,7 +191,7 @@ def load_exactly(
     # transformers has drawn these at random.
     missing = sorted(set(report["missing_keys"]) - set(new))
     mismatched = sorted(str(name) for name, *_ in report["mismatched_keys"])
-    # What the model has no place for: a deeper model, or one of another kind. Where a reward model
+    # Weights that the model does not use: of a deeper one, or of another kind. Where a reward model
     # starts from a language model, the language-modelling head is not used.
     unexpected = set(report["unexpected_keys"]) - (LM_HEADS if new else set())
     unused = sorted(name for name in unexpected if not name.endswith(".masked_bias"))
@@ -206,7 +209,7 @@ def load_exactly(
             options["device_map"] = {"": torch.cuda.current_device()}
             return load_exactly(task_type, folder, model, new, **options)
         require_on_gpus(loaded, folder)
-    if model.use_liger_kernel:
+    if model.use_liger_kernel and not is_spread(loaded):  # they need all of a model on one GPU
         _use_liger(loaded)
     return cast(nn.Module, loaded)
 

@@ -20,6 +20,7 @@ from madpo_ray.data.batching import MicroBatch, collate
 from madpo_ray.errors import UserError
 from madpo_ray.models.attention import may_pack
 from madpo_ray.models.compiling import compile_layers
+from madpo_ray.models.devices import is_spread
 from madpo_ray.models.loading import transformer_of
 
 logger = logging.getLogger(__name__)
@@ -80,8 +81,8 @@ def find_reading(module: Any, device: torch.device, settings: ModelConfig) -> Re
     # Tokens that come later must not matter.
     if not _is_causal(module, pairs[0], tolerance, device):
         raise UserError(
-            f"the {name} model sees the tokens after the one that it predicts: it is no causal "
-            "language model"
+            f"the {name} model sees the tokens after the one that it predicts: it is not a "
+            "causal language model"
         )
 
     # The first way that agrees.
@@ -92,7 +93,7 @@ def find_reading(module: Any, device: torch.device, settings: ModelConfig) -> Re
         batch = collate(pairs, packed=reading.packed).to(device)
         difference = _difference(module, transformer, batch, expected)
         if isinstance(difference, float) and difference <= tolerance:
-            if settings.torch_compile:
+            if settings.torch_compile and not is_spread(transformer):
                 compile_layers(transformer)
                 _require_same(module, transformer, batch, expected, tolerance)
             return _with_note(reading, name, seen) if settings.packed_rows == "auto" else reading

@@ -17,8 +17,15 @@ from madpo_ray.artifacts.tables import read_splits, rows_files
 from madpo_ray.columns import LENGTHS, PAIR_ID, REASON, SPLIT, SPLITS
 from madpo_ray.config import ActorPool
 from madpo_ray.errors import UserError
-from madpo_ray.models.devices import refusing_large_models, use_device
-from madpo_ray.passes import REFUSAL, BatchNotes, pool_options, received, require_no_refusal
+from madpo_ray.models.devices import refusing_large_batches, refusing_large_models, use_device
+from madpo_ray.passes import (
+    BatchNotes,
+    count_gpus,
+    pool_options,
+    received,
+    refused,
+    require_no_refusal,
+)
 from madpo_ray.scoring.chunks import ScoredChunks, rows_of
 from madpo_ray.scoring.progress import ScoringProgress
 from madpo_ray.scoring.scorers import score_or_explain, share_batches
@@ -28,12 +35,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# At least so many blocks, for any number of actors: after a kill, what was scored is found by them.
+# Blocks at least, whatever the number of actors: after a kill, scores are found by block.
 MIN_BLOCKS = 16
-# Pairs without scores, in so many batches, after which an actor gives up if none has scores. One
+# An actor gives up after this many failed pairs in this many batches, if none has succeeded: one
 # batch may hold the only pairs that fail.
 MAX_FAILURES = 16
 MAX_FAILED_BATCHES = 3
+BATCH_KEYS = "scoring.per_device_batch_size or scoring.max_tokens_per_device"
 
 
 class ScoringActor:
@@ -60,11 +68,11 @@ class ScoringActor:
         self._num_failed_batches = 0
         self._has_succeeded = False
         torch.set_num_threads(num_threads)
-        device = use_device()
         self._scorers = scorers
         self._refusal = ""
         share_batches(scorers)
         try:
+            device = use_device(count_gpus())
             with refusing_large_models():
                 for scorer in scorers:
                     scorer.load(device)
@@ -73,7 +81,7 @@ class ScoringActor:
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         if self._refusal:
-            return pa.table({PAIR_ID: rows[PAIR_ID], REFUSAL: [self._refusal] * rows.num_rows})
+            return refused(rows, self._refusal, key=PAIR_ID)
 
         # What is known already.
         ids = rows[PAIR_ID]
@@ -87,11 +95,12 @@ class ScoringActor:
         first, last = rows[PAIR_ID][0], rows[PAIR_ID][-1]
         with self._notes.working_on(f"the {rows.num_rows} pairs from {first} to {last}"):
             try:
-                scored = self._score(rows)
+                with refusing_large_batches(BATCH_KEYS):
+                    scored = self._score(rows)
                 self._require_success(scored)
             except UserError as error:
                 self._refusal = str(error)
-                return self(rows)
+                return refused(rows, self._refusal, key=PAIR_ID)
         if self._kept is not None:
             self._kept.write(scored)
         return scored if known is None else rows_of(pa.concat_tables([known, scored]), ids)

@@ -1,6 +1,6 @@
 """What gives numbers to pairs or responses. A scorer knows no Ray; actors load it once each.
 
-Legend: R responses per row (chosen and rejected), P rows of a table.
+Legend: C columns of a scorer, P rows of a table, R responses per row (chosen and rejected).
 """
 
 import abc
@@ -47,12 +47,13 @@ class Scorer(Protocol):
 
 
 def score_or_explain(scorer: Scorer, rows: pa.Table) -> tuple[np.ndarray, list[str]]:
-    """Scores (R, P) of a table of P rows, and why those that are NaN are so: "" for the others.
+    """Scores (C, P), and a reason for each row that has none ("" for the others).
 
     If the scorer fails for a table, it is tried row by row; if it names rows, without them.
 
     Raises:
-        UserError: the scorer refuses all rows. Errors of memory and of devices are no row's, too.
+        UserError: the scorer refuses all rows. Memory and device errors are raised as they are: no
+            single row causes them.
     """
     num_rows = rows.num_rows
     try:
@@ -89,8 +90,7 @@ class ModelScorer(abc.ABC):
     """A scorer that reads token ids of pairs with a transformers model.
 
     Args:
-        over_gpus: spread the model's layers over all GPUs of the process; without the kernels of
-            `use_liger_kernel` and `torch_compile`, which are of one GPU.
+        over_gpus: spread the model's layers over all GPUs of the process.
 
     Attributes:
         batches: what the model reads; `share_batches` gives all models of an actor the same.
@@ -110,7 +110,7 @@ class ModelScorer(abc.ABC):
     ) -> None:
         self.columns = columns
         self._folder = folder
-        self._model_config = model.without_kernels() if over_gpus else model
+        self._model_config = model
         self._limits = (batch_size, max_tokens)
         self._over_gpus = over_gpus
         self.batches = Batches()

@@ -6,12 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import ray.data
 
 from madpo_ray.data.micro_batches import MicroBatchReader, pairs_of, with_columns
 from madpo_ray.data.order import Order, OrderSpec
-from madpo_ray.passes import REFUSAL, BatchNotes, pool_options
+from madpo_ray.passes import REFUSAL, BatchNotes, find_refusal, pool_options
 from madpo_ray.scoring.actors import ScoringActor
 from madpo_ray.scoring.streamed import StreamedScores
 
@@ -112,9 +111,8 @@ class _ChunkScorer:
             empty = pa.array([], pa.float64())
             return with_columns(chunk, pa.table(dict.fromkeys(self._streamed.columns, empty)))
         scored = self._actor(pairs)
-        if REFUSAL in scored.column_names:
-            refusal = pa.repeat(pc.drop_null(scored[REFUSAL])[0], chunk.num_rows)
-            return chunk.append_column(REFUSAL, refusal)
+        if (refusal := find_refusal(scored)) is not None:
+            return chunk.append_column(REFUSAL, pa.repeat(refusal, chunk.num_rows))
         return with_columns(chunk, self._streamed.numbers(pairs, scored))
 
 

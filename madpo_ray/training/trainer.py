@@ -10,6 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 import ray.train
+import torch
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from madpo_ray.config import ClusterConfig
@@ -210,6 +211,15 @@ def end_if_certain(
             raise UserError(str(failure)) from error
         if isinstance(failure, NonFiniteError):
             raise StoppedForGood(str(failure), ExitCode.FAILED) from error
+        if isinstance(failure, torch.OutOfMemoryError):
+            first_line, *_ = str(failure).strip().splitlines()
+            raise StoppedForGood(
+                f"a micro-batch does not fit the memory of a GPU ({first_line}): lower "
+                "per_device_train_batch_size or max_tokens_per_device, or set "
+                "gradient_checkpointing or a higher zero_stage; `madpo-ray plan` computes what "
+                "fits",
+                ExitCode.FAILED,
+            ) from error
         if isinstance(failure, CheckpointWriteError):
             raise StoppedFromOutside(str(failure), ExitCode.FAILED) from error
         if (broken := find_disk_error(failure)) is not None:

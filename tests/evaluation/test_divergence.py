@@ -20,6 +20,16 @@ def test_by_hand() -> None:
     torch.testing.assert_close(found[:, 0], torch.stack([0.25 * ln2, ln2]))
 
 
+def test_token_without_probability_adds_nothing() -> None:
+    """As of a vocabulary that is masked; at a low temperature the lowest number becomes -inf."""
+    for least, temperature in ((-torch.inf, 1.0), (torch.finfo(torch.float32).min, 0.5)):
+        policy = torch.tensor([[0.0, 0.0, least]])
+        reference = torch.tensor([[0.0, 0.0, 0.0]])
+        found = token_divergence(policy, reference, torch.tensor([0]), temperature)
+        expected = torch.tensor(1.5).log()
+        torch.testing.assert_close(found[:, 0], torch.stack([expected, expected]))
+
+
 def test_policy_equal_to_reference_has_none() -> None:
     assert token_divergence(POLICY, POLICY, torch.tensor([2]), 1.0).abs().max() == 0
 

@@ -75,14 +75,13 @@ def test_models_over_two_gpus_give_the_same_scores(tmp_path: Path) -> None:
     policy, judge = make_model("llama"), make_reward_model()
     policy.save_pretrained(tmp_path / "policy")
     judge.save_pretrained(tmp_path / "judge")
-    settings = ModelConfig(model_name_or_path="x", torch_compile=True)
     rows = pa.Table.from_pylist(PAIRS)
     for scorer_class, folder in ((PolicyLogps, "policy"), (TrainedReward, "judge")):
         scores = []
         for device, over_gpus in ((torch.device("cpu"), False), (CUDA, True)):
             scorer = scorer_class(
                 tmp_path / folder,
-                settings if over_gpus else settings.without_kernels(),
+                ModelConfig(model_name_or_path="x", torch_compile=over_gpus),
                 columns=("chosen", "rejected"),
                 batch_size=2,
                 over_gpus=over_gpus,

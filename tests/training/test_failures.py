@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import ray.exceptions
 import ray.train
+import torch
 
 from madpo_ray.config import ClusterConfig
-from madpo_ray.errors import ExitCode, Stopped, UserError
+from madpo_ray.errors import ExitCode, Stopped, StoppedForGood, UserError
 from madpo_ray.training.checkpoints import CheckpointWriteError
 from madpo_ray.training.protocols import NonFiniteError
 from madpo_ray.training.trainer import end_if_certain, failure_cause, is_preemption
@@ -57,6 +58,9 @@ def test_error_for_the_user_reaches_the_user() -> None:
         end_if_certain(error, ClusterConfig(), FOLDER)
     with pytest.raises(Stopped, match="the loss is NaN"):
         end_if_certain(of_ranks(r0=NonFiniteError("the loss is NaN")), ClusterConfig(), FOLDER)
+    full = torch.OutOfMemoryError("CUDA out of memory\nand so on")
+    with pytest.raises(StoppedForGood, match=r"\(CUDA out of memory\): lower per_device_train"):
+        end_if_certain(of_ranks(r0=BROKEN, r1=full), ClusterConfig(), FOLDER)
 
 
 def test_preemption_is_no_failure() -> None:
