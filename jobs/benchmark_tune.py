@@ -89,7 +89,7 @@ def run_search(config: Config) -> dict[str, float]:
         "seconds": seconds,
         "steps": found["steps"],
         "stopped": found["stopped"],
-        "best": found["best"][found["objective"]],
+        "best": found["best"]["mean"],
     }
 
 

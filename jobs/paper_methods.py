@@ -7,7 +7,6 @@ ones.
 
 import argparse
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -204,5 +203,7 @@ def describe_run(config: Config) -> dict[str, Any]:
 
 def mean_with_error(values: Sequence[float]) -> str:
     """The mean, and its standard error if there are several values."""
-    error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else math.nan
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
+    error = np.std(values, ddof=1) / len(values) ** 0.5
     return f"{np.mean(values):.3f} ± {error:.3f}"

@@ -194,13 +194,17 @@ def _tune(
         bool, typer.Option("--retrain", help="then train and evaluate with the best settings")
     ] = False,
 ) -> None:
+    def stages(config: Config) -> list[Stage]:
+        return [tune.STAGE, *(pipeline.wanted_stages(config) if retrain else ())]
+
     def action(config: Config, deadline: float | None) -> None:
+        pipeline.check(config, stages(config))  # what the search is for can be wrong, too
         pipeline.run_stage(config, tune.STAGE, say=say, deadline=deadline)
         if retrain:
             best = load_config(tune.STAGE.folder(config) / tune.BEST)
-            pipeline.run_all(best, say=say, deadline=deadline)
+            pipeline.run_all(best, say=say, deadline=best.run.deadline(time.time()))
 
-    _perform(config, overrides, dry_run, _only(tune.STAGE), action)
+    _perform(config, overrides, dry_run, stages, action)
 
 
 @app.command("plan", help="What a config needs on given GPUs: memory, settings that fit, hours.")

@@ -123,7 +123,7 @@ class TuneConfig(Section):
     evaluations: int = Field(
         4,
         ge=1,
-        description="at most so many of each trial, at equal distances; ASHA may stop it at each",
+        description="evaluations per trial at most, at equal intervals; ASHA may stop it there",
     )
     grace_period: int = Field(1, ge=1, description="evaluations before ASHA may stop a trial")
     reduction_factor: float = Field(

@@ -53,7 +53,8 @@ def histogram_chart(report: Mapping[str, Any]) -> Chart:
         {"margin": margin, "weight": weight}
         for margin, weight in zip(curve["margin"], curve["weight"], strict=True)
     ]
-    title = "margin, in calibrated units"
+    is_raw = report["calibration"].get("method") == "none"
+    title = "margin, as it was scored" if is_raw else "margin, in calibrated units"
     bars = (
         alt.Chart(rows_of(bins))
         .mark_bar(color=BLUE, binSpacing=0)

@@ -52,7 +52,8 @@ class Run:
     evaluation: dict[str, Any] = field(default_factory=dict)
     samples: pa.Table | None = None
     search: dict[str, Any] = field(default_factory=dict)
-    rejects: list[dict[str, Any]] = field(default_factory=list)
+    rejects: list[dict[str, Any]] = field(default_factory=list)  # the first of each stage
+    num_rejects: dict[str, int] = field(default_factory=dict)  # by stage
 
 
 def collect(folder: Path, stages: Sequence[Stage]) -> Run:
@@ -86,7 +87,8 @@ def collect(folder: Path, stages: Sequence[Stage]) -> Run:
     if samples.is_file():
         run.samples = pq.read_table(samples).slice(0, MAX_SAMPLES)
     run.search = _read_json(folder / tune.STAGE.name / "trials.json")
-    run.rejects = _rejects(folder)
+    for stage in (pairs.STAGE, margins.STAGE):
+        _add_rejects(run, stage.name)
     return run
 
 
@@ -133,15 +135,14 @@ def _metrics(folder: Path) -> dict[str, list[dict[str, Any]]]:
     return {name: lines for name, lines in found.items() if lines}
 
 
-def _rejects(folder: Path) -> list[dict[str, Any]]:
-    """The first rejected rows and pairs, with the stage that rejected them."""
-    found: list[dict[str, Any]] = []
-    for stage in (pairs.STAGE, margins.STAGE):
-        file = folder / stage.name / "rejects.parquet"
-        if file.is_file():
-            rows = pq.read_table(file).slice(0, MAX_REJECTS).to_pylist()
-            found += [{"stage": stage.name, **row} for row in rows]
-    return found
+def _add_rejects(run: Run, stage: str) -> None:
+    """The rows or pairs that a stage rejected."""
+    file = run.folder / stage / "rejects.parquet"
+    if not file.is_file():
+        return
+    rejects = pq.read_table(file)
+    run.num_rejects[stage] = rejects.num_rows
+    run.rejects += [{"stage": stage, **row} for row in rejects.slice(0, MAX_REJECTS).to_pylist()]
 
 
 def _read_json(file: Path) -> dict[str, Any]:

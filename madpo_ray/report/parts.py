@@ -40,7 +40,17 @@ def content_text(text: str) -> str:
     content = from_text(text)
     if isinstance(content, str):
         return cut(content)
-    return cut("\n".join(f"{one.get('role')}: {one.get('content')}" for one in content))
+    return cut("\n".join(map(_message_text, content)))
+
+
+def _message_text(message: dict[str, Any]) -> str:
+    """A message's role and text, and what else it holds, such as calls of tools."""
+    others = {key: value for key, value in message.items() if key not in ("role", "content")}
+    content = message.get("content")
+    if isinstance(content, list):
+        content = "".join(str(part.get("text", plain(part))) for part in content)
+    parts = [content or "", plain(others) if others else ""]
+    return f"{message.get('role')}: {' '.join(filter(None, parts))}"
 
 
 def cut(text: str) -> str:

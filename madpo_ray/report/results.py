@@ -9,7 +9,7 @@ from madpo_ray.evaluation.sample_sets import SampleSet
 from madpo_ray.evaluation.terminal import RANKINGS
 from madpo_ray.report.collect import Run
 from madpo_ray.report.parts import Section, Table, content_text, cut, number_or_none, or_dash, plain
-from madpo_ray.search.outcomes import shown
+from madpo_ray.search.outcomes import format_values
 
 
 def margins_section(run: Run, suffix: str) -> Section:
@@ -18,7 +18,7 @@ def margins_section(run: Run, suffix: str) -> Section:
     if not report:
         return Section("Margins")
     calibration = report["calibration"]
-    weights_at = shown(report["weights_at"])
+    weights_at = format_values(report["weights_at"])
     splits = [
         (
             split,
@@ -73,7 +73,8 @@ def evaluation_section(run: Run, suffix: str) -> Section:
     charts = [rewards_chart(judged), frontier_chart(judged)] if judged else []
     return Section(
         f"Evaluation{suffix}",
-        note="On the test split. Intervals are of 95 %.",
+        note="On the test split. Intervals are of 95 %. KL is of a policy as it is decoded against "
+        "the reference at temperature 1: at another temperature the reference has one, too.",
         tables=[
             Table(("ranked by", "accuracy", "from", "to"), rankings, "Which response is preferred"),
             Table(
@@ -166,7 +167,7 @@ def samples_section(run: Run, suffix: str) -> Section:
     for one in sets:
         headings.append(one.policy)
         if one.reward in run.samples.column_names:
-            headings.append(f"its reward ({one.policy})")
+            headings.append(f"reward ({one.policy})")
     rows = []
     for sample in run.samples.to_pylist():
         row: list[Any] = [content_text(sample[PROMPT])]

@@ -57,11 +57,13 @@ def _configs(runs: Sequence[Run]) -> Section:
     values = {key: [plain(run.config.get(key)) for run in runs] for key in keys}
     different = [(key, *own) for key, own in values.items() if len(set(own)) > 1]
     headings = ("key", *(run.name for run in runs))
-    versions = [(name, version) for name, version in runs[0].versions.items()]
+    libraries = list(dict.fromkeys(name for run in runs for name in run.versions))
+    versions = [(name, *(or_dash(run.versions.get(name)) for run in runs)) for name in libraries]
+    of_runs = [run.name for run in runs] if len(runs) > 1 else ["version"]
     tables = [
         Table(headings, different, title="Keys that differ"),
         Table(headings, [(key, *own) for key, own in values.items()], "All keys", is_folded=True),
-        Table(("library", "version"), versions, "Versions", is_folded=True),
+        Table(("library", *of_runs), versions, "Versions", is_folded=True),
     ]
     return Section("Config", tables=tables)
 
@@ -105,4 +107,6 @@ def _suspicious(run: Run, suffix: str) -> Section:
 def _rejects(run: Run, suffix: str) -> Section:
     headings = list(dict.fromkeys(key for row in run.rejects for key in row))
     rows = [[or_dash(cell(row.get(key))) for key in headings] for row in run.rejects]
-    return Section(f"Rejected rows{suffix}", tables=[Table(headings, rows)])
+    total = sum(run.num_rejects.values())
+    note = f"The first of {total:,}." if total > len(rows) else ""
+    return Section(f"Rejected rows{suffix}", note=note, tables=[Table(headings, rows)])

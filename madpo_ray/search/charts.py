@@ -6,6 +6,7 @@ from typing import Any
 import altair as alt
 import numpy as np
 
+from madpo_ray.config import SEED
 from madpo_ray.evaluation.charts import BELOW, BLUE, GRAY, HEIGHT, RED, WIDTH, Rows, rows_of
 
 
@@ -28,7 +29,7 @@ def search_charts(
         return {}
     charts: dict[str, alt.TopLevelMixin] = {"history": _history(rows, objective)}
     for key in keys:
-        charts[key] = _against(rows, key, objective)
+        charts[key] = _against(rows, key, keys, objective)
     charts["parallel"] = _parallel(rows, keys, objective)
     if importances:
         charts["importance"] = _importance(importances)
@@ -80,12 +81,13 @@ def _history(rows: Rows, objective: str) -> alt.TopLevelMixin:
     )
 
 
-def _against(rows: Rows, key: str, objective: str) -> alt.TopLevelMixin:
-    """The objective against a key; bars are the standard error if values repeat."""
+def _against(rows: Rows, key: str, keys: Sequence[str], objective: str) -> alt.TopLevelMixin:
+    """The objective against a key; bars are standard errors over seeds, if there are several."""
     points = [
         {**plain, "value": row[key]}
         for plain, row in zip(_renamed(rows, objective), rows, strict=True)
     ]
+    spread = [] if key == SEED else _spread(rows, key, keys, objective)
     x = _axis([row[key] for row in rows], key)
     dots = (
         alt.Chart(rows_of(points))
@@ -93,11 +95,14 @@ def _against(rows: Rows, key: str, objective: str) -> alt.TopLevelMixin:
         .encode(x=x, y=_objective(objective), color=_state(), tooltip=["trial:Q", "objective:Q"])
     )
     layers = [dots]
-    if spread := _spread(points):
+    if spread:
         bars = alt.Chart(rows_of(spread)).mark_rule(color=BLUE)
         layers.insert(0, bars.encode(x=x, y=alt.Y("low:Q", title=objective), y2="high:Q"))
     return alt.layer(*layers).properties(
-        width=WIDTH, height=HEIGHT, title=f"The objective against {key}"
+        width=WIDTH,
+        height=HEIGHT,
+        title=f"The objective against {key}"
+        + (" (bars: mean and standard error over seeds)" if spread else ""),
     )
 
 
@@ -110,19 +115,22 @@ def _axis(values: Sequence[Any], key: str) -> alt.X:
     )
 
 
-def _spread(points: Rows) -> Rows:
-    """Mean and standard error of complete trials, if values repeat."""
-    by_value: dict[str, Rows] = {}
-    for point in points:
-        if point["state"] == "complete":
-            by_value.setdefault(repr(point["value"]), []).append(point)
+def _spread(rows: Rows, key: str, keys: Sequence[str], objective: str) -> Rows:
+    """Mean and standard error of complete trials that differ in their seeds only."""
+    by_settings: dict[str, dict[int, float]] = {}
+    value_of: dict[str, Any] = {}
+    for row in rows:
+        if row["state"] == "complete":
+            settings = repr([row[name] for name in keys if name != SEED])
+            by_settings.setdefault(settings, {})[row.get(SEED, 0)] = row[objective]
+            value_of[settings] = row[key]
     found = []
-    for same in by_value.values():
-        if len(same) > 1:
-            values = [point["objective"] for point in same]
+    for settings, by_seed in by_settings.items():
+        if len(by_seed) > 1:
+            values = list(by_seed.values())
             mean = float(np.mean(values))
             error = float(np.std(values, ddof=1) / len(values) ** 0.5)
-            found.append({"value": same[0]["value"], "low": mean - error, "high": mean + error})
+            found.append({"value": value_of[settings], "low": mean - error, "high": mean + error})
     return found
 
 

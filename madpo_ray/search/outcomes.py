@@ -1,18 +1,23 @@
 """Outcomes of trials: the best of them, a table of all, and which keys matter."""
 
 import csv
+import json
+import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import optuna
 
 from madpo_ray.config import SEED, Domain
+from madpo_ray.errors import ExitCode, Stopped
 from madpo_ray.evaluation.comparisons import on_frontier
 from madpo_ray.search.sampler import distributions_of
+
+logger = logging.getLogger(__name__)
 
 Mode = Literal["min", "max"]
 
@@ -32,7 +37,7 @@ MIN_TRIALS_FOR_IMPORTANCE = 8
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrialOutcome:
     """A trial: what it was given, and its last numbers."""
 
     values: dict[str, Any]  # by dotted key
@@ -59,29 +64,55 @@ class Outcome:
         return {key: value for key, value in self.values.items() if key != SEED}
 
 
-def best_outcome(outcomes: Sequence[Outcome], objective: str) -> Outcome:
-    """A trial of the settings that are best: by the mean over their seeds, of equals the first.
+class Best(NamedTuple):
+    """The settings that are best."""
 
-    Trials that were stopped count only if none is complete.
+    trial: TrialOutcome  # the first one with them
+    mean: float  # of the objective, over the trials with them that count
+    standard_error: float | None
+    num_seeds: int  # of those trials
+
+
+def best_settings(outcomes: Sequence[TrialOutcome], objective: str) -> Best:
+    """The settings with the best mean over their seeds; of equals the first.
+
+    Settings of which a trial failed or was stopped count only if there are no others: a seed that
+    does badly is left out of their mean.
 
     Raises:
-        RuntimeError: no trial was evaluated.
+        Stopped: every trial failed.
     """
     metric, mode = OBJECTIVES[objective][0]
-    candidates = [one for one in outcomes if one.error is None and metric in one.metrics]
-    candidates = [one for one in candidates if one.is_complete] or candidates
-    if not candidates:
-        raise RuntimeError("no trial was evaluated")
     sign = 1 if mode == "max" else -1
+    candidates: list[tuple[int, float, Best]] = []
+    for same in _by_settings(outcomes):
+        evaluated = [trial for trial in same if trial.error is None and metric in trial.metrics]
+        complete = [trial for trial in evaluated if trial.is_complete]
+        if not evaluated:
+            continue
+        counted = complete or evaluated
+        values = [trial.metrics[metric] for trial in counted]
+        mean = float(np.mean(values))
+        error = float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
+        trust = 2 if len(complete) == len(same) else int(bool(complete))
+        candidates.append((trust, sign * mean, Best(counted[0], mean, error, len(counted))))
+    if not candidates:
+        errors = [trial.error for trial in outcomes if trial.error is not None]
+        reason = f"; the first with {errors[0]}" if errors else ""
+        raise Stopped(f"all {len(outcomes)} trials failed{reason}", ExitCode.FAILED)
+    *_, best = max(candidates, key=lambda candidate: candidate[:2])
+    return best
 
-    def rank(one: Outcome) -> float:
-        same = [other for other in candidates if other.settings == one.settings]
-        return sign * float(np.mean([other.metrics[metric] for other in same]))
 
-    return max(candidates, key=rank)
+def _by_settings(outcomes: Sequence[TrialOutcome]) -> list[list[TrialOutcome]]:
+    """Trials that differ in their seed only."""
+    found: dict[str, list[TrialOutcome]] = {}
+    for trial in outcomes:
+        found.setdefault(json.dumps(trial.settings, sort_keys=True), []).append(trial)
+    return list(found.values())
 
 
-def table_of(outcomes: Sequence[Outcome], objective: str) -> list[dict[str, Any]]:
+def table_of(outcomes: Sequence[TrialOutcome], objective: str) -> list[dict[str, Any]]:
     """One dict per trial; with two objectives, whether it is on their Pareto frontier."""
     metrics = OBJECTIVES[objective]
     rows: list[dict[str, Any]] = []
@@ -108,7 +139,7 @@ def write_csv(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def importances(
-    outcomes: Sequence[Outcome], space: Mapping[str, Domain], objective: str
+    outcomes: Sequence[TrialOutcome], space: Mapping[str, Domain], objective: str
 ) -> dict[str, float]:
     """How much of the objective's spread each key accounts for, over complete trials; in sum 1.
 
@@ -118,7 +149,14 @@ def importances(
     metric, mode = OBJECTIVES[objective][0]
     complete = [one for one in outcomes if one.is_complete and metric in one.metrics]
     values = [one.metrics[metric] for one in complete]
-    if len(complete) < MIN_TRIALS_FOR_IMPORTANCE or np.ptp(values) == 0:
+    if len(complete) < MIN_TRIALS_FOR_IMPORTANCE:
+        logger.info(
+            "which keys matter is not known: %d trials are complete, and it takes %d",
+            len(complete),
+            MIN_TRIALS_FOR_IMPORTANCE,
+        )
+        return {}
+    if np.ptp(values) == 0:
         return {}
     distributions = distributions_of(space)
     study = optuna.create_study(direction="maximize" if mode == "max" else "minimize")
@@ -134,7 +172,7 @@ def importances(
     return {key: float(value) for key, value in found.items()}
 
 
-def shown(values: Mapping[str, Any]) -> str:
+def format_values(values: Mapping[str, Any]) -> str:
     """Values for one line, without the section's name."""
     parts = []
     for key, value in values.items():

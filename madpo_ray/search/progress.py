@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.table import Table
 
 from madpo_ray.config import Config
-from madpo_ray.search.outcomes import EVALUATION, OBJECTIVES, TOTAL_STEPS, shown
+from madpo_ray.search.outcomes import EVALUATION, OBJECTIVES, TOTAL_STEPS, format_values
 from madpo_ray.search.space import complete
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class SearchProgress(ray.tune.Callback):  # type: ignore[misc]
             self._live.stop()
 
     def _shown(self, trial: Any) -> str:
-        return shown(complete(self._space, trial.config))
+        return format_values(complete(self._space, trial.config))
 
     def _report(self, trials: list[Any], trial: Any) -> None:
         name = self._metric

@@ -25,17 +25,27 @@ STRIDE = 1_000_003
 
 
 class NumberedSampler(BaseSampler):
-    """TPE (Bergstra et al. 2011), with a stream of random numbers for each trial."""
+    """TPE (Bergstra et al. 2011), with a stream of random numbers for each trial.
 
-    def __init__(self, seed: int) -> None:
+    The first third of the trials, at least three and at most ten, are independent draws.
+
+    Args:
+        num_trials: of the search.
+    """
+
+    def __init__(self, seed: int, num_trials: int) -> None:
         self._seed = seed
         self._number = -1
-        self._sampler = TPESampler(seed=seed)
+        self._num_random = min(10, max(3, num_trials // 3))
+        self._sampler = self._make(seed)
+
+    def _make(self, seed: int) -> TPESampler:
+        return TPESampler(seed=seed, n_startup_trials=self._num_random)
 
     def _of(self, trial: FrozenTrial) -> TPESampler:
         if trial.number != self._number:
             self._number = trial.number
-            self._sampler = TPESampler(seed=(self._seed * STRIDE + trial.number) % 2**32)
+            self._sampler = self._make((self._seed * STRIDE + trial.number) % 2**32)
         return self._sampler
 
     def infer_relative_search_space(

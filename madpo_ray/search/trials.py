@@ -72,6 +72,7 @@ class Trials:
             "save_steps": interval,
             "save_total_limit": 1,
             "early_stopping_patience": None,
+            "metric_for_best_model": None,  # its weights are those of its last evaluation
         }
         settings = with_changes(config.train, "train", changes)
         job = replace(job, output=job.checkpoints / "result", settings=settings)

@@ -15,7 +15,7 @@ from ray.tune.search.optuna import OptunaSearch
 from madpo_ray.artifacts.building import discard
 from madpo_ray.config import Config
 from madpo_ray.errors import Stopped, StoppedFromOutside, UserError
-from madpo_ray.search.outcomes import ACCURACY, EVALUATION, OBJECTIVES, TOTAL_STEPS, Outcome
+from madpo_ray.search.outcomes import ACCURACY, EVALUATION, OBJECTIVES, TOTAL_STEPS, TrialOutcome
 from madpo_ray.search.progress import SearchProgress
 from madpo_ray.search.records import TrialRecords
 from madpo_ray.search.sampler import NumberedSampler, distributions_of
@@ -34,13 +34,12 @@ DRIVER_CPUS = 0.01
 SIGINT_HANDLER = "TUNE_DISABLE_SIGINT_HANDLER"
 
 
-def search(trials: Trials, *, max_concurrent: int) -> list[Outcome]:
+def search(trials: Trials, *, max_concurrent: int) -> list[TrialOutcome]:
     """Runs the trials that are left, and returns the outcomes of all, in their order.
 
     A search that was interrupted begins with the trials that it had, in their order. Those that
     have ended report again what they had reported, without a training, and the others resume from
-    their checkpoints. With one trial at a time, searcher and scheduler so reach the state that they
-    had.
+    their checkpoints. With one trial at a time, this restores the state of searcher and scheduler.
 
     Raises:
         Stopped: a disk is full or broken, or workers were not placed.
@@ -118,7 +117,7 @@ def _tuner(
         metric=[name for name, _ in metrics] if len(metrics) > 1 else metrics[0][0],
         mode=[mode for _, mode in metrics] if len(metrics) > 1 else metrics[0][1],
         points_to_evaluate=points,
-        sampler=NumberedSampler(config.run.seed),
+        sampler=NumberedSampler(config.run.seed, count_trials(config)),
     )
 
     # What Tune keeps of its own is of no use to the next start.
@@ -159,7 +158,7 @@ def _scheduler(config: Config) -> ASHAScheduler | None:
     )
 
 
-def _outcome(trials: Trials, drawn: Values, result: ray.tune.Result) -> Outcome:
+def _outcome(trials: Trials, drawn: Values, result: ray.tune.Result) -> TrialOutcome:
     """What is on the disk of a trial, and its error."""
     values = complete(trials.config.search_space, drawn)
     seconds = (result.metrics or {}).get("time_total_s")
@@ -170,7 +169,7 @@ def _outcome(trials: Trials, drawn: Values, result: ray.tune.Result) -> Outcome:
         seconds = trial.seconds if trial.has_ended else seconds
     metrics = {name: last[name] for name in REPORTED if _is_finite(last.get(name))}
     error = None if result.error is None else _reason(result.error)
-    return Outcome(values, last.get(EVALUATION, 0), metrics, seconds, error)
+    return TrialOutcome(values, last.get(EVALUATION, 0), metrics, seconds, error)
 
 
 def _cause(error: Exception | str) -> Exception | str:

@@ -220,7 +220,8 @@ class Stage:
         """What the stage kept while it ran, also with other settings, and trials of it."""
         patterns = [f"{self.name}-tokens-*/", f"{self.name}-*/{KEPT}/"]
         if not config.run.keep_checkpoints:
-            patterns += [f"{self.name}-*/checkpoint_*/", f"{self.name}-*/.checkpoint_*.trash-*/"]
+            kinds = ("checkpoint_*", ".checkpoint_*.trash-*", "result")
+            patterns += [f"{self.name}-*/{kind}/" for kind in kinds]
         return [path for pattern in patterns for path in config.run.ray_folder.glob(pattern)]
 
     def _confirm(self, config: Config, inputs: Inputs, lock: RunLock) -> None:

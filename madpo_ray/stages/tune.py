@@ -5,7 +5,7 @@ A trial is the training of stage `train` with other settings.
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from madpo_ray import columns
@@ -20,6 +20,7 @@ from madpo_ray.stages.sft import stages_before_policy
 from madpo_ray.stages.stage import Build, Description, Stage
 
 if TYPE_CHECKING:
+    from madpo_ray.search.outcomes import TrialOutcome
     from madpo_ray.training.job import TrainingJob
 
 # Torch and Ray are imported inside functions: they take seconds, and neither
@@ -122,12 +123,11 @@ def make(build: Build) -> dict[str, Any]:
     """Searches; writes `trials.csv`, `trials.json`, `best.yaml` (a config) and pictures.
 
     Raises:
+        Stopped: every trial failed.
         RuntimeError: no trial was evaluated.
         UserError: so many trials never fit the cluster at the same time.
     """
-    from madpo_ray.evaluation.charts import save_picture
-    from madpo_ray.search.charts import search_charts
-    from madpo_ray.search.outcomes import OBJECTIVES, best_outcome, importances, table_of, write_csv
+    from madpo_ray.search.outcomes import OBJECTIVES, best_settings, table_of
     from madpo_ray.search.trials import Trials
     from madpo_ray.search.tuner import search
 
@@ -141,35 +141,50 @@ def make(build: Build) -> dict[str, Any]:
     )
     outcomes = search(trials, max_concurrent=_concurrency(config))
 
-    # All trials.
     rows = table_of(outcomes, objective)
-    keys = list(config.search_space)
-    metrics = [name for name, _ in OBJECTIVES[objective]]
-    shares = importances(outcomes, config.search_space, objective)
-    found = {"objectives": metrics, "keys": keys, "importances": shares, "trials": rows}
-    write_json(build.folder / "trials.json", found)
-    write_csv(build.folder / "trials.csv", rows)
-    pictures = build.folder / "pictures"
-    pictures.mkdir()
-    charts = search_charts(rows, keys, metrics[0], shares)
-    for name, chart in charts.items():
-        save_picture(chart, pictures / f"{name}.png")
+    _write_trials(build, outcomes, rows)
 
     # The best.
-    best = best_outcome(outcomes, objective)
-    chosen = trials.config_of(best.values)
+    best = best_settings(outcomes, objective)
+    chosen = trials.config_of(best.trial.values)
     # The searched loss may need no margins, and these have some: they are not to be made again.
     has_rewards = {"with_rewards": reward.uses_rewards(config)}
     same_margins = with_changes(config.margins, "margins", has_rewards)
     save_config(chosen.model_copy(update={"margins": same_margins}), build.folder / BEST)
     return {
-        "objective": metrics[0],
-        "best": {"values": best.values, **best.metrics},
+        "objective": OBJECTIVES[objective][0][0],
+        "best": {
+            "values": best.trial.settings,
+            "mean": best.mean,
+            "standard_error": best.standard_error,
+            "seeds": best.num_seeds,
+        },
         "trials": len(rows),
         **_count_steps(rows),
         "failed": sum(row["state"] == "failed" for row in rows),
         "stopped": sum(row["state"] == "stopped" for row in rows),
     }
+
+
+def _write_trials(
+    build: Build, outcomes: Sequence["TrialOutcome"], rows: Sequence[Mapping[str, Any]]
+) -> None:
+    """Writes the table of all trials, and pictures."""
+    from madpo_ray.evaluation.charts import save_picture
+    from madpo_ray.search.charts import search_charts
+    from madpo_ray.search.outcomes import OBJECTIVES, importances, write_csv
+
+    space = build.config.search_space
+    objective = build.config.tune.objective
+    metrics = [name for name, _ in OBJECTIVES[objective]]
+    shares = importances(outcomes, space, objective)
+    found = {"objectives": metrics, "keys": list(space), "importances": shares, "trials": rows}
+    write_json(build.folder / "trials.json", found)
+    write_csv(build.folder / "trials.csv", rows)
+    pictures = build.folder / "pictures"
+    pictures.mkdir()
+    for name, chart in search_charts(rows, list(space), metrics[0], shares).items():
+        save_picture(chart, pictures / f"{name}.png")
 
 
 def _measure(config: Config, job: "TrainingJob") -> dict[str, float]:
@@ -211,16 +226,18 @@ def _count_steps(rows: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def describe(results: Mapping[str, Any]) -> Description:
-    from madpo_ray.search.outcomes import shown
+    from madpo_ray.search.outcomes import format_values
 
     best = results["best"]
-    name = results["objective"]
+    mean = f"best {results['objective']} {best['mean']:.3f}"
+    if best["standard_error"] is not None:
+        mean += f" ± {best['standard_error']:.3f} over {best['seeds']} seeds"
     steps, complete = results["steps"], results["steps_without_stopping"]
     return [
         f"{results['trials']} trials, {results['stopped']} stopped early, {results['failed']} "
         f"failed; {steps} steps of {complete} ({1 - steps / max(complete, 1):.0%} saved)",
-        "all trials read what stage margins had stored: nothing was scored for one of them",
-        f"best {name} {best[name]:.3f} with {shown(best['values'])}; see best.yaml",
+        "all trials read the margins and reference log-probs that stage margins had stored",
+        f"{mean} with {format_values(best['values'])}; see best.yaml",
     ]
 
 

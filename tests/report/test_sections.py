@@ -12,7 +12,7 @@ from madpo_ray.config import Config
 from madpo_ray.errors import UserError
 from madpo_ray.pipeline import STAGES
 from madpo_ray.report.collect import collect
-from madpo_ray.report.parts import Section
+from madpo_ray.report.parts import Section, content_text
 from madpo_ray.report.sections import sections_of
 
 Run = tuple[Config, list[str]]
@@ -94,6 +94,7 @@ def test_rejects_and_searches_are_shown(finished_run: Run) -> None:
     config, _ = finished_run
     run = copy.copy(collect(config.run.folder, STAGES))
     run.rejects = [{"stage": "pairs", "file": "a.jsonl", "row": 3, "reason": "chosen is missing"}]
+    run.num_rejects = {"pairs": 5000}
     trial = {"trial": 1, "state": "complete", "train.beta": 0.1, "reward": 0.5, "error": None}
     run.search = {
         "trials": [trial],
@@ -103,8 +104,18 @@ def test_rejects_and_searches_are_shown(finished_run: Run) -> None:
     }
     found = {section.title: section for section in sections_of([run])}
     assert found["Rejected rows"].tables[0].rows == [["pairs", "a.jsonl", 3, "chosen is missing"]]
+    assert found["Rejected rows"].note == "The first of 5,000."
     assert found["Search"].tables[0].rows[0] == [1, "complete", 0.1, 0.5, "-"]
     assert len(found["Search"].charts) == 3
+
+
+def test_messages_are_shown_with_all_that_they_hold() -> None:
+    """Two responses may differ in a call of a tool only."""
+    call = [{"role": "assistant", "tool_calls": [{"name": "add", "arguments": {"x": 1}}]}]
+    shown = content_text(json.dumps(call))
+    assert shown == 'assistant: {"tool_calls": [{"name": "add", "arguments": {"x": 1}}]}'
+    parts = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "x"}]}]
+    assert content_text(json.dumps(parts)) == 'user: a{"type": "x"}'
 
 
 def test_folder_without_a_run_is_refused(tmp_path: Path) -> None:

@@ -30,12 +30,24 @@ def test_one_trial_is_enough() -> None:
     require_drawn(search_charts(trials, ["train.beta"], ACCURACY, {}))
 
 
-def test_repeated_values_have_an_error_bar() -> None:
+def test_error_bars_are_of_seeds_only() -> None:
+    """Trials that differ in another key, or in nothing, say nothing of noise."""
     trials = [
-        {"trial": 1, "state": "complete", "train.beta": 0.1, ACCURACY: 0.5},
-        {"trial": 2, "state": "complete", "train.beta": 0.1, ACCURACY: 0.7},
+        {"trial": 1, "state": "complete", "train.beta": 0.1, "train.tau": 1.0, ACCURACY: 0.5},
+        {"trial": 2, "state": "complete", "train.beta": 0.1, "train.tau": 2.0, ACCURACY: 0.7},
+        {"trial": 3, "state": "complete", "train.beta": 0.1, "train.tau": 2.0, ACCURACY: 0.7},
     ]
-    chart = search_charts(trials, ["train.beta"], ACCURACY, {})["train.beta"].to_dict()
+    chart = search_charts(trials, ["train.beta", "train.tau"], ACCURACY, {})["train.beta"]
+    assert len(chart.to_dict()["layer"]) == 1
+
+
+def test_seeds_have_an_error_bar() -> None:
+    trials = [
+        {"trial": 1, "state": "complete", "train.beta": 0.1, "run.seed": 0, ACCURACY: 0.5},
+        {"trial": 2, "state": "complete", "train.beta": 0.1, "run.seed": 1, ACCURACY: 0.7},
+    ]
+    charts = search_charts(trials, ["train.beta", "run.seed"], ACCURACY, {})
+    chart = charts["train.beta"].to_dict()
     (bar,) = chart["layer"][0]["data"]["values"]
     assert bar["value"] == 0.1
     assert round(bar["low"], 6) == 0.5  # mean 0.6, standard error 0.1

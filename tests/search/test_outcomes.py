@@ -8,15 +8,25 @@ from typing import Any
 import pytest
 
 from madpo_ray.config.search import LogUniform, Reciprocal, Uniform
-from madpo_ray.search.outcomes import Outcome, best_outcome, importances, shown, table_of, write_csv
+from madpo_ray.errors import Stopped
+from madpo_ray.search.outcomes import (
+    TrialOutcome,
+    best_settings,
+    format_values,
+    importances,
+    table_of,
+    write_csv,
+)
 
 ACCURACY = "eval_rewards/accuracies"
 
 
-def trial(accuracy: float, *, step: int = 10, error: str | None = None, **values: Any) -> Outcome:
+def trial(
+    accuracy: float, *, step: int = 10, error: str | None = None, **values: Any
+) -> TrialOutcome:
     metrics = {ACCURACY: accuracy, "step": step, "total_steps": 10}
     values = {key.replace("__", "."): value for key, value in values.items()}
-    return Outcome(values=values, evaluation=4, metrics=metrics, seconds=1.0, error=error)
+    return TrialOutcome(values=values, evaluation=4, metrics=metrics, seconds=1.0, error=error)
 
 
 def test_best_is_complete_and_has_the_highest_accuracy() -> None:
@@ -27,13 +37,15 @@ def test_best_is_complete_and_has_the_highest_accuracy() -> None:
         trial(0.8, train__beta=0.3),
         trial(0.9, train__beta=0.4, error="out of memory"),
         trial(0.95, train__beta=0.5, step=5),
-        Outcome({"train.beta": 0.6}, 0, {}, 1.0),
+        TrialOutcome({"train.beta": 0.6}, 0, {}, 1.0),
     ]
-    assert best_outcome(trials, "accuracy").values == {"train.beta": 0.2}
+    best = best_settings(trials, "accuracy")
+    assert best.trial.values == {"train.beta": 0.2}
+    assert (best.mean, best.standard_error, best.num_seeds) == (0.8, None, 1)
     assert [one.state for one in trials] == [*["complete"] * 3, "failed", "stopped", "stopped"]
-    assert best_outcome(trials[4:], "accuracy").values == {"train.beta": 0.5}
-    with pytest.raises(RuntimeError, match="no trial was evaluated"):
-        best_outcome(trials[5:], "accuracy")
+    assert best_settings(trials[4:], "accuracy").trial.values == {"train.beta": 0.5}
+    with pytest.raises(Stopped, match="all 1 trials failed; the first with out of memory"):
+        best_settings(trials[3:4], "accuracy")
 
 
 def test_best_is_by_the_mean_over_seeds() -> None:
@@ -43,13 +55,33 @@ def test_best_is_by_the_mean_over_seeds() -> None:
         trial(0.8, train__beta=0.2, run__seed=0),
         trial(0.7, train__beta=0.2, run__seed=1),
     ]
-    assert best_outcome(trials, "accuracy").settings == {"train.beta": 0.2}
+    best = best_settings(trials, "accuracy")
+    assert best.trial.settings == {"train.beta": 0.2}
+    assert (best.mean, best.num_seeds) == (0.75, 2)
+    assert best.standard_error == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize(
+    "loss", [{"error": "a loss is NaN"}, {"step": 5}], ids=["failed", "stopped"]
+)
+def test_seed_that_did_badly_is_not_left_out(loss: dict[str, Any]) -> None:
+    """One good seed of several is no evidence, unless no settings have all of theirs."""
+    lucky = [
+        trial(0.9, train__beta=0.1, run__seed=0),
+        trial(0.4, train__beta=0.1, run__seed=1, **loss),
+    ]
+    whole = [
+        trial(0.7, train__beta=0.2, run__seed=0),
+        trial(0.7, train__beta=0.2, run__seed=1),
+    ]
+    assert best_settings(lucky + whole, "accuracy").trial.settings == {"train.beta": 0.2}
+    assert best_settings(lucky, "accuracy").mean == 0.9
 
 
 def test_frontier_of_reward_and_kl() -> None:
     points = [(1.0, 1.0), (2.0, 2.0), (1.5, 3.0)]  # reward, KL
     trials = [
-        Outcome(
+        TrialOutcome(
             {"train.beta": number},
             1,
             {"reward": gain, "kl": cost, "step": 1, "total_steps": 1},
@@ -59,12 +91,12 @@ def test_frontier_of_reward_and_kl() -> None:
     ]
     rows = table_of(trials, "reward_and_kl")
     assert [row["on_frontier"] for row in rows] == [True, True, False]
-    assert best_outcome(trials, "reward_and_kl").values == {"train.beta": 1}
+    assert best_settings(trials, "reward_and_kl").trial.values == {"train.beta": 1}
 
 
 def test_csv_has_a_line_per_trial(tmp_path: Path) -> None:
     rows = table_of(
-        [trial(0.5, train__beta=0.1), Outcome({"train.beta": 0.2}, 0, {}, 2.0, "broken")],
+        [trial(0.5, train__beta=0.1), TrialOutcome({"train.beta": 0.2}, 0, {}, 2.0, "broken")],
         "accuracy",
     )
     write_csv(tmp_path / "trials.csv", rows)
@@ -100,4 +132,4 @@ def test_importance_finds_the_key_that_matters() -> None:
 
 def test_values_in_one_line() -> None:
     values = {"train.beta": 0.123456, "train.loss_type": "madpo", "run.seed": 3}
-    assert shown(values) == "beta 0.1235, loss_type madpo, run.seed 3"
+    assert format_values(values) == "beta 0.1235, loss_type madpo, run.seed 3"

@@ -18,7 +18,7 @@ def quiet() -> None:
 
 def run(count: int, known: list[dict[str, Any]], seed: int = 0) -> list[dict[str, Any]]:
     """A search for the minimum of x^2 + y^2; `known` trials come first."""
-    study = optuna.create_study(sampler=NumberedSampler(seed))
+    study = optuna.create_study(sampler=NumberedSampler(seed, 30))
     for values in known:
         study.enqueue_trial(values)
     for _ in range(count):
