@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import logging
+import math
 import os
 import sys
 import time
@@ -212,8 +213,10 @@ def _plan(
     config: ConfigFile,
     overrides: Overrides = [],  # noqa: B006 (typer's way)
     gpu: Annotated[str, typer.Option(help="such as A100-80G or H100-80G")] = "H100-80G",
-    gpus_per_node: Annotated[int, typer.Option(min=1)] = 8,
-    nodes: Annotated[int, typer.Option(min=1)] = 1,
+    gpus_per_node: Annotated[
+        int | None, typer.Option(min=1, help="default: cluster.num_workers, at most 8")
+    ] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="default: as many as those need")] = None,
     prompt_tokens: Annotated[
         int | None, typer.Option(min=1, help="of each pair; default: half of data.max_length")
     ] = None,
@@ -231,6 +234,9 @@ def _plan(
         from madpo_ray.sizing.plan import choose_lengths, find_needs
         from madpo_ray.sizing.terminal import needs_tables
 
+        num_workers = loaded.cluster.num_workers
+        gpus_per_node = gpus_per_node or min(num_workers, 8)
+        nodes = nodes or math.ceil(num_workers / gpus_per_node)
         cluster = Cluster(find_gpu(gpu), gpu, gpus_per_node, nodes, utilisation)
         lengths = choose_lengths(loaded, prompt_tokens, response_tokens)
         for part in needs_tables(find_needs(loaded, cluster, lengths), cluster):

@@ -39,11 +39,12 @@ class Preview:
 
     def lines(self) -> Iterator[str]:
         """The preview for a terminal."""
-        yield f"rows: {self.rows}"
+        for file, count in self.rows.items():
+            yield f"rows, at most: {count} in {file}"
         if self.pairs is None:
             yield "pairs: known after stage pairs; the steps are estimates from the rows"
         else:
-            yield f"pairs: {self.pairs}"
+            yield "pairs: " + ", ".join(f"{count} {split}" for split, count in self.pairs.items())
         for training in self.trainings:
             yield f"steps of {training.stage}: {training.steps}"
             if training.idle:

@@ -228,7 +228,7 @@ def test_stage_names_the_one_to_run_first(
 ) -> None:
     done = call(raw_config, tmp_path, command)
     assert done.exit_code == 2, done.output
-    assert f"run `madpo-ray {first}` first, or `madpo-ray run`" in done.output
+    assert f"run `madpo-ray run --until {first}` first" in done.output
 
 
 def test_sft_without_its_section(raw_config: dict[str, Any], tmp_path: Path) -> None:

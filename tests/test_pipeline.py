@@ -308,7 +308,7 @@ def test_sft_moves_the_initial_policy(finished_run: Run) -> None:
     todo = [stage.name for stage in pipeline.pending(config)]
     # The reward model does not start from there: its result still fits.
     assert todo == ["sft", "margins", "train", "evaluate"]
-    with pytest.raises(UserError, match="run `madpo-ray sft` first"):
+    with pytest.raises(UserError, match="run `madpo-ray run --until sft` first"):
         sft.initial_policy(config)
 
 

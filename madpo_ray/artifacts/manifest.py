@@ -173,7 +173,7 @@ def require(folder: Path, inputs: Inputs) -> dict[str, Any]:
     manifest = read_manifest(folder)
     if manifest is None:
         raise UserError(
-            f"{folder} does not exist yet: run `madpo-ray {inputs.stage}` first, or `madpo-ray run`"
+            f"{folder} does not exist yet: run `madpo-ray run --until {inputs.stage}` first"
         )
 
     # Made from what it would be made from now?
@@ -181,15 +181,15 @@ def require(folder: Path, inputs: Inputs) -> dict[str, Any]:
         raise UserError(
             f"{folder} was made from other inputs:\n  "
             + "\n  ".join(map(str, found))
-            + f"\nrun `madpo-ray {inputs.stage}` with this config first, or `madpo-ray run`, "
-            "or set another run.name"
+            + f"\nrun `madpo-ray run --until {inputs.stage}` with this config first, or set "
+            "another run.name"
         )
 
     # And complete?
     if lost := damaged_files(folder, manifest["files"]):
         raise UserError(
-            f"{folder} is damaged: {'; '.join(lost)}. Run `madpo-ray {inputs.stage}` to make it "
-            "again, or `madpo-ray run`"
+            f"{folder} is damaged: {'; '.join(lost)}. Run `madpo-ray run --until "
+            f"{inputs.stage}` to make it again"
         )
     return manifest
 

@@ -130,14 +130,18 @@ def check_counts(results: Mapping[str, Any], data: DataConfig) -> None:
 
     Args:
         results: `pairs` by split, and `rejects` and `left_out` by kind of reason; all are rows that
-            were read.
+            were read. `first_rejects` are places, by kind.
     """
     counts = results["pairs"]
     rejects = Counter(results["rejects"])
     num_pairs = sum(counts.values())
     left_out = Counter(results.get("left_out", {}))
     all_reasons = (rejects + left_out).most_common(5)
-    reasons = "; ".join(f"{count} x {reason}" for reason, count in all_reasons)
+    first = results.get("first_rejects", {})
+    reasons = "; ".join(
+        f"{count} x {reason}" + (f", first {first[reason]}" if reason in first else "")
+        for reason, count in all_reasons
+    )
     if not num_pairs:
         raise UserError(
             f"no usable pair in {', '.join(data.files)}: {reasons or 'the files are empty'}"
@@ -161,7 +165,8 @@ def check_counts(results: Mapping[str, Any], data: DataConfig) -> None:
     if rejects.total() > data.max_reject_fraction * num_rows:
         raise UserError(
             f"{rejects.total()} of {num_rows} rows are rejected, more than "
-            f"data.max_reject_fraction {data.max_reject_fraction:g} allows: {reasons}"
+            f"data.max_reject_fraction {data.max_reject_fraction:g} allows: {reasons}. A larger "
+            "one lists all of them in rejects.parquet"
         )
 
     # None in a split that training needs.

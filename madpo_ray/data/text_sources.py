@@ -139,16 +139,21 @@ class JSONSource:
         return [WHOLE]
 
     def rows(self, piece: Piece = WHOLE) -> Iterator[Row | str]:
-        if _read_head(self._file).lstrip().startswith(b"["):
+        if self._is_array():
             return _until_damage(self._rows)
         return JSONLinesSource(self._file).rows()
+
+    def _is_array(self) -> bool:
+        return _read_head(self._file).lstrip().startswith(b"[")
 
     def _rows(self) -> Iterator[Row | str]:
         with self._file.open_text() as stream:
             yield from ArrayParser(stream).elements()
 
     def count(self) -> int:
-        return _count(self._file, b"{")  # each row has one, or more
+        if self._is_array():
+            return sum(1 for _ in self.rows())
+        return JSONLinesSource(self._file).count()
 
 
 class CSVSource:
@@ -197,7 +202,7 @@ class CSVSource:
         return csv.reader(text, delimiter=self._delimiter, strict=True)
 
     def count(self) -> int:
-        return _count(self._file, b"\n")
+        return sum(1 for _ in self.rows())
 
 
 def _until_damage(read: Callable[[], Iterator[Row | str]]) -> Iterator[Row | str]:

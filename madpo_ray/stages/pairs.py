@@ -18,15 +18,13 @@ from madpo_ray.config import Config, DataConfig
 from madpo_ray.data.checks import check_counts, check_files, holds_messages
 from madpo_ray.data.files import DataFile, Piece, forget_versions
 from madpo_ray.data.reader import PairReader
-from madpo_ray.data.responses import TIE
 from madpo_ray.data.sources import list_files, open_source
 from madpo_ray.data.splits import Found, Place, Repeats, find_repeats, require_order
-from madpo_ray.data.tokens import TOO_LONG
 from madpo_ray.errors import UserError
 from madpo_ray.models.limits import check_lengths, check_vocabulary
 from madpo_ray.models.source import base_model, check_model, model_inputs
 from madpo_ray.passes import BatchNotes, write_rows
-from madpo_ray.stages.pairs_summary import describe
+from madpo_ray.stages.pairs_summary import add_first_rejects, describe, left_out_kinds
 from madpo_ray.stages.stage import Build, Stage
 from madpo_ray.waiting import waiting
 
@@ -118,7 +116,7 @@ def make(build: Build) -> dict[str, Any]:
 
     tables = [REJECTS.empty_table()]
     if results["rejects"]:
-        left_out = _left_out_kinds(config.data)
+        left_out = left_out_kinds(config.data)
         rejects = checked.map_batches(
             _rejects, fn_kwargs={"left_out": left_out}, batch_format="pyarrow"
         )
@@ -226,7 +224,9 @@ def _counts(
     reasons: Counter[str] = Counter()
     prompt_repeats: Counter[int] = Counter()
     per_file: Counter[str] = Counter()
+    first_rejects: dict[str, str] = {}
     for table in _tables(facts):
+        add_first_rejects(table, first_rejects)
         reasons.update(table[columns.REASON_KIND].drop_null().to_pylist())
         good = _kept(table, repeats)
         splits = good[columns.SPLIT].to_pylist()
@@ -237,7 +237,7 @@ def _counts(
         prompt_repeats.update(good[columns.PROMPT_REPEATS].to_pylist())
 
     # What the config leaves out is no reject.
-    counts = {kind: reasons.pop(kind, 0) for kind in _left_out_kinds(data)}
+    counts = {kind: reasons.pop(kind, 0) for kind in left_out_kinds(data)}
 
     # By split, in the order of the splits.
     return {
@@ -249,13 +249,9 @@ def _counts(
         "repeated_prompts": prompt_repeats[2],
         "quoted_prompts": prompt_repeats[1],
         "rejects": dict(reasons),
+        "first_rejects": {kind: first_rejects[kind] for kind in reasons},
         "files_without_pairs": [file for file in files if not per_file[file]],
     }
-
-
-def _left_out_kinds(data: DataConfig) -> list[str]:
-    """The kinds of reason for which pairs are left out and do not count as rejected."""
-    return [TIE, TOO_LONG] if data.over_length == "drop" else [TIE]
 
 
 def _found(facts: "ray.data.Dataset") -> Iterator[Found]:

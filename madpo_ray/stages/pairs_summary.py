@@ -1,9 +1,16 @@
-"""What stage pairs prints: pairs by split, what was changed in them, what is left out and why."""
+"""What stage pairs says: pairs by split, what was changed in them, what is left out and why."""
 
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from madpo_ray import columns
+from madpo_ray.config import DataConfig
+from madpo_ray.data.responses import TIE
+from madpo_ray.data.tokens import TOO_LONG
 from madpo_ray.stages.stage import Description
 
 MAX_REASONS = 10  # on the terminal
@@ -26,7 +33,7 @@ def describe(results: Mapping[str, Any]) -> Description:
             "prompt of one short word in both; they are kept as they are"
         )
     repeated = {
-        "are word for word as an earlier one": results["duplicates"],
+        "repeat an earlier pair word for word": results["duplicates"],
         "also occur with chosen and rejected swapped": results["contradictions"],
     }
     lines += [f"{count} pairs {what}" for what, count in repeated.items() if count]
@@ -43,6 +50,22 @@ def describe(results: Mapping[str, Any]) -> Description:
 
 def _by_split(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {split}" for split, count in counts.items())
+
+
+def left_out_kinds(data: DataConfig) -> list[str]:
+    """The kinds of reason for which pairs are left out and do not count as rejected."""
+    return [TIE, TOO_LONG] if data.over_length == "drop" else [TIE]
+
+
+def add_first_rejects(checked: pa.Table, first: dict[str, str]) -> None:
+    """Adds where the first row of each kind of reason is, of a table of checked rows."""
+    rejected = checked.filter(pc.is_valid(checked[columns.REASON_KIND]))
+    for kind, row in zip(
+        rejected[columns.REASON_KIND].to_pylist(),
+        rejected.select([columns.FILE, columns.ROW]).to_pylist(),
+        strict=True,
+    ):
+        first.setdefault(kind, f"row {row[columns.ROW]} of {row[columns.FILE]}")
 
 
 def _reason_lines(rejects: "Counter[str]") -> list[str]:

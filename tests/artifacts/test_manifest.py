@@ -35,7 +35,7 @@ def build(folder: Path, inputs: Inputs = INPUTS, text: str = "x") -> None:
 def test_is_finished_with_its_manifest(tmp_path: Path) -> None:
     folder = tmp_path / "pairs"
     assert not is_finished(folder, INPUTS)
-    with pytest.raises(UserError, match="run `madpo-ray pairs` first"):
+    with pytest.raises(UserError, match="run `madpo-ray run --until pairs` first"):
         require(folder, INPUTS)
     build(folder)
     assert is_finished(folder, INPUTS)

@@ -23,7 +23,7 @@ def call(tmp_path: Path, *arguments: str) -> Any:
 
 
 def test_prints_what_fits(tmp_path: Path) -> None:
-    done = call(tmp_path, "--nodes", "2", "--prompt-tokens", "20")
+    done = call(tmp_path, "--gpus-per-node", "8", "--nodes", "2", "--prompt-tokens", "20")
     assert done.exit_code == 0, done.output
     assert "every pair has a prompt of 20 tokens and responses of 12" in done.output
     assert "GPUs: 2 x 8 H100-80G, planned with 72.8 GiB of each" in done.output
@@ -31,6 +31,11 @@ def test_prints_what_fits(tmp_path: Path) -> None:
     assert "train: GPUs are idle for 75% of that" in done.output
     assert "at 40% of the GPUs' peak" in done.output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "model"]
+
+
+def test_gpus_are_those_of_the_config_by_default(tmp_path: Path) -> None:
+    assert "GPUs: 1 x 1 H100-80G" in call(tmp_path).output
+    assert "GPUs: 2 x 8 H100-80G" in call(tmp_path, "--set", "cluster.num_workers=12").output
 
 
 def test_unknown_gpu(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def test_what_the_config_leaves_out() -> None:
     }
     assert list(describe(results)) == [
         "5 train pairs",
-        "3 pairs are word for word as an earlier one",
+        "3 pairs repeat an earlier pair word for word",
         "2 pairs also occur with chosen and rejected swapped",
         "left out: 4 x a tie",
     ]

@@ -34,7 +34,7 @@ def stage(**fields: Any) -> Stage:
 def test_builds_requires_and_finishes(config: Config) -> None:
     first = stage()
     second = stage(name="two", upstream=lambda config: (first,), settings=lambda config: {})
-    with pytest.raises(UserError, match="run `madpo-ray one` first"):
+    with pytest.raises(UserError, match="run `madpo-ray run --until one` first"):
         second.run(config)
 
     assert first.run(config, deadline=5.0) == {"deadline": 5.0}
