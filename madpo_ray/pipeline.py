@@ -76,11 +76,12 @@ def _with_needed(config: Config, last: Stage) -> list[Stage]:
 
 
 def _in_order(config: Config, stages: list[Stage]) -> list[Stage]:
-    if config.margins.mode == "stream" and {train.STAGE, margins.STAGE} <= set(stages):
-        # Training scores the pairs; then margins collects them.
-        stages.remove(margins.STAGE)
-        stages.insert(stages.index(train.STAGE) + 1, margins.STAGE)
-    return stages
+    if config.margins.mode != "stream" or not {train.STAGE, margins.STAGE} <= set(stages):
+        return stages
+    # Training scores the pairs; then margins collects them.
+    others = [stage for stage in stages if stage is not margins.STAGE]
+    end = others.index(train.STAGE) + 1
+    return [*others[:end], margins.STAGE, *others[end:]]
 
 
 def pending(config: Config, until: Stage | None = None) -> list[Stage]:

@@ -8,7 +8,7 @@ from madpo_ray import columns
 from madpo_ray.artifacts.manifest import read_manifest
 from madpo_ray.config import Config, TrainingConfig
 from madpo_ray.data.order import count_steps
-from madpo_ray.data.sources import count_rows, list_files
+from madpo_ray.data.sources import bound_rows, list_files
 from madpo_ray.pipeline import check
 from madpo_ray.search.space import count_trials
 from madpo_ray.stages import pairs, reward, sft, train, tune
@@ -63,7 +63,7 @@ def preview(config: Config, stages: Sequence[Stage]) -> Preview:
     Raises UserError as the stages themselves would.
     """
     check(config, stages)
-    rows = {file: count_rows(file) for file in list_files(config.data.files)}
+    rows = {file: bound_rows(file) for file in list_files(config.data.files)}
     counts = _pairs_by_split(config)
     num_pairs = counts[columns.TRAIN] if counts else _estimate_pairs(config, sum(rows.values()))
     return Preview(

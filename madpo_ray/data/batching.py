@@ -20,7 +20,7 @@ from torch import Tensor
 from madpo_ray.columns import PAIR_ID, PROMPT_IDS, RESPONSE_IDS
 from madpo_ray.data.order import StepPlace
 
-Pair = Mapping[str, Any]
+PairRow = Mapping[str, Any]
 
 
 class Segment(NamedTuple):
@@ -129,7 +129,7 @@ def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def collate(
-    pairs: Sequence[Pair],
+    pairs: Sequence[PairRow],
     *,
     packed: bool,
     column_names: Sequence[str] = (),
@@ -171,12 +171,12 @@ def collate(
     )
 
 
-def _count_tokens(pairs: Sequence[Pair], responses: Sequence[str], num_prompts: int) -> int:
+def _count_tokens(pairs: Sequence[PairRow], responses: Sequence[str], num_prompts: int) -> int:
     prompts = num_prompts * sum(len(pair[PROMPT_IDS]) for pair in pairs)
     return prompts + sum(len(pair[name]) for pair in pairs for name in responses)
 
 
-def _count_attended(pairs: Sequence[Pair], responses: Sequence[str], num_prompts: int) -> int:
+def _count_attended(pairs: Sequence[PairRow], responses: Sequence[str], num_prompts: int) -> int:
     count = 0
     for pair in pairs:
         prompt = len(pair[PROMPT_IDS])
@@ -194,7 +194,7 @@ class _Span(NamedTuple):
     ids: list[int]
 
 
-def _packed_row(pairs: Sequence[Pair], responses: Sequence[str]) -> dict[str, Any]:
+def _packed_row(pairs: Sequence[PairRow], responses: Sequence[str]) -> dict[str, Any]:
     """One row for all pairs."""
     ids: list[int] = []
     positions: list[int] = []
@@ -232,16 +232,16 @@ def _index_keys(segments: Sequence[Segment], positions: list[int]) -> PackedRow:
     key_index = np.concatenate(parts)
 
     # With repeated indices, numpy keeps the last assignment.
-    first_keys, last_keys = np.empty((2, num_tokens), dtype=np.int64)
+    first_keys = np.empty(num_tokens, dtype=np.int64)
+    last_keys = np.empty(num_tokens, dtype=np.int64)
     numbers = np.arange(len(key_index))
     last_keys[key_index] = numbers
     first_keys[key_index[::-1]] = numbers[::-1]
     prompt_tokens = np.flatnonzero(last_keys != first_keys)
-
     assert len(key_index) == num_tokens + len(prompt_tokens), "more than two responses"
 
-    lengths = [(one.num_tokens, one.num_keys) for one in segments]
-    query_ends, key_ends = np.cumsum([(0, 0), *lengths], axis=0, dtype=np.int32).T.copy()
+    query_ends = np.cumsum([0, *(one.num_tokens for one in segments)], dtype=np.int32)
+    key_ends = np.cumsum([0, *(one.num_keys for one in segments)], dtype=np.int32)
     return PackedRow(
         segments=tuple(segments),
         position_ids=torch.tensor([positions]),
@@ -254,7 +254,7 @@ def _index_keys(segments: Sequence[Segment], positions: list[int]) -> PackedRow:
     )
 
 
-def _separate_rows(pairs: Sequence[Pair], responses: Sequence[str]) -> dict[str, Any]:
+def _separate_rows(pairs: Sequence[PairRow], responses: Sequence[str]) -> dict[str, Any]:
     """One row [prompt | response] per response."""
     texts = [(list(pair[PROMPT_IDS]), list(pair[name])) for name in responses for pair in pairs]
     length = max(len(prompt) + len(response) for prompt, response in texts)

@@ -95,7 +95,7 @@ class DataFile:
     @property
     def path(self) -> str:
         """Where it is on the disk, or in its store."""
-        return Place.of(self.name).path if is_remote(self.name) else self.name
+        return StoreUri.of(self.name).path if is_remote(self.name) else self.name
 
     @property
     def suffix(self) -> str:
@@ -110,14 +110,14 @@ class DataFile:
         if not is_remote(self.name):
             return Path(self.name).is_file()
         with explaining(self.name):
-            place = Place.of(self.name)
+            place = StoreUri.of(self.name)
             return bool(place.system.get_file_info(place.path).is_file)
 
     def open(self) -> pa.NativeFile:
         """Its bytes, in any order. Raises OSError, also for a store's errors."""
         if not is_remote(self.name):
             return pa.OSFile(self.name)
-        place = Place.of(self.name)
+        place = StoreUri.of(self.name)
         return place.system.open_input_file(place.path)
 
     def open_text(self) -> io.BufferedReader:
@@ -144,7 +144,7 @@ class DataFile:
 @functools.cache
 def _remote_version(name: str) -> str:
     with explaining(name):
-        place = Place.of(name)
+        place = StoreUri.of(name)
         if place.store == "hf":
             return str(place.system.handler.fs.info(place.path, refresh=True)["blob_id"])
         info = place.system.get_file_info(place.path)
@@ -156,7 +156,7 @@ def forget_versions() -> None:
     _remote_version.cache_clear()
 
 
-class Place(NamedTuple):
+class StoreUri(NamedTuple):
     """Where a URI points to."""
 
     store: str
@@ -165,7 +165,7 @@ class Place(NamedTuple):
     options: str  # such as `?endpoint_override=localhost:9000`, or nothing
 
     @classmethod
-    def of(cls, name: str) -> "Place":
+    def of(cls, name: str) -> "StoreUri":
         """The parts of a URI."""
         store, _, rest = name.partition("://")
         user = ANONYMOUS if rest.startswith(ANONYMOUS) else ""

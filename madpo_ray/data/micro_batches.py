@@ -18,8 +18,8 @@ from madpo_ray.data.order import Order, StepPlace
 
 NUMBER = "number"
 TOKENS = "tokens"  # of all pairs, one after the other
-LENGTHS = "lengths"  # of the parts of each pair
-PLACE = tuple(field.name for field in dataclasses.fields(StepPlace))
+TOKEN_COUNTS = "lengths"  # of the parts of each pair
+STEP_FIELDS = tuple(field.name for field in dataclasses.fields(StepPlace))
 
 
 def open_tokens(order: Order) -> TokenFiles:
@@ -60,12 +60,14 @@ class MicroBatchReader:
         members = [rows for rows, _ in found]
         places = [place for _, place in found]
         fields: dict[str, pa.Array] = {NUMBER: pa.array(numbers, pa.int64())}
-        for name in PLACE:
+        for name in STEP_FIELDS:
             fields[name] = pa.array([getattr(place, name) for place in places])
 
         parts = [[part for row in rows for part in self._tokens.read(row)] for rows in members]
         fields[TOKENS] = _lists([_joined(part) for part in parts])
-        fields[LENGTHS] = _lists([np.array([len(one) for one in part], np.int32) for part in parts])
+        fields[TOKEN_COUNTS] = _lists(
+            [np.array([len(one) for one in part], np.int32) for part in parts]
+        )
 
         all_rows = np.concatenate(members)
         own = self._columns.take(all_rows)
@@ -95,7 +97,7 @@ def pairs_of(micro_batches: pa.Table, token_columns: Sequence[str]) -> pa.Table:
         token_columns: `OrderSpec.token_columns` of their order.
     """
     tokens = micro_batches[TOKENS].combine_chunks().flatten()
-    lengths = micro_batches[LENGTHS].combine_chunks().flatten().to_numpy()
+    lengths = micro_batches[TOKEN_COUNTS].combine_chunks().flatten().to_numpy()
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     parts = pa.LargeListArray.from_arrays(offsets, tokens)
     width = len(token_columns)
@@ -125,7 +127,7 @@ def with_columns(micro_batches: pa.Table, numbers: pa.Table) -> pa.Table:
 
 def own_columns(micro_batches: pa.Table) -> list[str]:
     """The columns that hold a value per pair."""
-    others = (NUMBER, TOKENS, LENGTHS, *PLACE)
+    others = (NUMBER, TOKENS, TOKEN_COUNTS, *STEP_FIELDS)
     return [name for name in micro_batches.column_names if name not in others]
 
 
@@ -147,7 +149,7 @@ def decode_micro_batch(
         token_columns: `OrderSpec.token_columns` of its order.
     """
     tokens = row[TOKENS][0].values.to_numpy()
-    ends = np.cumsum(row[LENGTHS][0].values.to_numpy())
+    ends = np.cumsum(row[TOKEN_COUNTS][0].values.to_numpy())
     parts = [part.tolist() for part in np.split(tokens, ends[:-1])] if len(ends) else []
 
     # The parts of a pair, and its own values.
@@ -159,4 +161,4 @@ def decode_micro_batch(
     for name in own_columns(row):
         for pair, value in zip(pairs, row[name][0].values.to_pylist(), strict=True):
             pair[name] = value
-    return pairs, StepPlace(**{name: row[name][0].as_py() for name in PLACE})
+    return pairs, StepPlace(**{name: row[name][0].as_py() for name in STEP_FIELDS})

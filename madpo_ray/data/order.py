@@ -19,7 +19,7 @@ from madpo_ray.columns import GROUP_HASH, LENGTHS, PROMPT_IDS, RESPONSE_IDS
 from madpo_ray.data.splits import folds_of, require_full_folds
 from madpo_ray.errors import UserError
 
-# Steps whose pairs are sorted by length together: ranks have equally much to do, an epoch is mixed.
+# Steps whose pairs are sorted by length together: ranks get equal work, an epoch is still shuffled.
 STEPS_PER_WINDOW = 16
 
 
@@ -94,7 +94,7 @@ def order_epoch(
 
     Args:
         lengths: tokens of each pair, (pairs,).
-        tokens_read: tokens that the model reads for each pair, (pairs,), if they are others.
+        tokens_read: tokens that the model reads for each pair, (pairs,), if they differ.
         padded: whether a pair counts as the longest of its micro-batch.
     """
     members = _ordered_members(lengths, seed=seed, epoch=epoch, global_batch_size=global_batch_size)
@@ -139,24 +139,26 @@ def _ordered_members(
 ) -> np.ndarray:
     """Row numbers, (pairs,); consecutive `global_batch_size` of them are a step."""
     count = len(lengths)
-    rng = None if epoch is None else np.random.default_rng([seed, epoch])
-    order = np.arange(count) if rng is None else rng.permutation(count)
-    steps_per_window = 1 if rng is None else STEPS_PER_WINDOW
-
-    # Sort each window by length, the longest first; equal ones stay in their order.
-    window = np.arange(count) // (global_batch_size * steps_per_window)
-    members: np.ndarray = order[np.lexsort((-lengths[order], window))]
-    if rng is None:
-        return members
+    if epoch is None:
+        return _longest_first(np.arange(count), lengths, global_batch_size)
+    rng = np.random.default_rng([seed, epoch])
+    members = _longest_first(rng.permutation(count), lengths, global_batch_size * STEPS_PER_WINDOW)
 
     # Shuffle each window's full steps.
     num_full = count // global_batch_size
     shuffled = np.arange(num_full)
-    for start in range(0, num_full, steps_per_window):
-        in_window = shuffled[start : start + steps_per_window]
-        shuffled[start : start + steps_per_window] = in_window[rng.permutation(len(in_window))]
+    for start in range(0, num_full, STEPS_PER_WINDOW):
+        in_window = shuffled[start : start + STEPS_PER_WINDOW]
+        shuffled[start : start + STEPS_PER_WINDOW] = in_window[rng.permutation(len(in_window))]
     full, rest = np.split(members, [num_full * global_batch_size])
     return np.concatenate([full.reshape(num_full, global_batch_size)[shuffled].ravel(), rest])
+
+
+def _longest_first(order: np.ndarray, lengths: np.ndarray, window_size: int) -> np.ndarray:
+    """Each window of `order` sorted by length, the longest first; equal ones stay in order."""
+    window = np.arange(len(order)) // window_size
+    in_windows: np.ndarray = order[np.lexsort((-lengths[order], window))]
+    return in_windows
 
 
 def _cut_by_budget(

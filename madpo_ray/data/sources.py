@@ -14,7 +14,7 @@ import pyarrow.fs
 from fsspec.implementations.arrow import ArrowFSWrapper
 
 from madpo_ray.config import is_remote
-from madpo_ray.data.files import DataFile, Place, Source, explaining
+from madpo_ray.data.files import DataFile, Source, StoreUri, explaining
 from madpo_ray.data.table_sources import ArrowSource, ParquetSource
 from madpo_ray.data.text_sources import UNPACK_ERRORS, CSVSource, JSONLinesSource, JSONSource
 from madpo_ray.errors import UserError
@@ -137,7 +137,7 @@ def _saved_files(
 
 def _remote_files(name: str) -> list[str]:
     """The same in a store."""
-    place = Place.of(name)
+    place = StoreUri.of(name)
     with explaining(name):
         if HUB_DATASET.fullmatch(name):
             return _training_files(name)
@@ -198,7 +198,7 @@ def files_of_train(builder: "DatasetBuilder", name: str) -> list[str]:
     return [str(file) for file in files["train"]]
 
 
-def _read(place: Place, path: str) -> bytes:
+def _read(place: StoreUri, path: str) -> bytes:
     with place.system.open_input_stream(path) as stream:
         return bytes(stream.read())
 
@@ -222,7 +222,7 @@ def open_source(name: str) -> Source:
     raise UserError(f"data.files: {os.path.basename(file.path)} must end in {_known()}")
 
 
-def count_rows(name: str) -> int:
+def bound_rows(name: str) -> int:
     """An upper bound of a file's rows. Raises UserError if it cannot be read."""
     try:
         return open_source(name).count()

@@ -61,13 +61,13 @@ def require_full_folds(hashes: np.ndarray, num_folds: int) -> None:
         )
 
 
-Place = tuple[int, int, int]  # file number, row, pair in the row
+RowKey = tuple[int, int, int]  # file number, row, pair in the row
 
 
 class Found(NamedTuple):
     """A pair that was read: where, and what it says."""
 
-    place: Place
+    place: RowKey
     content: str  # its content hash
     swapped: str  # that of the pair with both responses swapped
     split: str
@@ -83,8 +83,8 @@ class Repeats(NamedTuple):
         num_contradictions: pairs that also occur with chosen and rejected swapped.
     """
 
-    occurrences: dict[Place, int]
-    left_out: set[Place]
+    occurrences: dict[RowKey, int]
+    left_out: set[RowKey]
     num_duplicates: int
     num_contradictions: int
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -38,7 +37,7 @@ TOO_LONG = "prompt + response is longer than max_length"
 
 
 class JointTexts(NamedTuple):
-    """What of a pair is tokenised: the prompt by itself, and before each response."""
+    """The texts of a pair to tokenise: the prompt by itself, and before each response."""
 
     prompt: str
     chosen: str
@@ -76,29 +75,40 @@ def tokenize(
 def _tokenize_all(
     texts: Sequence[JointTexts], tokenizer: "PreTrainedTokenizerBase"
 ) -> Iterator[tuple[Ids, Ids, Ids]]:
-    # One call for rendered texts, and one for plain ones. What the three texts of a pair begin with
-    # is tokenised once, up to where it can be cut.
-    ids: dict[bool, Iterator[Ids]] = {}
-    for is_rendered in (False, True):
-        own = [one for one in texts if one.is_rendered is is_rendered]
-        if own:
-            parts = []
-            for one in own:
-                cut = _last_cut(one.prompt, tokenizer) if is_rendered else 0
-                parts += [one.prompt[:cut], *(text[cut:] for text in one[:3])]
-            ids[is_rendered] = iter(
-                tokenizer(parts, add_special_tokens=not is_rendered)["input_ids"]
-            )
-
-    # Back in the order of the pairs.
+    # One call for rendered texts, and one for plain ones.
+    rendered = iter(_tokenize_rendered([one for one in texts if one.is_rendered], tokenizer))
+    plain = iter(_tokenize_plain([one for one in texts if not one.is_rendered], tokenizer))
     for one in texts:
-        head, *rest = itertools.islice(ids[one.is_rendered], 4)
-        if one.is_rendered:
-            prompt, chosen, rejected = (head + part for part in rest)
-            yield prompt, chosen, rejected
-        else:
-            prompt, chosen, rejected = rest
-            yield _with_ends(prompt, chosen, rejected, tokenizer)
+        yield next(rendered if one.is_rendered else plain)
+
+
+def _tokenize_rendered(
+    texts: Sequence[JointTexts], tokenizer: "PreTrainedTokenizerBase"
+) -> list[tuple[Ids, Ids, Ids]]:
+    """What the texts of a pair begin with is tokenised once, up to where it can be cut."""
+    if not texts:
+        return []
+    parts = []
+    for one in texts:
+        cut = _last_cut(one.prompt, tokenizer)
+        parts += [one.prompt[:cut], one.prompt[cut:], one.chosen[cut:], one.rejected[cut:]]
+    ids = tokenizer(parts, add_special_tokens=False)["input_ids"]
+    of_pairs = zip(ids[0::4], ids[1::4], ids[2::4], ids[3::4], strict=True)
+    return [
+        (head + prompt, head + chosen, head + rejected)
+        for head, prompt, chosen, rejected in of_pairs
+    ]
+
+
+def _tokenize_plain(
+    texts: Sequence[JointTexts], tokenizer: "PreTrainedTokenizerBase"
+) -> list[tuple[Ids, Ids, Ids]]:
+    if not texts:
+        return []
+    parts = [part for one in texts for part in (one.prompt, one.chosen, one.rejected)]
+    ids = tokenizer(parts, add_special_tokens=True)["input_ids"]
+    of_pairs = zip(ids[0::3], ids[1::3], ids[2::3], strict=True)
+    return [_with_ends(*of_pair, tokenizer) for of_pair in of_pairs]
 
 
 def _last_cut(text: str, tokenizer: "PreTrainedTokenizerBase") -> int:

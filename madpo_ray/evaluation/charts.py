@@ -31,7 +31,7 @@ def picture(chart: alt.TopLevelMixin) -> bytes:
     return image
 
 
-def rows_of(values: Rows) -> alt.Data:
+def chart_data(values: Rows) -> alt.Data:
     """Rows as the data of a chart."""
     return alt.Data(values=values)  # type: ignore[no-untyped-call]
 
@@ -56,7 +56,7 @@ def histogram_chart(report: Mapping[str, Any]) -> Chart:
     is_raw = report["calibration"].get("method") == "none"
     title = "margin, as it was scored" if is_raw else "margin, in calibrated units"
     bars = (
-        alt.Chart(rows_of(bins))
+        alt.Chart(chart_data(bins))
         .mark_bar(color=BLUE, binSpacing=0)
         .encode(
             x=alt.X("from:Q", title=title, bin=alt.BinParams(binned=True)),
@@ -66,7 +66,7 @@ def histogram_chart(report: Mapping[str, Any]) -> Chart:
         )
     )
     line = (
-        alt.Chart(rows_of(points))
+        alt.Chart(chart_data(points))
         .mark_line(color=RED)
         .encode(
             x=alt.X("margin:Q", title=title),
@@ -93,7 +93,7 @@ def reliability_chart(
     ]
     ends = [{"confidence": end, "accuracy": end} for end in (0.5, 1.0)]
     diagonal = (
-        alt.Chart(rows_of(ends))
+        alt.Chart(chart_data(ends))
         .mark_line(color=GRAY, strokeDash=[4, 4])
         .encode(x="confidence:Q", y="accuracy:Q")
     )
@@ -120,7 +120,7 @@ def accuracy_chart(bins: Sequence[Mapping[str, Any]], split: str) -> Chart:
     x = alt.X("margin:O", title="|margin|; equally many pairs each", sort=order)
     points = _with_errors(rows, x, "accuracy", ACCURACY, alt.value(BLUE))
     expected = (
-        alt.Chart(rows_of(rows))
+        alt.Chart(chart_data(rows))
         .mark_tick(color=GRAY, thickness=2)
         .encode(x=x, y="expected:Q", tooltip=["expected:Q"])
     )
@@ -156,7 +156,7 @@ def rewards_chart(entries: Sequence[Mapping[str, Any]]) -> Chart:
     x = alt.X("temperature:Q", title="temperature of decoding")
     series = alt.Color("policy:N", title=None, legend=BELOW)
     points = _with_errors(rows, x, "reward", "reward, 95 % interval over prompts", series)
-    line = alt.Chart(rows_of(rows)).mark_line().encode(x=x, y="reward:Q", color=series)
+    line = alt.Chart(chart_data(rows)).mark_line().encode(x=x, y="reward:Q", color=series)
     return _sized(alt.layer(line, *points), "Mean reward of samples")
 
 
@@ -172,9 +172,9 @@ def frontier_chart(entries: Sequence[Mapping[str, Any]]) -> Chart:
         alt.Color("policy:N", title=None, legend=BELOW),
     )
     best = [row for row in rows if row["on_frontier"]]
-    line = alt.Chart(rows_of(best)).mark_line(color=GRAY).encode(x=x, y="reward:Q")
+    line = alt.Chart(chart_data(best)).mark_line(color=GRAY).encode(x=x, y="reward:Q")
     labels = (
-        alt.Chart(rows_of(rows))
+        alt.Chart(chart_data(rows))
         .mark_text(align="left", dx=6, dy=-6)
         .encode(x=x, y="reward:Q", text=alt.Text("temperature:Q", format="~g"))
     )
@@ -200,7 +200,7 @@ def _accuracy(one: Mapping[str, Any]) -> dict[str, float]:
 
 def _with_errors(rows: Rows, x: alt.X, name: str, title: str, color: Any) -> list[alt.Chart]:
     """Points with their intervals, `low` to `high`."""
-    base = alt.Chart(rows_of(rows)).encode(x=x, color=color)
+    base = alt.Chart(chart_data(rows)).encode(x=x, color=color)
     scale = alt.Scale(zero=False)
     bars = base.mark_rule().encode(y=alt.Y("low:Q", scale=scale, title=title), y2="high:Q")
     points = base.mark_point(filled=True, size=50).encode(

@@ -20,7 +20,8 @@ from madpo_ray.evaluation.sample_sets import PolicyFiles, SampleSet
 from madpo_ray.models.loading import load_policy
 from madpo_ray.models.logprobs import ResponseLogps, sum_per_response
 from madpo_ray.models.reading import find_reading
-from madpo_ray.scoring.batches import Batches, Layout
+from madpo_ray.prefetch import prefetched
+from madpo_ray.scoring.batches import Layout, make_batches
 
 
 class DivergenceScorer:
@@ -80,13 +81,13 @@ class DivergenceScorer:
     @torch.no_grad()
     def __call__(self, rows: pa.Table) -> np.ndarray:
         """(C, P), float64."""
-        scores = np.full((len(self.columns), rows.num_rows), np.nan)
+        scores = np.full((len(self._sampled), 2, rows.num_rows), np.nan)
         for number, one in enumerate(self._sampled):
             layout = Layout((one.ids,), *self._limits, self._packed)
-            for members, batch in Batches().micro_batches(rows, layout):
+            for members, batch in prefetched(make_batches(rows, layout)):
                 found = self._of_batch(one, batch.to(self._device))
-                scores[2 * number : 2 * number + 2, members] = found.double().cpu().numpy()
-        return scores
+                scores[number][:, members] = found.double().cpu().numpy()
+        return scores.reshape(-1, rows.num_rows)
 
     def _of_batch(self, one: SampleSet, batch: MicroBatch) -> Tensor:
         """Divergence and log-ratio of each response, (2, R * B)."""

@@ -3,9 +3,7 @@
 Legend: Q prompts, K samples of each. A table has Q * K rows: all prompts once, then again.
 """
 
-import csv
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -106,17 +104,8 @@ def _compare(
     }
 
 
-def write_csv(file: Path, entries: list[dict[str, Any]]) -> None:
-    """One line per policy and temperature; intervals as two columns."""
-    flat = [_flat(entry) for entry in entries]
-    names = list(dict.fromkeys(name for entry in flat for name in entry))
-    with file.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, names)
-        writer.writeheader()
-        writer.writerows(flat)
-
-
-def _flat(entry: Mapping[str, Any]) -> dict[str, Any]:
+def flat_entry(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers of some samples as a line of a table; intervals are two columns."""
     found: dict[str, Any] = {}
     for name, value in entry.items():
         if isinstance(value, dict):

@@ -84,8 +84,8 @@ class ResponseLogps(nn.Module):
         """Log-probs and entropies of all response tokens, both (N,)."""
         transformer = transformer_of(self.model)
         if self.own_forward:
-            logits = transformer(**_inputs(transformer, batch)).logits.flatten(0, 1)
-            return target_logps(logits[batch.predictor_index].float(), batch.target_ids)
+            logits = _own_logits(transformer, batch)
+            return target_logps(logits.float(), batch.target_ids)
         hidden = _hidden_states(transformer, batch)[batch.predictor_index]  # (N, H)
         chunks = self._chunks(hidden, batch.target_ids)
         pieces = [_recomputed(_chunk_logps, transformer, h, targets) for h, targets in chunks]
@@ -105,13 +105,19 @@ class ResponseLogps(nn.Module):
         """Logits (n, V) in float32 and targets (n,), of one chunk of tokens after another."""
         transformer = transformer_of(self.model)
         if self.own_forward:
-            logits = transformer(**_inputs(transformer, batch)).logits.flatten(0, 1)
-            chunks = self._chunks(logits[batch.predictor_index], batch.target_ids)
-            yield from ((part.float(), targets) for part, targets in chunks)
+            logits = _own_logits(transformer, batch)
+            for part, targets in self._chunks(logits, batch.target_ids):
+                yield part.float(), targets
             return
         hidden = _hidden_states(transformer, batch)[batch.predictor_index]
         for states, targets in self._chunks(hidden, batch.target_ids):
             yield _head_logits(transformer, states), targets
+
+
+def _own_logits(transformer: Any, batch: MicroBatch) -> Tensor:
+    """Logits (N, V) of all response tokens, from the model's complete forward."""
+    logits: Tensor = transformer(**_inputs(transformer, batch)).logits
+    return logits.flatten(0, 1)[batch.predictor_index]
 
 
 class ResponseRewards(nn.Module):

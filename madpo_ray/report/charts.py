@@ -6,7 +6,7 @@ from typing import Any
 
 import altair as alt
 
-from madpo_ray.evaluation.charts import BELOW, HEIGHT, WIDTH, Rows, rows_of
+from madpo_ray.evaluation.charts import BELOW, HEIGHT, WIDTH, Rows, chart_data
 
 MAX_POINTS = 300  # of a line
 
@@ -65,7 +65,7 @@ def _curves(title: str, rows: Rows, *, several: bool) -> alt.Chart:
     if several:
         encoding["strokeDash"] = alt.StrokeDash("run:N", title=None, legend=BELOW)
     chart: alt.Chart = (
-        alt.Chart(rows_of(rows))
+        alt.Chart(chart_data(rows))
         .mark_line(point=len(rows) < 2 * MAX_POINTS)
         .encode(**encoding)
         .properties(width=WIDTH, height=HEIGHT, title=title)

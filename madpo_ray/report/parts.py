@@ -39,8 +39,8 @@ def content_text(text: str) -> str:
     """A stored text, or its messages with their roles."""
     content = from_text(text)
     if isinstance(content, str):
-        return cut(content)
-    return cut("\n".join(map(_message_text, content)))
+        return shorten(content)
+    return shorten("\n".join(map(_message_text, content)))
 
 
 def _message_text(message: dict[str, Any]) -> str:
@@ -53,7 +53,7 @@ def _message_text(message: dict[str, Any]) -> str:
     return f"{message.get('role')}: {' '.join(filter(None, parts))}"
 
 
-def cut(text: str) -> str:
+def shorten(text: str) -> str:
     """A text that is not too long for a cell."""
     return text if len(text) <= MAX_TEXT else text[:MAX_TEXT] + " …"
 
@@ -62,7 +62,7 @@ def cell(value: Any) -> Any:
     """A number as it is, so that it sorts as one, and anything else as a text."""
     if value is None or number_or_none(value) is not None:
         return value
-    return cut(plain(value))
+    return shorten(plain(value))
 
 
 def plain(value: Any) -> str:

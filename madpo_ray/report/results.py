@@ -8,7 +8,15 @@ from madpo_ray.evaluation.charts import frontier_chart, margin_charts, rewards_c
 from madpo_ray.evaluation.sample_sets import SampleSet
 from madpo_ray.evaluation.terminal import RANKINGS
 from madpo_ray.report.collect import Run
-from madpo_ray.report.parts import Section, Table, content_text, cut, number_or_none, or_dash, plain
+from madpo_ray.report.parts import (
+    Section,
+    Table,
+    content_text,
+    number_or_none,
+    or_dash,
+    plain,
+    shorten,
+)
 from madpo_ray.search.outcomes import format_values
 
 
@@ -172,7 +180,7 @@ def samples_section(run: Run, suffix: str) -> Section:
     for sample in run.samples.to_pylist():
         row: list[Any] = [content_text(sample[PROMPT])]
         for one in sets:
-            row.append(cut(sample[one.text]))
+            row.append(shorten(sample[one.text]))
             if one.reward in sample:
                 row.append(sample[one.reward])
         rows.append(row)

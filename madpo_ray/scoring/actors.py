@@ -26,7 +26,7 @@ from madpo_ray.passes import (
     refused,
     require_no_refusal,
 )
-from madpo_ray.scoring.chunks import ScoredChunks, rows_of
+from madpo_ray.scoring.chunks import ScoredChunks, in_order_of
 from madpo_ray.scoring.progress import ScoringProgress
 from madpo_ray.scoring.scorers import score_or_explain, share_batches
 
@@ -89,7 +89,7 @@ class ScoringActor:
         if known is not None:
             rows = rows.filter(pc.invert(pc.is_in(ids, value_set=known[PAIR_ID])))
             if rows.num_rows == 0:
-                return rows_of(known, ids)
+                return in_order_of(known, ids)
 
         # The rest.
         first, last = rows[PAIR_ID][0], rows[PAIR_ID][-1]
@@ -103,7 +103,7 @@ class ScoringActor:
                 return refused(rows, self._refusal, key=PAIR_ID)
         if self._kept is not None:
             self._kept.write(scored)
-        return scored if known is None else rows_of(pa.concat_tables([known, scored]), ids)
+        return scored if known is None else in_order_of(pa.concat_tables([known, scored]), ids)
 
     def _require_success(self, scored: pa.Table) -> None:
         """Raises UserError if many pairs were tried, and none has scores."""
@@ -166,7 +166,7 @@ def score_rows(
     if known is not None:
         is_known = pc.is_in(ids, value_set=known[PAIR_ID]).to_numpy()
         if is_known.all():
-            return rows_of(known, ids)
+            return in_order_of(known, ids)
         logger.info("%d of %d pairs are scored already", is_known.sum(), len(ids))
         new_tokens = np.where(is_known, 0, new_tokens)
 

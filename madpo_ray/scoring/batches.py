@@ -19,8 +19,8 @@ class Layout(NamedTuple):
     """What a model reads together, and in which rows."""
 
     responses: tuple[str, ...]  # columns with their token ids
-    batch_size: int  # see `cut`
-    max_tokens: int | None  # see `cut`
+    batch_size: int  # see `cut_into_batches`
+    max_tokens: int | None  # see `cut_into_batches`
     packed: bool  # see `batching.collate`
 
 
@@ -42,13 +42,14 @@ class Batches:
             yield from self._made[layout]
             return
         made = []
-        for batch in prefetched(_make(rows, layout)):
+        for batch in prefetched(make_batches(rows, layout)):
             made.append(batch)
             yield batch
         self._made[layout] = made
 
 
-def _make(rows: pa.Table, layout: Layout) -> Iterator[Batch]:
+def make_batches(rows: pa.Table, layout: Layout) -> Iterator[Batch]:
+    """The micro-batches of a table."""
     responses, batch_size, max_tokens, packed = layout
     names = [PROMPT_IDS, *responses]
     pairs = rows.select(names).to_pylist()
@@ -56,12 +57,12 @@ def _make(rows: pa.Table, layout: Layout) -> Iterator[Batch]:
         -1, len(names)
     )
     tokens = count_tokens(lengths, packed=packed)
-    for members in cut(tokens, batch_size, max_tokens, padded=not packed):
+    for members in cut_into_batches(tokens, batch_size, max_tokens, padded=not packed):
         batch = collate([pairs[i] for i in members], packed=packed, responses=responses)
         yield members, batch.pinned()
 
 
-def cut(
+def cut_into_batches(
     lengths: np.ndarray, batch_size: int, max_tokens: int | None, *, padded: bool
 ) -> Iterator[list[int]]:
     """Which rows are read together, longest first: one that does not fit in memory shows at once.

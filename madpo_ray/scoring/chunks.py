@@ -118,7 +118,7 @@ def _first_of_each(scored: pa.Table, ids: pa.ChunkedArray) -> pa.Table | None:
     return scored.take(places) if len(places) else None
 
 
-def rows_of(scored: pa.Table, ids: pa.ChunkedArray) -> pa.Table:
+def in_order_of(scored: pa.Table, ids: pa.ChunkedArray) -> pa.Table:
     """The rows with these pair_ids, in their order.
 
     Raises:

@@ -19,7 +19,7 @@ from madpo_ray.config import ModelConfig
 from madpo_ray.data.messages import Content, from_text
 from madpo_ray.errors import UserError
 from madpo_ray.models.loading import READS_END, load_classifier, load_tokenizer
-from madpo_ray.scoring.batches import cut
+from madpo_ray.scoring.batches import cut_into_batches
 from madpo_ray.scoring.reasons import UnscorableRows
 
 logger = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ def find_function(name: str, key: str) -> Callable[..., Any]:
 class ClassifierReward(TextScorer):
     """Rewards of a sequence classifier with one label: its logit.
 
-    It has its own tokenizer, chat template and dtype. Rows are sorted by length and read as `cut`
+    It has its own tokenizer, chat template and dtype. Rows are read as `cut_into_batches`
     says, or one by one if a batch does not give the same numbers.
     """
 
@@ -139,7 +139,10 @@ class ClassifierReward(TextScorer):
         self._max_tokens = min(limit for limit in limits if limit is not None)
         self._padding = self._find_padding(config)
         if self._padding is None:
-            logger.warning("%s gives other rewards in a batch: it reads one row", self._folder)
+            logger.warning(
+                "%s gives other rewards in a batch than alone: it reads one text at a time",
+                self._folder,
+            )
 
     def _find_padding(self, config: Any) -> int | None:
         """The token to pad a batch with, so that it gives the rewards of single rows."""
@@ -167,7 +170,7 @@ class ClassifierReward(TextScorer):
         self._require_short(rows)
         limits = (1, None) if self._padding is None else self._limits
         rewards = np.full(len(rows), np.nan)
-        for members in cut(np.array([len(row) for row in rows]), *limits, padded=True):
+        for members in cut_into_batches(np.array([len(row) for row in rows]), *limits, padded=True):
             rewards[members] = self._forward([rows[i] for i in members], self._padding or 0)
         return rewards
 

@@ -62,41 +62,54 @@ def find_alarms(
     tau: float,
     calibration: Mapping[str, Any],
 ) -> list[str]:
-    """Why margins (N,) of pairs that trained no reward model are not calibrated, as sentences.
-
-    None if they are, as far as so many pairs can tell: the mean weight of calibrated margins is 1
-    below tau (see `describe_weights`), whatever the reward model. Rings if it is ALLOWED_WEIGHT, or
-    the calibration error ALLOWED_ERROR, away from what it should be; by three standard deviations
-    of what chance makes of calibrated margins of these sizes; and by more than two wrong signs.
+    """Sentences about held-out margins (N,) that are not calibrated; empty if they may well be.
 
     Args:
         weights_of: gives the weights of margins.
         calibration: what `calibration_report` gave.
     """
-    alarms = []
     inside = margins[np.abs(margins) < tau]
-    if len(inside):
-        mean = weights_of(inside).mean()
-        # Each sign is right with the probability that its size says.
-        share = expit(np.abs(inside))
-        differences = weights_of(np.abs(inside)) - weights_of(-np.abs(inside))
-        deviation = np.sqrt((share * (1 - share) * differences**2).sum()) / len(inside)
-        two_signs = 2 * np.abs(differences).max() / len(inside)
-        if abs(mean - 1) > max(3 * deviation, two_signs, ALLOWED_WEIGHT):
-            size = "large" if mean < 1 else "small"
-            alarms.append(
-                f"ALARM: the mean weight of held-out pairs below tau is {mean:.3f}, not 1 "
-                f"(standard deviation {deviation:.3f}): their margins are too {size}"
-            )
+    alarms = (_weight_alarm(inside, weights_of), _error_alarm(len(margins), calibration))
+    return [alarm for alarm in alarms if alarm is not None]
+
+
+def _weight_alarm(inside: Margins, weights_of: Callable[[Margins], Margins]) -> str | None:
+    """For margins below tau, (n,), whose mean weight is not 1 (see `describe_weights`).
+
+    It has to be off by more than ALLOWED_WEIGHT, three standard deviations of calibrated margins of
+    these sizes, and two wrong signs.
+    """
+    if len(inside) == 0:
+        return None
+    mean = weights_of(inside).mean()
+
+    # Calibrated: each sign is right with probability sigmoid(|margin|).
+    sizes = np.abs(inside)
+    p_right = expit(sizes)
+    effects = weights_of(sizes) - weights_of(-sizes)
+    deviation = np.sqrt((p_right * (1 - p_right) * effects**2).sum()) / len(inside)
+    two_signs = 2 * np.abs(effects).max() / len(inside)
+    if abs(mean - 1) <= max(3 * deviation, two_signs, ALLOWED_WEIGHT):
+        return None
+    size = "large" if mean < 1 else "small"
+    return (
+        f"ALARM: the mean weight of held-out pairs below tau is {mean:.3f}, not 1 "
+        f"(standard deviation {deviation:.3f}): their margins are too {size}"
+    )
+
+
+def _error_alarm(num_pairs: int, calibration: Mapping[str, Any]) -> str | None:
+    """For an ECE above ALLOWED_ERROR that chance and two wrong signs do not explain."""
     when = "after" if "ece_after" in calibration else "before"
     error = calibration[f"ece_{when}"]
     chance, deviation = _error_by_chance(calibration[f"reliability_{when}"])
-    if error > max(chance + max(3 * deviation, 2 / len(margins)), ALLOWED_ERROR):
-        alarms.append(
-            f"ALARM: the calibration error (ECE) is {error:.3f}, where chance makes {chance:.3f}: "
-            "see pictures/reliability.png and margins.calibration"
-        )
-    return alarms
+    explained = chance + max(3 * deviation, 2 / num_pairs)
+    if error <= max(explained, ALLOWED_ERROR):
+        return None
+    return (
+        f"ALARM: the calibration error (ECE) is {error:.3f}, where chance makes {chance:.3f}: "
+        "see pictures/reliability.png and margins.calibration"
+    )
 
 
 def _error_by_chance(bins: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
@@ -108,9 +121,9 @@ def _error_by_chance(bins: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
     pairs = np.array([one["pairs"] for one in bins], dtype=np.float64)
     confidence = np.array([one["confidence"] for one in bins])
     spread = np.sqrt(confidence * (1 - confidence) / pairs) * pairs / pairs.sum()
-    return float(np.sqrt(2 / np.pi) * spread.sum()), float(
-        np.sqrt((1 - 2 / np.pi) * (spread**2).sum())
-    )
+    mean = np.sqrt(2 / np.pi) * spread.sum()
+    deviation = np.sqrt((1 - 2 / np.pi) * (spread**2).sum())
+    return float(mean), float(deviation)
 
 
 def accuracy_by_margin(

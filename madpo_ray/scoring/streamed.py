@@ -14,7 +14,7 @@ from madpo_ray import columns
 from madpo_ray.artifacts.tables import column_names, read_columns
 from madpo_ray.columns import PAIR_ID
 from madpo_ray.config import ActorPool
-from madpo_ray.scoring.chunks import ScoredChunks, rows_of
+from madpo_ray.scoring.chunks import ScoredChunks, in_order_of
 from madpo_ray.scoring.reasons import check_reasons
 from madpo_ray.scoring.scaling import Scaling
 
@@ -109,7 +109,7 @@ class StreamedScores:
             if time.monotonic() - began > LISTING_S:
                 break
             time.sleep(1)
-        return rows_of(known, own[PAIR_ID])
+        return in_order_of(known, own[PAIR_ID])
 
     def find(self, ids: pa.ChunkedArray) -> pa.Table:
         """What the scorers gave, also if they failed, and has been kept; in any order."""
@@ -140,7 +140,7 @@ class StreamedScores:
         """The scorers' columns with what needs no scoring."""
         for table in self._finished_tables:
             table = table.filter(pc.is_in(table[PAIR_ID], value_set=own[PAIR_ID]))
-            found = rows_of(table, own[PAIR_ID])
+            found = in_order_of(table, own[PAIR_ID])
             for name in found.drop_columns([PAIR_ID, columns.REASON]).column_names:
                 scored = scored.append_column(name, found[name])
         return with_source(scored, own, self.source_columns)

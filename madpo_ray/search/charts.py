@@ -7,7 +7,7 @@ import altair as alt
 import numpy as np
 
 from madpo_ray.config import SEED
-from madpo_ray.evaluation.charts import BELOW, BLUE, GRAY, HEIGHT, RED, WIDTH, Rows, rows_of
+from madpo_ray.evaluation.charts import BELOW, BLUE, GRAY, HEIGHT, RED, WIDTH, Rows, chart_data
 
 
 def search_charts(
@@ -67,12 +67,12 @@ def _history(rows: Rows, objective: str) -> alt.TopLevelMixin:
     ]
     x = alt.X("trial:Q", title="trial", axis=alt.Axis(tickMinStep=1))
     points = (
-        alt.Chart(rows_of(plain))
+        alt.Chart(chart_data(plain))
         .mark_point(filled=True, size=50)
         .encode(x=x, y=_objective(objective), color=_state(), tooltip=["trial:Q", "objective:Q"])
     )
     so_far = (
-        alt.Chart(rows_of(line))
+        alt.Chart(chart_data(line))
         .mark_line(color=GRAY, interpolate="step-after")
         .encode(x=x, y=_objective(objective))
     )
@@ -90,13 +90,13 @@ def _against(rows: Rows, key: str, keys: Sequence[str], objective: str) -> alt.T
     spread = [] if key == SEED else _spread(rows, key, keys, objective)
     x = _axis([row[key] for row in rows], key)
     dots = (
-        alt.Chart(rows_of(points))
+        alt.Chart(chart_data(points))
         .mark_point(filled=True, size=40)
         .encode(x=x, y=_objective(objective), color=_state(), tooltip=["trial:Q", "objective:Q"])
     )
     layers = [dots]
     if spread:
-        bars = alt.Chart(rows_of(spread)).mark_rule(color=BLUE)
+        bars = alt.Chart(chart_data(spread)).mark_rule(color=BLUE)
         layers.insert(0, bars.encode(x=x, y=alt.Y("low:Q", title=objective), y2="high:Q"))
     return alt.layer(*layers).properties(
         width=WIDTH,
@@ -150,7 +150,7 @@ def _parallel(rows: Rows, keys: Sequence[str], objective: str) -> alt.Chart:
         for name in names
     ]
     chart: alt.Chart = (
-        alt.Chart(rows_of(lines))
+        alt.Chart(chart_data(lines))
         .mark_line(point=True, opacity=0.7)
         .encode(
             x=alt.X("key:N", title=None, sort=names, axis=alt.Axis(labelAngle=0)),
@@ -179,7 +179,7 @@ def _places(values: Sequence[Any]) -> list[float]:
 def _importance(importances: Mapping[str, float]) -> alt.Chart:
     rows = [{"key": key, "share": share} for key, share in importances.items()]
     chart: alt.Chart = (
-        alt.Chart(rows_of(rows))
+        alt.Chart(chart_data(rows))
         .mark_bar(color=BLUE)
         .encode(
             x=alt.X("share:Q", title="share of the objective's spread (functional ANOVA)"),

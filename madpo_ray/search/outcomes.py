@@ -1,12 +1,10 @@
 """Outcomes of trials: the best of them, a table of all, and which keys matter."""
 
-import csv
 import json
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -127,15 +125,6 @@ def table_of(outcomes: Sequence[TrialOutcome], objective: str) -> list[dict[str,
         for row, is_best in zip(complete, on_frontier(costs, gains), strict=True):
             row["on_frontier"] = is_best
     return rows
-
-
-def write_csv(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """One line per trial."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    with file.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, names)
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def importances(

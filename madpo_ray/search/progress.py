@@ -11,7 +11,7 @@ from rich.table import Table
 
 from madpo_ray.config import Config
 from madpo_ray.search.outcomes import EVALUATION, OBJECTIVES, TOTAL_STEPS, format_values
-from madpo_ray.search.space import complete
+from madpo_ray.search.space import with_reciprocals
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class SearchProgress(ray.tune.Callback):  # type: ignore[misc]
             self._live.stop()
 
     def _shown(self, trial: Any) -> str:
-        return format_values(complete(self._space, trial.config))
+        return format_values(with_reciprocals(self._space, trial.config))
 
     def _report(self, trials: list[Any], trial: Any) -> None:
         name = self._metric

@@ -7,7 +7,7 @@ import ray.tune
 
 from madpo_ray.atomic import write_json
 from madpo_ray.search.outcomes import EVALUATION
-from madpo_ray.search.space import Values, complete
+from madpo_ray.search.space import Values, with_reciprocals
 from madpo_ray.search.trials import Trials
 
 
@@ -33,7 +33,7 @@ class TrialRecords(ray.tune.Callback):  # type: ignore[misc]
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         result = trial.last_result or {}
         config = self._trials.config
-        own = self._trials.of(complete(config.search_space, trial.config))
+        own = self._trials.of(with_reciprocals(config.search_space, trial.config))
         own.record_end(result.get(EVALUATION, 0), result.get("time_total_s"))
         if not config.run.keep_checkpoints:
             own.discard_checkpoints()

@@ -32,7 +32,9 @@ def own_point(config: Config) -> Values | None:
     values = {key: _value_of(config, key) for key in drawn}
     if not all(_holds(drawn[key], value) for key, value in values.items()):
         return None
-    follow = {key: value for key, value in complete(space, values).items() if key not in drawn}
+    follow = {
+        key: value for key, value in with_reciprocals(space, values).items() if key not in drawn
+    }
     is_own = all(math.isclose(value, _value_of(config, key)) for key, value in follow.items())
     return values if is_own else None
 
@@ -90,7 +92,7 @@ def _draw(domain: Domain, rng: random.Random) -> Any:
     raise TypeError(f"{domain} is not drawn")
 
 
-def complete(space: Mapping[str, Domain], drawn: Mapping[str, Any]) -> Values:
+def with_reciprocals(space: Mapping[str, Domain], drawn: Mapping[str, Any]) -> Values:
     """The values of all keys of the space, in its order."""
     found = {}
     for key, domain in space.items():
@@ -123,7 +125,7 @@ def corners(space: Mapping[str, Domain]) -> list[Values]:
             {key: values[min(i, len(values) - 1)] for key, values in ends.items()}
             for i in range(longest)
         ]
-    return [complete(space, point) for point in points]
+    return [with_reciprocals(space, point) for point in points]
 
 
 def _ends(domain: Domain) -> tuple[Any, ...]:

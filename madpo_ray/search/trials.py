@@ -25,8 +25,8 @@ from madpo_ray.config import Config, Domain, with_changes
 from madpo_ray.data.order import Order
 from madpo_ray.errors import ExitCode, StoppedForGood
 from madpo_ray.search.outcomes import ACCURACY, EVALUATION, TOTAL_STEPS
-from madpo_ray.search.space import complete, settings_of
-from madpo_ray.training.checkpoints import checkpoint_folders, newest_checkpoint
+from madpo_ray.search.space import settings_of, with_reciprocals
+from madpo_ray.training.checkpoints import checkpoint_folders, newest_step
 from madpo_ray.training.job import Task, TrainingJob
 from madpo_ray.training.metrics import METRICS_FILE, read_metrics
 from madpo_ray.training.trainer import train_on_ray
@@ -150,8 +150,7 @@ class Trial:
         if self.has_ended:
             last = self._ended_record()[EVALUATION]
             return [one for one in evaluations if one[EVALUATION] <= last]
-        newest = newest_checkpoint(self.job.checkpoints)
-        step = newest[0] if newest else 0
+        step = newest_step(self.job.checkpoints)
         return [one for one in evaluations if one["step"] <= step]
 
     def numbered(self, numbers: Mapping[str, Any]) -> dict[str, Any]:
@@ -188,7 +187,8 @@ class Trial:
         try:
             train_on_ray(self.job, self.config.cluster, callbacks=callbacks)
         except StoppedForGood as stopped:
-            last_evaluation = (self.reports() or [{EVALUATION: 0}])[-1][EVALUATION]
+            reports = self.reports()
+            last_evaluation = reports[-1][EVALUATION] if reports else 0
             self.record_end(last_evaluation, time.monotonic() - began, stopped.message)
             raise
         if self.measure is not None:
@@ -203,7 +203,7 @@ class Trial:
 
 def run_trial(drawn: dict[str, Any], trials: Trials, space: dict[str, Domain]) -> None:
     """The trainable of Ray Tune."""
-    trial = trials.of(complete(space, drawn))
+    trial = trials.of(with_reciprocals(space, drawn))
     trial.job.checkpoints.mkdir(parents=True, exist_ok=True)
     with _alone(trial.job.checkpoints / "trial.lock"):
         trial.run()

@@ -19,7 +19,7 @@ from madpo_ray.search.outcomes import ACCURACY, EVALUATION, OBJECTIVES, TOTAL_ST
 from madpo_ray.search.progress import SearchProgress
 from madpo_ray.search.records import TrialRecords
 from madpo_ray.search.sampler import NumberedSampler, distributions_of
-from madpo_ray.search.space import Values, complete, count_trials, own_point, random_points
+from madpo_ray.search.space import Values, count_trials, own_point, random_points, with_reciprocals
 from madpo_ray.search.trials import Trials, run_trial
 from madpo_ray.training.metrics import METRICS_FILE
 from madpo_ray.waiting import waiting
@@ -160,7 +160,7 @@ def _scheduler(config: Config) -> ASHAScheduler | None:
 
 def _outcome(trials: Trials, drawn: Values, result: ray.tune.Result) -> TrialOutcome:
     """What is on the disk of a trial, and its error."""
-    values = complete(trials.config.search_space, drawn)
+    values = with_reciprocals(trials.config.search_space, drawn)
     seconds = (result.metrics or {}).get("time_total_s")
     last: dict[str, Any] = {}
     with contextlib.suppress(UserError):  # no training has such settings: that is its error

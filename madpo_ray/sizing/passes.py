@@ -42,7 +42,9 @@ class PassNeeds:
         The layers of a spread model run one after another, so that one GPU of an actor works.
         """
         if gpus_per_actor > 1:
-            speed = self.pairs_per_second and self.pairs_per_second / gpus_per_actor
+            speed = self.pairs_per_second
+            if speed is not None:
+                speed /= gpus_per_actor
             weights = math.ceil(self.weights / gpus_per_actor)
             return dataclasses.replace(self, weights=weights, pairs_per_second=speed)
         together = max(1, math.floor(1 / gpus_per_actor))
@@ -103,8 +105,9 @@ def pass_needs(
             )
         )
     gpus_per_actor = config.actors.num_gpus or 1.0
-    for one in scorers if scoring.one_model_at_a_time else [_together(name, scorers)]:
-        yield one.placed(gpus_per_actor)
+    passes = scorers if scoring.one_model_at_a_time else [_together(name, scorers)]
+    for needs in passes:
+        yield needs.placed(gpus_per_actor)
 
     # Samples of all policies, with the keys and values of one at a time.
     evaluated = config.evaluate

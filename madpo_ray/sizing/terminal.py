@@ -8,7 +8,7 @@ from rich.table import Table
 from madpo_ray.sizing.gpus import Cluster
 from madpo_ray.sizing.passes import PassNeeds
 from madpo_ray.sizing.plan import Needs
-from madpo_ray.sizing.trainings import Choice, TrainingNeeds
+from madpo_ray.sizing.trainings import SizedSettings, TrainingNeeds
 
 PAIRS = 100_000  # for which hours are given
 GIB = 2**30
@@ -105,7 +105,7 @@ def _peak(size: int, cluster: Cluster) -> str:
     return _gib(size) + ("" if size <= cluster.limit else " *")
 
 
-def _needed(choice: Choice) -> str:
+def _needed(choice: SizedSettings) -> str:
     return (
         f"{_gib(choice.memory.peak)} GiB per GPU and {_gib(choice.host)} GiB of host memory per "
         "node"

@@ -56,7 +56,7 @@ class Training(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Choice:
+class SizedSettings:
     """Settings, and what they need."""
 
     changes: Mapping[str, Any]  # keys that differ from the section of the training
@@ -71,10 +71,10 @@ class TrainingNeeds:
     stage: str
     shape: Shape
     footprint: Footprint
-    configured: Choice
+    configured: SizedSettings
     by_zero_stage: Mapping[int, RankMemory]
     recomputed: Mapping[int, RankMemory]  # the same with gradient_checkpointing
-    fitting: Choice | None  # the first settings that fit; None if none do
+    fitting: SizedSettings | None  # the first settings that fit; None if none do
     checkpoint: int  # bytes, over all ranks, with the first settings that fit
     pairs_per_second: float
     times: int  # how often it trains
@@ -139,7 +139,7 @@ class _Sizer:
         changes = {**_ALL_OFF, "gradient_checkpointing": is_recomputed}
         return {stage: self.memory({**changes, "zero_stage": stage}) for stage in range(4)}
 
-    def first_that_fits(self) -> Choice | None:
+    def first_that_fits(self) -> SizedSettings | None:
         """The first of the ladder's settings, with as many pairs per forward as possible."""
         # ZeRO-3 cannot shard 4-bit weights, and gathers weights inside layers, as compiled ones
         # must not.
@@ -164,13 +164,13 @@ class _Sizer:
         tokens = self._lengths.tokens_of_pair(len(self._training.responses), packed=self._packed)
         return {"max_tokens_per_device": num_pairs * tokens}
 
-    def choice(self, settings: Mapping[str, Any], memory: RankMemory) -> Choice:
+    def choice(self, settings: Mapping[str, Any], memory: RankMemory) -> SizedSettings:
         current = self._training.settings
         changes = {key: value for key, value in settings.items() if getattr(current, key) != value}
         host = self._cluster.gpus_per_node * (memory.host + PROCESS_BYTES)
         if self._training.is_merged:
             host += self.footprint(self.shape.pairs, False).parameters * MASTER
-        return Choice(changes, memory, host)
+        return SizedSettings(changes, memory, host)
 
 
 def training_needs(

@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from madpo_ray import columns
 from madpo_ray.artifacts.tables import column_names, read_split
-from madpo_ray.atomic import write_json
+from madpo_ray.atomic import write_csv, write_json
 from madpo_ray.config import Config
 from madpo_ray.errors import UserError
 from madpo_ray.stages import margins, pairs, train
@@ -155,7 +155,7 @@ def _samples(build: Build) -> dict[str, Any]:
     import pyarrow.parquet as pq
 
     from madpo_ray.evaluation.sample_sets import POLICY, REFERENCE, SampleSet
-    from madpo_ray.evaluation.samples import compare_with_others, describe_samples, write_csv
+    from madpo_ray.evaluation.samples import compare_with_others, describe_samples, flat_entry
     from madpo_ray.scoring.actors import score_table
 
     # Draw them.
@@ -174,7 +174,7 @@ def _samples(build: Build) -> dict[str, Any]:
     num_prompts = table.num_rows // SAMPLES_PER_PROMPT
     entries = describe_samples(table, sets, num_prompts=num_prompts)
     pq.write_table(table, build.folder / SAMPLES)
-    write_csv(build.folder / "samples.csv", entries)
+    write_csv(build.folder / "samples.csv", list(map(flat_entry, entries)))
     _draw_pictures(build.folder / "pictures", entries)
     shown = table.slice(0, config.evaluate.num_shown)
     before, after = (SampleSet(name, temperatures[0]).text for name in (REFERENCE, POLICY))

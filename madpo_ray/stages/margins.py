@@ -27,7 +27,7 @@ from madpo_ray.data.splits import folds_of
 from madpo_ray.models.source import base_model
 from madpo_ray.scoring.reasons import check_reasons
 from madpo_ray.stages import pairs, reward, reward_source, scores
-from madpo_ray.stages.margins_report import count_pairs, describe, write_report
+from madpo_ray.stages.margins_report import count_pairs, describe, write_margins_report
 from madpo_ray.stages.sft import initial_policy_content, stages_before_policy
 from madpo_ray.stages.stage import Build, Stage
 
@@ -126,7 +126,7 @@ def make(build: Build) -> dict[str, Any]:
         "rejects": rejects,
     }
     if calibration is not None:
-        results |= write_report(build, calibration, results["counts"])
+        results |= write_margins_report(build, calibration, results["counts"])
         results["weights_at"] = config.train.weighting
         results["is_in_sample"] = reward.is_trained(config) and config.reward.folds == 1
     if columns.MARGIN_STD in numbers.column_names:

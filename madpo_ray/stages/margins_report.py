@@ -39,7 +39,7 @@ def weights_of(margins: np.ndarray, settings: PolicyConfig) -> np.ndarray:
     return weights
 
 
-def write_report(
+def write_margins_report(
     build: Build, calibration: Mapping[str, Any], counts: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Writes numbers, pictures and suspicious pairs next to the rows of a stage.

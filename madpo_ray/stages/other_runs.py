@@ -51,15 +51,21 @@ def find_policy(folder: Path, config: Config) -> PolicyFiles:
             has other bits than this config's.
     """
     trained = folder / train.STAGE.name
-    manifest = read_manifest(trained)
-    if manifest is None:
-        raise UserError(f"{KEY}: {folder} has no finished training: give the folder of a run")
+    manifest = _training_manifest(folder)
     if lost := damage(trained):
         raise UserError(f"{KEY}: {trained} is damaged: {'; '.join(lost)}")
     policy = model_folder(trained)
     if not (policy / "adapter_config.json").exists():
         return PolicyFiles(policy, policy)
     return PolicyFiles(policy, _base_of(folder, manifest["inputs"], config))
+
+
+def _training_manifest(run: Path) -> dict[str, Any]:
+    """Raises UserError if the run has no finished training."""
+    manifest = read_manifest(run / train.STAGE.name)
+    if manifest is None:
+        raise UserError(f"{KEY}: {run} has no finished training: give the folder of a run")
+    return manifest
 
 
 def _base_of(folder: Path, made_from: dict[str, Any], own: Config) -> Path:
@@ -110,9 +116,7 @@ def runs_content(config: Config) -> dict[str, str]:
     """What the other policies are: hashes of what they were made from, and of their files."""
     found = {}
     for name, folder in run_folders(config).items():
-        manifest = read_manifest(folder / train.STAGE.name)
-        if manifest is None:
-            raise UserError(f"{KEY}: {folder} has no finished training: give the folder of a run")
+        manifest = _training_manifest(folder)
         parts = json.dumps([manifest["inputs"], manifest["files"]], sort_keys=True)
         found[f"run {name}"] = hashlib.sha256(parts.encode()).hexdigest()
     return found

@@ -19,7 +19,7 @@ from madpo_ray.data.checks import check_counts, check_files, holds_messages
 from madpo_ray.data.files import DataFile, Piece, forget_versions
 from madpo_ray.data.reader import PairReader
 from madpo_ray.data.sources import list_files, open_source
-from madpo_ray.data.splits import Found, Place, Repeats, find_repeats, require_order
+from madpo_ray.data.splits import Found, Repeats, RowKey, find_repeats, require_order
 from madpo_ray.errors import UserError
 from madpo_ray.models.limits import check_lengths, check_vocabulary
 from madpo_ray.models.source import base_model, check_model, model_inputs
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 # ray.data and transformers are imported inside functions: they take seconds, and neither
 # `--help` nor a wrong config should wait.
 
-PLACE = (columns.FILE_NUMBER, columns.ROW, columns.PAIR)
+ROW_KEY = (columns.FILE_NUMBER, columns.ROW, columns.PAIR)
 MAX_BLOCKS = 1024  # of files, or pieces of them, that Ray Data keeps track of
 REPEATED = "occurs more than once, or also with chosen and rejected swapped"
 REJECTS = pa.schema(
@@ -99,10 +99,11 @@ def make(build: Build) -> dict[str, Any]:
     folder = base_model(config.model, config.run)
     _check_tokenizer(config, folder)
 
-    checked = _read_all(build, folder)
+    files = list_files(config.data.files)
+    checked = _read_all(build, folder, files)
     facts = checked.select_columns(FACTS).materialize()  # once: each pass starts tasks
     repeats = find_repeats(lambda: _found(facts), config.data)
-    results = _counts(facts, list_files(config.data.files), repeats, config.data)
+    results = _counts(facts, files, repeats, config.data)
     check_counts(results, config.data)
     forget_versions()
 
@@ -153,12 +154,11 @@ class _ReaderActor:
                 yield from self._reader.tables(file, row[columns.FILE_NUMBER], piece)
 
 
-def _read_all(build: Build, folder: Path) -> "ray.data.Dataset":
+def _read_all(build: Build, folder: Path, files: Sequence[str]) -> "ray.data.Dataset":
     """All checked rows, good and bad, in the order of the files, held in Ray's object store."""
     import ray.data
 
     config = build.config
-    files = list_files(config.data.files)
     pieces = pa.Table.from_pylist(
         [
             {columns.FILE_NUMBER: number, columns.FILE: file, **piece._asdict()}
@@ -256,7 +256,7 @@ def _counts(
 
 def _found(facts: "ray.data.Dataset") -> Iterator[Found]:
     """The good rows, in order."""
-    names = [*PLACE, columns.CONTENT_HASH, columns.SWAPPED_HASH, columns.SPLIT]
+    names = [*ROW_KEY, columns.CONTENT_HASH, columns.SWAPPED_HASH, columns.SPLIT]
     for table in _tables(facts):
         good = table.filter(pc.is_valid(table[columns.CONTENT_HASH]))
         values = (good[name].to_pylist() for name in names)
@@ -270,7 +270,7 @@ def _identify(table: pa.Table, repeats: Repeats) -> pa.Table:
     digests = good[columns.CONTENT_HASH].to_pylist()
     ids = [
         f"{digest}-{repeats.occurrences.get(place, 0)}"
-        for digest, place in zip(digests, _places(good), strict=True)
+        for digest, place in zip(digests, _row_keys(good), strict=True)
     ]
     kept = good.drop_columns(ONLY_WHILE_READING)
     return kept.add_column(0, columns.PAIR_ID, pa.array(ids, type=pa.string()))
@@ -281,12 +281,12 @@ def _kept(table: pa.Table, repeats: Repeats) -> pa.Table:
     good = table.filter(pc.is_null(table[columns.REASON_KIND]))
     if not repeats.left_out:
         return good
-    is_kept = [place not in repeats.left_out for place in _places(good)]
+    is_kept = [place not in repeats.left_out for place in _row_keys(good)]
     return good.filter(pa.array(is_kept, pa.bool_()))
 
 
-def _places(table: pa.Table) -> list[Place]:
-    return list(zip(*(table[name].to_pylist() for name in PLACE), strict=True))
+def _row_keys(table: pa.Table) -> list[RowKey]:
+    return list(zip(*(table[name].to_pylist() for name in ROW_KEY), strict=True))
 
 
 def _rejects(table: pa.Table, left_out: Sequence[str]) -> pa.Table:

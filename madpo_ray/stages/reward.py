@@ -14,7 +14,14 @@ from madpo_ray.data.splits import require_full_folds
 from madpo_ray.errors import UserError
 from madpo_ray.models.source import base_model, check_model, model_inputs
 from madpo_ray.stages import pairs
-from madpo_ray.stages.stage import Build, Description, Stage, check_training, train, training_job
+from madpo_ray.stages.stage import (
+    Build,
+    Description,
+    Stage,
+    check_training,
+    run_training,
+    training_job,
+)
 
 
 def _settings(config: Config) -> dict[str, Any]:
@@ -90,12 +97,12 @@ def make(build: Build) -> dict[str, Any]:
     )
     num_folds = config.reward.folds
     if num_folds == 1:
-        return {"folds": [train(job, config.cluster)]}
+        return {"folds": [run_training(job, config.cluster)]}
     results = []
     for fold, output in enumerate(_parts(build.folder, num_folds)):
         output.mkdir()
         own = dataclasses.replace(job, output=output, trial=output.name, fold=(fold, num_folds))
-        results.append(train(own, config.cluster))
+        results.append(run_training(own, config.cluster))
     return {"folds": results}
 
 

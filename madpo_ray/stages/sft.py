@@ -14,7 +14,14 @@ from madpo_ray.data.checks import check_budget
 from madpo_ray.errors import UserError
 from madpo_ray.models.source import base_model, check_model, model_inputs
 from madpo_ray.stages import pairs
-from madpo_ray.stages.stage import Build, Description, Stage, check_training, train, training_job
+from madpo_ray.stages.stage import (
+    Build,
+    Description,
+    Stage,
+    check_training,
+    run_training,
+    training_job,
+)
 
 
 def _settings(config: Config) -> dict[str, Any]:
@@ -60,7 +67,7 @@ def make(build: Build) -> dict[str, Any]:
         initial=base_model(config.model, config.run),
         rows=pairs.STAGE.rows(config),
     )
-    return train(job, config.cluster)
+    return run_training(job, config.cluster)
 
 
 def describe(results: Mapping[str, Any]) -> Description:

@@ -236,7 +236,7 @@ class Stage:
             )
 
 
-def train(job: "TrainingJob", cluster: ClusterConfig) -> dict[str, Any]:
+def run_training(job: "TrainingJob", cluster: ClusterConfig) -> dict[str, Any]:
     """Runs a training on Ray; returns its last, or best, evaluation.
 
     Writes `model/`, `metrics.jsonl` and `tensorboard/` into the job's output folder.

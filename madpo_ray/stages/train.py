@@ -13,9 +13,16 @@ from madpo_ray.artifacts.tables import read_split
 from madpo_ray.config import Config
 from madpo_ray.data.checks import check_budget
 from madpo_ray.errors import UserError
-from madpo_ray.stages import margins, pairs, reward, scores, stage
+from madpo_ray.stages import margins, pairs, reward, scores
 from madpo_ray.stages.sft import initial_policy, initial_policy_content, stages_before_policy
-from madpo_ray.stages.stage import Build, Description, Stage, check_training, training_job
+from madpo_ray.stages.stage import (
+    Build,
+    Description,
+    Stage,
+    check_training,
+    run_training,
+    training_job,
+)
 
 if TYPE_CHECKING:
     from madpo_ray.training.job import PolicyTask, TrainingJob
@@ -135,20 +142,20 @@ def make(build: Build) -> dict[str, Any]:
     elif margins.STAGE.require(config)["rejects"]:
         # A streamed training has these rows in its order: its checkpoints are of other steps.
         job = dataclasses.replace(job, trial="scored")
-    return stage.train(job, config.cluster)
+    return run_training(job, config.cluster)
 
 
 def _restore_lost_scores(job: "TrainingJob", build: Build) -> None:
     """Scores pairs again that were trained on before the newest checkpoint, and have no scores."""
     from madpo_ray.data.order import Order
-    from madpo_ray.training.checkpoints import newest_checkpoint
+    from madpo_ray.training.checkpoints import newest_step
 
-    newest = newest_checkpoint(job.checkpoints)
+    newest = newest_step(job.checkpoints)
     streamed = job.streamed
-    if newest is None or streamed is None or not streamed.scorers:
+    if newest == 0 or streamed is None or not streamed.scorers:
         return
     order = Order(job.order_spec(build.config.cluster.num_workers))
-    step = min(newest[0], order.steps_per_epoch, order.total_steps)
+    step = min(newest, order.steps_per_epoch, order.total_steps)
     members = [order.members(number)[0] for number in range(order.first_micro_batch(step))]
     if not members:
         return

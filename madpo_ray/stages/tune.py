@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from madpo_ray import columns
-from madpo_ray.atomic import write_json
+from madpo_ray.atomic import write_csv, write_json
 from madpo_ray.config import Config, parse_config, save_config, with_changes
 from madpo_ray.config.search import Choice, Grid
 from madpo_ray.errors import UserError
@@ -172,7 +172,7 @@ def _write_trials(
     """Writes the table of all trials, and pictures."""
     from madpo_ray.evaluation.charts import save_picture
     from madpo_ray.search.charts import search_charts
-    from madpo_ray.search.outcomes import OBJECTIVES, importances, write_csv
+    from madpo_ray.search.outcomes import OBJECTIVES, importances
 
     space = build.config.search_space
     objective = build.config.tune.objective

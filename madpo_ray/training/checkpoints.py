@@ -8,11 +8,11 @@ accidents, not attackers: the files are pickles, so a run's folder must be trust
 import errno
 import json
 import logging
-import math
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -78,13 +78,9 @@ def save_checkpoint(engine: DeepSpeedEngine, folder: Path, state: Mapping[str, A
 
 def _own_state(engine: DeepSpeedEngine) -> dict[str, Any]:
     """Random state of this rank, and what it trains."""
-    random_state = {"cpu": torch.get_rng_state(), "cuda": None}
-    if torch.cuda.is_available():
-        random_state["cuda"] = torch.cuda.get_rng_state()
-    return {
-        "random": random_state,
-        "shapes": engine.trained_shapes(),
-    }
+    on_gpu = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    random_state = {"cpu": torch.get_rng_state(), "cuda": on_gpu}
+    return {"random": random_state, "shapes": engine.trained_shapes()}
 
 
 def check_space(engine: DeepSpeedEngine, run: Path) -> None:
@@ -113,7 +109,7 @@ def load_checkpoint(engine: DeepSpeedEngine, folder: Path) -> dict[str, Any]:
     """
     # Progress, objective and random state of this rank.
     rank = dist.get_rank()
-    saved_ranks = _saved_world_size(folder)
+    saved_ranks = int(_listing(folder, 0)["world_size"])
     part = folder / f"rank-{rank % saved_ranks}.pt"
     state: dict[str, Any] = torch.load(part, weights_only=True)
     _check_shapes(folder, state.pop("shapes"), engine.trained_shapes())
@@ -185,8 +181,15 @@ def _listings(folder: Path) -> list[dict[str, Any]]:
     return [first, *(_listing(folder, rank) for rank in range(1, int(first["world_size"])))]
 
 
-def newest_checkpoint(run: Path, step: int | None = None) -> tuple[int, Path] | None:
-    """Step and folder of a run's newest complete checkpoint, or None.
+class Checkpoint(NamedTuple):
+    """A complete checkpoint."""
+
+    step: int
+    folder: Path
+
+
+def newest_checkpoint(run: Path, step: int | None = None) -> Checkpoint | None:
+    """A run's newest complete checkpoint, or None.
 
     Only that step's, if one is given. A newer one that is torn, cannot be read or was changed after
     it was written is skipped with a warning, and so is one whose best step is lost.
@@ -201,21 +204,25 @@ def newest_checkpoint(run: Path, step: int | None = None) -> tuple[int, Path] | 
         elif step is None and not _has_best(run, candidate):
             logger.warning("the best step's checkpoint is lost, so %s is of no use", candidate)
         else:
-            return found, candidate
+            return Checkpoint(found, candidate)
     return None
+
+
+def newest_step(run: Path) -> int:
+    """The step of a run's newest complete checkpoint; 0 without one."""
+    return newest.step if (newest := newest_checkpoint(run)) else 0
 
 
 def _has_best(run: Path, candidate: Path) -> bool:
     """Whether the step whose weights would be exported now is complete, too."""
-    listing = _listing(candidate, 0)
-    best = listing["best_step"]
-    return best in (0, listing["step"]) or newest_checkpoint(run, best) is not None
+    step, best = (_listing(candidate, 0)[name] for name in ("step", "best_step"))
+    return best in (0, step) or newest_checkpoint(run, best) is not None
 
 
 def agreed_checkpoint(run: Path, step: int | None = None) -> Path | None:
     """The folder of `newest_checkpoint` as rank 0 sees it, on every rank. A collective."""
     found = newest_checkpoint(run, step) if dist.get_rank() == 0 else None
-    agreed: Path | None = broadcast_object(found[1] if found else None)
+    agreed: Path | None = broadcast_object(found.folder if found else None)
     return agreed
 
 
@@ -234,7 +241,7 @@ def prune_checkpoints(run: Path, progress: Progress, *, limit: int) -> None:
     kept = {progress.step, progress.best_step}
     for other in earlier:
         if len(kept - {0}) < limit:
-            kept.add(int(other))
+            kept.add(other)
     for path, claim in claims.items():
         if claim <= progress.step and claim not in kept:
             discard(path)
@@ -244,7 +251,7 @@ def is_resized(folder: Path | None, zero_stage: int) -> bool:
     """Whether there is a checkpoint whose state is sharded for another number of ranks."""
     if folder is None or zero_stage == 0:
         return False
-    return _saved_world_size(folder) != dist.get_world_size()
+    return int(_listing(folder, 0)["world_size"]) != dist.get_world_size()
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
@@ -257,13 +264,13 @@ def checkpoint_folders(run: Path) -> list[Path]:
     return [path for path in run.glob("checkpoint_*") if path.is_dir()]
 
 
-def _claimed_step(folder: Path) -> float:
+def _claimed_step(folder: Path) -> int:
     """The step that a checkpoint claims; the one in its name if its listing cannot be read."""
     try:
-        return float(_listing(folder, 0)["step"])
+        return int(_listing(folder, 0)["step"])
     except DAMAGE:
         number = folder.name.rpartition("_")[2]
-        return float(number) if number.isdigit() else math.inf
+        return int(number) if number.isdigit() else sys.maxsize  # it may be the newest
 
 
 def _is_torn(folder: Path) -> bool:
@@ -275,10 +282,6 @@ def _is_torn(folder: Path) -> bool:
         return error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
     except DAMAGE:
         return True
-
-
-def _saved_world_size(folder: Path) -> int:
-    return int(_listing(folder, 0)["world_size"])
 
 
 def _convert(folder: Path, saved_ranks: int) -> None:

@@ -127,10 +127,6 @@ class TrainingJob:
         except FileNotFoundError:
             return False
 
-    def bound_of_responses(self, max_response_tokens: int) -> int | None:
-        """What fixes the number of chunks that the head reads under ZeRO-3; else None."""
-        return max_response_tokens if self.settings.zero_stage == 3 else None
-
     def may_pack(self) -> bool:
         """Whether a micro-batch may be one packed row; ranks find out at load."""
         trust = self.model.trust_remote_code
@@ -193,6 +189,15 @@ class TrainingJob:
         )
 
 
+def _load_language_model(job: TrainingJob, max_response_tokens: int) -> ResponseLogps:
+    """A policy to train."""
+    model = load_policy(job.base_folder, job.model, device=use_device())
+    model = prepare_for_training(model, job.settings, task_type="CAUSAL_LM")
+    # Under ZeRO-3 every rank reads equally many chunks of the head.
+    bound = max_response_tokens if job.settings.zero_stage == 3 else None
+    return ResponseLogps(model, bound)
+
+
 @dataclass(frozen=True)
 class PolicyTask:
     """DPO and its relatives, on stored reference log-probs."""
@@ -202,9 +207,7 @@ class PolicyTask:
     responses: tuple[str, ...] = RESPONSE_IDS
 
     def load(self, job: TrainingJob, max_response_tokens: int) -> nn.Module:
-        model = load_policy(job.base_folder, job.model, device=use_device())
-        model = prepare_for_training(model, job.settings, task_type=self.task_type)
-        return ResponseLogps(model, job.bound_of_responses(max_response_tokens))
+        return _load_language_model(job, max_response_tokens)
 
     def objective(self, job: TrainingJob) -> Objective:
         assert isinstance(job.settings, PolicyConfig)
@@ -229,9 +232,7 @@ class SFTTask:
     responses: tuple[str, ...] = (CHOSEN_IDS,)
 
     def load(self, job: TrainingJob, max_response_tokens: int) -> nn.Module:
-        model = load_policy(job.base_folder, job.model, device=use_device())
-        model = prepare_for_training(model, job.settings, task_type=self.task_type)
-        return ResponseLogps(model, job.bound_of_responses(max_response_tokens))
+        return _load_language_model(job, max_response_tokens)
 
     def objective(self, job: TrainingJob) -> Objective:
         return SFTObjective()
@@ -288,7 +289,8 @@ class RewardTask:
     def _classifier(
         self, job: TrainingJob, model_config: ModelConfig, *, device: torch.device | None = None
     ) -> nn.Module:
-        model: Any = new_reward_model(job.base_folder, model_config, device=device)
-        model.config.pad_token_id = self.tokenizer(job).pad_token_id
-        setattr(model.config, READS_END, True)
-        return model  # type: ignore[no-any-return]
+        model = new_reward_model(job.base_folder, model_config, device=device)
+        config: Any = model.config
+        config.pad_token_id = self.tokenizer(job).pad_token_id
+        setattr(config, READS_END, True)
+        return model

@@ -67,7 +67,7 @@ class RunReporter:
         newest = newest_checkpoint(self._job.checkpoints)
         if newest is None:
             return "No checkpoint was saved yet"
-        return f"The last good checkpoint is that of step {newest[0]}, {newest[1]}"
+        return f"The last good checkpoint is that of step {newest.step}, {newest.folder}"
 
 
 class Noticeboard:

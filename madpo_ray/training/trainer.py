@@ -27,6 +27,7 @@ from madpo_ray.training.bar import training_bar
 from madpo_ray.training.checkpoints import (
     CheckpointWriteError,
     newest_checkpoint,
+    newest_step,
     warn_of_versions,
 )
 from madpo_ray.training.feed import datasets_of
@@ -152,7 +153,7 @@ def _fit(
     callbacks: Sequence[ray.train.UserCallback],
     terminated: threading.Event,
 ) -> Outcome:
-    """Runs the workers, again after a failure that may not come again."""
+    """Runs the workers; restarts them after a failure that may be temporary."""
     # Ray Train reads them from the environment only; the config decides.
     os.environ[GROUP_START_TIMEOUT] = str(cluster.placement_timeout_s)
     os.environ[COLLECTIVE_TIMEOUT] = str(cluster.collective_timeout_s)
@@ -160,10 +161,11 @@ def _fit(
     restarts = Restarts(cluster.max_failures)
     newest = newest_checkpoint(job.checkpoints)  # here, so that its warnings are seen
     if newest is not None:
-        warn_of_versions(newest[1])
-        logger.info("%s resumes at step %d of %d", job.stage, newest[0], order.total_steps)
+        warn_of_versions(newest.folder)
+        logger.info("%s resumes at step %d of %d", job.stage, newest.step, order.total_steps)
+    start_step = newest.step if newest else 0
     while True:
-        trainer = _make_trainer(job, cluster, order, callbacks, newest[0] if newest else 0, notes)
+        trainer = _make_trainer(job, cluster, order, callbacks, start_step, notes)
         try:
             with notes.reporting_deaths():
                 outcome = trainer.fit().return_value
@@ -176,13 +178,12 @@ def _fit(
                 message = "received SIGTERM, and the workers failed: the same command resumes"
                 raise Stopped(message, ExitCode.TERMINATED) from error
             end_if_certain(error, cluster, job.checkpoints)
-            newest = newest_checkpoint(job.checkpoints)
+            start_step = newest_step(job.checkpoints)
             if is_preemption(error):
                 logger.warning("a node was preempted: starting the workers again")
                 continue
             cause, is_deterministic = failure_cause(error)
-            step = newest[0] if newest else 0
-            if not restarts.record_failure(cause, step, is_deterministic=is_deterministic):
+            if not restarts.record_failure(cause, start_step, is_deterministic=is_deterministic):
                 raise
             continue
         assert isinstance(outcome, Outcome)

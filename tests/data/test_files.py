@@ -14,7 +14,7 @@ from datasets import Dataset, DatasetDict
 from moto.server import ThreadedMotoServer
 
 from madpo_ray.config import parse_config
-from madpo_ray.data.files import DataFile, Place, forget_versions
+from madpo_ray.data.files import DataFile, StoreUri, forget_versions
 from madpo_ray.data.sources import list_files, open_source
 from madpo_ray.errors import UserError
 
@@ -150,12 +150,12 @@ def test_hub_that_is_not_there(name: str) -> None:
 
 
 def test_public_buckets_are_read_without_credentials() -> None:
-    place = Place.of("gs://anonymous@bucket/a/b.jsonl")
+    place = StoreUri.of("gs://anonymous@bucket/a/b.jsonl")
     assert place.path == "bucket/a/b.jsonl"
     _, (options,) = place.system.__reduce__()
     assert options["anonymous"]
     assert place.uri("bucket/c") == "gs://anonymous@bucket/c"
-    assert Place.of(place.uri(place.path)) == place
+    assert StoreUri.of(place.uri(place.path)) == place
 
 
 def test_names_of_stores_stay_as_they_are(raw_config: dict[str, Any], options: str) -> None:

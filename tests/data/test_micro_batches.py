@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 from madpo_ray import columns
 from madpo_ray.artifacts.tables import read_split, write_table
 from madpo_ray.data.micro_batches import (
-    LENGTHS,
     NUMBER,
-    PLACE,
+    STEP_FIELDS,
+    TOKEN_COUNTS,
     TOKENS,
     MicroBatchReader,
     decode_micro_batch,
@@ -24,7 +24,7 @@ from support.ranks import MakeJob
 
 def test_columns_of_pairs_cannot_take_the_names_of_fields() -> None:
     """They would overwrite them."""
-    assert {NUMBER, TOKENS, LENGTHS, *PLACE} == set(columns.MICRO_BATCH)
+    assert {NUMBER, TOKENS, TOKEN_COUNTS, *STEP_FIELDS} == set(columns.MICRO_BATCH)
 
 
 def test_several_at_once_are_the_same_as_one_by_one(policy_job: MakeJob) -> None:

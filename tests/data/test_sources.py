@@ -11,7 +11,7 @@ from madpo_ray.data import files
 from madpo_ray.data.sources import (
     HUB_DATASET,
     KINDS,
-    count_rows,
+    bound_rows,
     files_of_train,
     list_files,
     open_source,
@@ -144,10 +144,10 @@ def test_link_to_nothing_is_refused(name: str, tmp_path: Path) -> None:
 def test_torn_file_has_no_count(tmp_path: Path) -> None:
     whole = gzip.compress(b"".join(b'{"a": %d}\n' % (i * 7919) for i in range(9000)))
     (tmp_path / "a.jsonl.gz").write_bytes(whole)
-    assert count_rows(str(tmp_path / "a.jsonl.gz")) == 9000
+    assert bound_rows(str(tmp_path / "a.jsonl.gz")) == 9000
     (tmp_path / "a.jsonl.gz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=r"a\.jsonl\.gz cannot be read"):
-        count_rows(str(tmp_path / "a.jsonl.gz"))
+        bound_rows(str(tmp_path / "a.jsonl.gz"))
 
 
 def test_empty_folder_and_missing_file_are_refused(tmp_path: Path) -> None:

@@ -5,8 +5,9 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from madpo_ray.atomic import write_csv
 from madpo_ray.evaluation.sample_sets import SampleSet
-from madpo_ray.evaluation.samples import compare_with_others, describe_samples, write_csv
+from madpo_ray.evaluation.samples import compare_with_others, describe_samples, flat_entry
 
 POLICY, REFERENCE = SampleSet("policy", 0.7), SampleSet("reference", 0.7)
 OTHER = SampleSet("other", 0.7)
@@ -62,7 +63,7 @@ def test_comparisons_are_paired_by_prompt() -> None:
 
 def test_csv_has_intervals_as_columns(tmp_path: Path) -> None:
     entries = describe_samples(TABLE, BOTH, num_prompts=2)
-    write_csv(tmp_path / "samples.csv", entries)
+    write_csv(tmp_path / "samples.csv", list(map(flat_entry, entries)))
     header, policy, reference = (tmp_path / "samples.csv").read_text().splitlines()
     assert header.startswith("policy,temperature,samples,tokens,")
     assert "reward,reward_low,reward_high" in header

@@ -12,7 +12,7 @@ from madpo_ray.config import ModelConfig
 from madpo_ray.passes import BatchNotes
 from madpo_ray.scoring import batches
 from madpo_ray.scoring.actors import ScoringActor
-from madpo_ray.scoring.batches import Batches, Layout, cut
+from madpo_ray.scoring.batches import Batches, Layout, cut_into_batches
 from madpo_ray.scoring.scorers import EnsembleReward, PolicyLogps, Scorer, TrainedReward
 from support.forwards import PAIRS
 from support.models import make_reward_model
@@ -24,14 +24,14 @@ def test_rows_are_cut_by_number_or_by_tokens() -> None:
     """Longest first; equal lengths keep their order."""
     lengths = np.array([3, 9, 5, 5, 1])
     for padded in (True, False):
-        assert list(cut(lengths, 2, None, padded=padded)) == [[1, 2], [3, 0], [4]]
-        assert list(cut(lengths, 2, 10, padded=padded)) == [[1], [2, 3], [0, 4]]
-        assert list(cut(lengths, 2, 18, padded=padded)) == [[1, 2], [3, 0, 4]]
-        assert list(cut(np.array([]), 2, None, padded=padded)) == []
-    assert list(cut(lengths, 2, 4, padded=True)) == [[1], [2], [3], [0], [4]]
-    assert list(cut(lengths, 2, 4, padded=False)) == [[1], [2], [3], [0, 4]]
-    assert list(cut(lengths, 2, 14, padded=True)) == [[1], [2, 3], [0, 4]]
-    assert list(cut(lengths, 2, 14, padded=False)) == [[1, 2], [3, 0, 4]]
+        assert list(cut_into_batches(lengths, 2, None, padded=padded)) == [[1, 2], [3, 0], [4]]
+        assert list(cut_into_batches(lengths, 2, 10, padded=padded)) == [[1], [2, 3], [0, 4]]
+        assert list(cut_into_batches(lengths, 2, 18, padded=padded)) == [[1, 2], [3, 0, 4]]
+        assert list(cut_into_batches(np.array([]), 2, None, padded=padded)) == []
+    assert list(cut_into_batches(lengths, 2, 4, padded=True)) == [[1], [2], [3], [0], [4]]
+    assert list(cut_into_batches(lengths, 2, 4, padded=False)) == [[1], [2], [3], [0, 4]]
+    assert list(cut_into_batches(lengths, 2, 14, padded=True)) == [[1], [2, 3], [0, 4]]
+    assert list(cut_into_batches(lengths, 2, 14, padded=False)) == [[1, 2], [3, 0, 4]]
 
 
 @pytest.mark.parametrize("packed", [True, False])

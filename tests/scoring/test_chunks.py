@@ -15,7 +15,7 @@ from madpo_ray.columns import LENGTHS
 from madpo_ray.config import ActorPool, ClusterConfig
 from madpo_ray.passes import BatchNotes
 from madpo_ray.scoring.actors import ScoringActor, score_rows
-from madpo_ray.scoring.chunks import ScoredChunks, rows_of
+from madpo_ray.scoring.chunks import ScoredChunks, in_order_of
 
 
 def scored(*ids: str) -> pa.Table:
@@ -34,7 +34,7 @@ def test_keeps_chunks_by_their_pairs(tmp_path: Path) -> None:
 
 
 def test_finds_pairs_of_other_chunks(tmp_path: Path) -> None:
-    """Another number of workers cuts other chunks; rows_of gives them in order."""
+    """Another number of workers cuts other chunks; in_order_of gives them in order."""
     folder = tmp_path / "kept"
     assert ScoredChunks(folder, ["margin"]).find(scored("a")["pair_id"]) is None
     ScoredChunks(folder, ["margin"]).write(scored("a", "b"))
@@ -43,12 +43,12 @@ def test_finds_pairs_of_other_chunks(tmp_path: Path) -> None:
     found = ScoredChunks(folder, ["margin"]).find(ids)
     assert found is not None
     assert sorted(found["pair_id"].to_pylist()) == ["b", "c"]
-    assert rows_of(found, ids.take([0, 2])).to_pylist() == [
+    assert in_order_of(found, ids.take([0, 2])).to_pylist() == [
         {"pair_id": "c", "margin": 1.0, "reason": None},
         {"pair_id": "b", "margin": 2.0, "reason": None},
     ]
     with pytest.raises(RuntimeError, match="1 pairs have no scores, such as d"):
-        rows_of(found, ids)
+        in_order_of(found, ids)
 
 
 def test_a_success_counts_whatever_chunk_it_is_in(tmp_path: Path) -> None:

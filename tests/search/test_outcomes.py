@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from madpo_ray.atomic import write_csv
 from madpo_ray.config.search import LogUniform, Reciprocal, Uniform
 from madpo_ray.errors import Stopped
 from madpo_ray.search.outcomes import (
@@ -15,7 +16,6 @@ from madpo_ray.search.outcomes import (
     format_values,
     importances,
     table_of,
-    write_csv,
 )
 
 ACCURACY = "eval_rewards/accuracies"

@@ -7,13 +7,13 @@ import pytest
 from madpo_ray.config import parse_config
 from madpo_ray.errors import UserError
 from madpo_ray.search.space import (
-    complete,
     corners,
     count_trials,
     drawn_domains,
     own_point,
     random_points,
     settings_of,
+    with_reciprocals,
 )
 
 SPACE = {
@@ -34,7 +34,7 @@ def test_reciprocal_follows(raw_config: dict[str, Any]) -> None:
     space = config_with(raw_config, SPACE).search_space
     assert "train.c_min" not in drawn_domains(space)
     drawn = {"train.c_max": 4.0, "train.beta": 0.1, "train.lora_r": 8, "train.loss_type": "madpo"}
-    values = complete(space, drawn)
+    values = with_reciprocals(space, drawn)
     assert list(values) == list(SPACE)
     assert values["train.c_min"] == 0.25
     assert settings_of({**values, "run.seed": 3}) == (
@@ -49,7 +49,7 @@ def test_own_point_is_in_the_space_or_none(raw_config: dict[str, Any]) -> None:
     own = own_point(config)
     assert own is not None
     assert own["train.c_max"] == config.train.c_max
-    assert complete(config.search_space, own)["train.c_min"] == config.train.c_min
+    assert with_reciprocals(config.search_space, own)["train.c_min"] == config.train.c_min
     raw_config["train"]["c_min"] = 0.5  # c_max gives 0.25: it would not be the config's
     assert own_point(config_with(raw_config, SPACE)) is None
     raw_config["train"] |= {"c_min": 0.25, "beta": 2.0}

@@ -83,7 +83,7 @@ def test_running_statistics_forget_a_skipped_step(
     train_on(poisoned(job, "logps"), 2)
     found = newest_checkpoint(job.checkpoints)
     assert found is not None
-    state = torch.load(found[1] / "rank-0.pt", weights_only=False)
+    state = torch.load(found.folder / "rank-0.pt", weights_only=False)
     assert state["progress"]["skipped"] == 1
     assert all(torch.isfinite(value) for value in state["objective"]["statistics"])
     assert len(logged(job)) == 3
