@@ -312,7 +312,7 @@ def _measure_feed(folder: Path, pairs: int, workers: int, seconds: float) -> dic
 
 def measure_scoring(folder: Path, count: int) -> dict[str, float]:
     """Memory of the driver and of the largest actor while pairs are scored, and the seconds."""
-    from madpo_ray.config import ActorPool, ModelConfig
+    from madpo_ray.config import ActorPool, ForwardOptions, ModelConfig
     from madpo_ray.scoring.actors import score_rows
     from madpo_ray.scoring.scorers import PolicyLogps
 
@@ -320,7 +320,7 @@ def measure_scoring(folder: Path, count: int) -> dict[str, float]:
     make_conversations(folder, 1)
     in_a_process(write_rows, folder / "data", count, SHORT, 8000)
     model = ModelConfig(model_name_or_path=str(folder / "model"))
-    scorer = PolicyLogps(folder / "model", model, columns=REF_LOGPS, batch_size=64)
+    scorer = PolicyLogps(folder / "model", model, columns=REF_LOGPS, forward=ForwardOptions(64))
     peaks = {"driver": Peak(), "actor": Peak(SCORER)}
     ray.init(
         address="local",

@@ -30,7 +30,14 @@ from madpo_ray import pipeline
 from madpo_ray.artifacts.tables import read_columns
 from madpo_ray.cluster.connection import connected
 from madpo_ray.columns import REF_LOGPS, TOKEN_COLUMNS
-from madpo_ray.config import ActorPool, ClusterConfig, Config, ModelConfig, parse_config
+from madpo_ray.config import (
+    ActorPool,
+    ClusterConfig,
+    Config,
+    ForwardOptions,
+    ModelConfig,
+    parse_config,
+)
 from madpo_ray.passes import BatchNotes
 from madpo_ray.scoring.actors import score_rows
 from madpo_ray.scoring.scorers import PolicyLogps
@@ -81,7 +88,7 @@ class PlainLoop:
 
 def scorer_of(model: Path) -> PolicyLogps:
     config = ModelConfig(model_name_or_path=str(model))
-    return PolicyLogps(model, config, columns=REF_LOGPS, batch_size=BATCH_SIZE)
+    return PolicyLogps(model, config, columns=REF_LOGPS, forward=ForwardOptions(BATCH_SIZE))
 
 
 def compare_loops(work: Path, model: Path, shape: str, rounds: int, seed: int) -> dict[str, float]:

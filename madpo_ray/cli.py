@@ -105,16 +105,18 @@ def _perform(
         action(loaded, loaded.run.deadline(began))
 
 
-@contextlib.contextmanager
-def exit_codes() -> Iterator[None]:
-    """Turns what ends a command into a message without a traceback, and into its exit code.
-
-    Also sets up logging: warnings of libraries, and what this package reports.
-    """
+def set_up_logging() -> None:
+    """Warnings of libraries, and what this package reports; no bars unless on a terminal."""
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars are for terminals, too
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("madpo_ray").setLevel(logging.INFO)
+
+
+@contextlib.contextmanager
+def exit_codes() -> Iterator[None]:
+    """Turns what ends a command into a message without a traceback, and into its exit code."""
+    set_up_logging()
     try:
         yield
     except UserError as error:

@@ -33,11 +33,11 @@ class Stopped(Exception):  # noqa: N818 (most often not an error)
 
 
 class StoppedForGood(Stopped):
-    """Stopped by what ran: with the same settings it would be again."""
+    """What ran failed; with the same settings it would fail again."""
 
 
 class StoppedFromOutside(Stopped):
-    """Stopped by the machines and not by what ran: a disk, or no place for workers."""
+    """The machines failed, not what ran: a disk, or no place for workers."""
 
 
 def did_you_mean(key: str, known: Iterable[str]) -> str:
@@ -46,4 +46,4 @@ def did_you_mean(key: str, known: Iterable[str]) -> str:
     matches = difflib.get_close_matches(key, candidates, n=1, cutoff=0.5)
     if matches:
         return f"; did you mean {matches[0]!r}?"
-    return f"; known are {', '.join(candidates)}"
+    return f"; choose from {', '.join(candidates)}"

@@ -8,4 +8,4 @@ def test_names_the_closest_key() -> None:
 
 
 def test_lists_all_keys_if_none_is_close() -> None:
-    assert did_you_mean("xyz", {"beta", "alpha"}) == "; known are alpha, beta"
+    assert did_you_mean("xyz", {"beta", "alpha"}) == "; choose from alpha, beta"

@@ -129,12 +129,6 @@ def write_with_columns(
         pq.write_table(table, output / f"part-{number:06}.parquet")
 
 
-def read_metadata(rows: Path) -> Any:
-    """What `write_with_columns` put into the schema; None if there is nothing."""
-    found = (pq.read_schema(rows_files(rows)[0]).metadata or {}).get(METADATA_KEY.encode())
-    return None if found is None else json.loads(found)
-
-
 def _with_columns(rows: Path, added: pa.Table, keep: pa.ChunkedArray | None) -> Iterator[pa.Table]:
     """One table per file of `rows`."""
     start = 0

@@ -4,6 +4,7 @@ from madpo_ray.config.base import Section
 from madpo_ray.config.evaluation import (
     ActorPool,
     EvaluateConfig,
+    ForwardOptions,
     MarginsConfig,
     ScoringConfig,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "DataConfig",
     "Domain",
     "EvaluateConfig",
+    "ForwardOptions",
     "LossType",
     "MarginsConfig",
     "ModelConfig",

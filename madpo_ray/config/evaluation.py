@@ -1,6 +1,6 @@
 """Sections scoring, margins and evaluate: what is measured once a model is trained."""
 
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
@@ -20,6 +20,14 @@ class ActorPool(NamedTuple):
     def num_threads(self) -> int:
         """CPU threads of one actor."""
         return max(1, int(self.num_cpus))
+
+
+class ForwardOptions(NamedTuple):
+    """How much a model in an actor reads at a time, and where it is."""
+
+    micro_batch_size: int  # pairs per forward, unless their tokens are bounded
+    max_tokens: int | None = None  # per forward
+    over_gpus: bool = False  # its layers are spread over all GPUs of the actor
 
 
 class ScoringConfig(Section):
@@ -62,17 +70,16 @@ class ScoringConfig(Section):
         return (self.gpus_per_actor or 1) > 1
 
     @property
-    def model_options(self) -> dict[str, Any]:
-        """What bounds a forward, and where its model is, as arguments of scorers with a model."""
-        return {
-            "batch_size": self.per_device_batch_size,
-            "max_tokens": self.max_tokens_per_device,
-            "over_gpus": self.over_gpus,
-        }
+    def forward(self) -> ForwardOptions:
+        """Of scorers with a model."""
+        return ForwardOptions(
+            self.per_device_batch_size, self.max_tokens_per_device, self.over_gpus
+        )
 
     @model_validator(mode="after")
     def _check_actors(self) -> "ScoringConfig":
-        if (self.min_actors or 1) > (self.max_actors or self.min_actors or 1):
+        lowest, highest = self.min_actors or 1, self.max_actors
+        if highest is not None and lowest > highest:
             raise ValueError("min_actors is more than max_actors")
         if self.over_gpus and self.gpus_per_actor != int(self.gpus_per_actor or 1):
             raise ValueError("gpus_per_actor is a share of one GPU, or a whole number of them")

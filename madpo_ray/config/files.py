@@ -99,7 +99,8 @@ class _Loader(yaml.SafeLoader):
         """Keys that `<<` merges in may be overridden by the mapping's own: not a key twice."""
         own = [pair for pair in node.value if pair[0].tag != MERGE]
         super().flatten_mapping(node)
-        merged = {key.value: (key, value) for key, value in node.value[: -len(own) or None]}
+        num_merged = len(node.value) - len(own)
+        merged = {key.value: (key, value) for key, value in node.value[:num_merged]}
         for key, _ in own:
             merged.pop(key.value, None)
         node.value = [*merged.values(), *own]

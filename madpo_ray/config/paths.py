@@ -69,8 +69,7 @@ def _checked_uri(name: str) -> str:
     store, _, path = name.partition("://")
     if store not in STORES or (store == "hf" and not path.startswith("datasets/")):
         raise UserError(
-            f"data.files: {store}:// names of this kind are unknown; known are s3://, gs:// and "
-            "hf://datasets/"
+            f"data.files: {name} is in a store that is not read: use s3://, gs:// or hf://datasets/"
         )
     server = path.partition("/")[0]
     if store == "gs":

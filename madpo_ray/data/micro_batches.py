@@ -40,7 +40,7 @@ class MicroBatchReader:
     """Reads the micro-batches of an order.
 
     Args:
-        complete: adds columns to the table of a split's pairs that their rows lack.
+        complete: adds the columns that the stored rows lack, to the table of a split's pairs.
     """
 
     def __init__(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from madpo_ray.columns import PROMPT_IDS
-from madpo_ray.config import ModelConfig
+from madpo_ray.config import ForwardOptions, ModelConfig
 from madpo_ray.data.batching import MicroBatch
 from madpo_ray.errors import UserError
 from madpo_ray.evaluation.comparisons import Values, by_prompt
@@ -42,16 +42,13 @@ class DivergenceScorer:
         reference: PolicyFiles,
         model: ModelConfig,
         *,
-        batch_size: int,
-        max_tokens: int | None = None,
-        over_gpus: bool = False,
+        forward: ForwardOptions,
     ) -> None:
         self._sampled = sampled
         self._policies = policies
         self._reference_files = reference
         self._model_config = model
-        self._limits = (batch_size, max_tokens)
-        self._over_gpus = over_gpus
+        self._forward = forward
         self.reads = (PROMPT_IDS, *(one.ids for one in sampled))
         self.columns = tuple(name for one in sampled for name in (one.kl, one.logratio))
 
@@ -73,7 +70,7 @@ class DivergenceScorer:
             self._model_config,
             base=files.base,
             device=self._device,
-            over_gpus=self._over_gpus,
+            over_gpus=self._forward.over_gpus,
         )
         module = ResponseLogps(policy)
         return module, find_reading(module, self._device, self._model_config).packed
@@ -83,7 +80,7 @@ class DivergenceScorer:
         """(C, P), float64."""
         scores = np.full((len(self._sampled), 2, rows.num_rows), np.nan)
         for number, one in enumerate(self._sampled):
-            layout = Layout((one.ids,), *self._limits, self._packed)
+            layout = Layout.of((one.ids,), self._forward, packed=self._packed)
             for members, batch in prefetched(make_batches(rows, layout)):
                 found = self._of_batch(one, batch.to(self._device))
                 scores[number][:, members] = found.double().cpu().numpy()

@@ -14,7 +14,8 @@ def check_lengths(
     """Raises UserError if a model cannot read `max_length` tokens, or not always alike.
 
     Args:
-        key: of the config, which sets how many follow after the first `before` of them.
+        key: of the config, which has to be lowered.
+        before: tokens of `max_length` that the key does not count.
     """
     architecture = _text_config(folder)
     positions = architecture.get("max_position_embeddings") or architecture.get("n_positions")

@@ -44,7 +44,7 @@ def write_report(folders: Sequence[Path], stages: Sequence[Stage], file: Path) -
     if len({run.name for run in runs}) < len(runs):
         raise UserError(f"runs need different names: {', '.join(run.name for run in runs)}")
     if not file.parent.is_dir():
-        raise UserError(f"{file.parent} is no folder: the report has no place there")
+        raise UserError(f"{file.parent} is not a folder: give --out a path in one")
     names = ", ".join(run.name for run in runs)
     subtitle = ", ".join(str(run.folder.resolve()) for run in runs)
     write_text(file, render(f"madpo-ray: {names}", subtitle, sections_of(runs)))

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from madpo_ray.columns import PROMPT_IDS
+from madpo_ray.config import ForwardOptions
 from madpo_ray.data.batching import MicroBatch, collate
 from madpo_ray.data.order import count_tokens, order_epoch
 from madpo_ray.prefetch import prefetched
@@ -19,9 +20,13 @@ class Layout(NamedTuple):
     """What a model reads together, and in which rows."""
 
     responses: tuple[str, ...]  # columns with their token ids
-    batch_size: int  # see `cut_into_batches`
+    micro_batch_size: int  # see `cut_into_batches`
     max_tokens: int | None  # see `cut_into_batches`
     packed: bool  # see `batching.collate`
+
+    @classmethod
+    def of(cls, responses: tuple[str, ...], forward: ForwardOptions, *, packed: bool) -> "Layout":
+        return cls(responses, forward.micro_batch_size, forward.max_tokens, packed)
 
 
 class Batches:
@@ -50,26 +55,28 @@ class Batches:
 
 def make_batches(rows: pa.Table, layout: Layout) -> Iterator[Batch]:
     """The micro-batches of a table."""
-    responses, batch_size, max_tokens, packed = layout
+    responses = layout.responses
     names = [PROMPT_IDS, *responses]
     pairs = rows.select(names).to_pylist()
     lengths = np.array([[len(pair[name]) for name in names] for pair in pairs]).reshape(
         -1, len(names)
     )
-    tokens = count_tokens(lengths, packed=packed)
-    for members in cut_into_batches(tokens, batch_size, max_tokens, padded=not packed):
-        batch = collate([pairs[i] for i in members], packed=packed, responses=responses)
+    tokens = count_tokens(lengths, packed=layout.packed)
+    for members in cut_into_batches(
+        tokens, layout.micro_batch_size, layout.max_tokens, padded=not layout.packed
+    ):
+        batch = collate([pairs[i] for i in members], packed=layout.packed, responses=responses)
         yield members, batch.pinned()
 
 
 def cut_into_batches(
-    lengths: np.ndarray, batch_size: int, max_tokens: int | None, *, padded: bool
+    lengths: np.ndarray, micro_batch_size: int, max_tokens: int | None, *, padded: bool
 ) -> Iterator[list[int]]:
     """Which rows are read together, longest first: one that does not fit in memory shows at once.
 
     Args:
         lengths: tokens of each row, (rows,).
-        batch_size: rows that are read together, unless there is a bound on their tokens.
+        micro_batch_size: rows that are read together, unless there is a bound on their tokens.
         max_tokens: of rows that are read together; a longer one is read alone.
         padded: whether each counts as the longest of those that are read with it.
     """
@@ -80,7 +87,7 @@ def cut_into_batches(
         seed=0,
         epoch=None,
         global_batch_size=len(lengths),
-        micro_batch_size=batch_size,
+        micro_batch_size=micro_batch_size,
         max_tokens=max_tokens,
         padded=padded,
     )

@@ -111,10 +111,10 @@ def bootstrap_interval(
 def calibration_report(margins: Margins, method: Method = "temperature") -> dict[str, Any]:
     """Accuracy, scaling, ECE and Brier score before and after, for held-out margins (N,), N > 0.
 
-    The scaling is fitted on all of them; the errors after it are measured on pairs that did not fit
-    theirs, by cross-fitting over folds. There is a `reason` instead if none can be fitted. There is
-    nothing after if the method is "none", or if the pairs without one fold have no fit, as when
-    the only pairs whose sign is wrong are in that fold.
+    The scaling is fitted on all of them; the errors after it are measured by cross-fitting: each
+    pair is scaled by a fit on the other folds. There is a `reason` instead if none can be fitted.
+    There is nothing after if the method is "none", or if the pairs without one fold have no fit, as
+    when the only pairs whose sign is wrong are in that fold.
     """
     margins = np.asarray(margins, dtype=np.float64)
     num_right = count_right(margins)

@@ -22,7 +22,7 @@ RAISED = "raised "  # how the reason of an exception begins
 class ScoredChunks:
     """A folder with one file per chunk of pairs, named by them.
 
-    What other processes write after the first look for pairs is found by the same chunks only.
+    After the first `find`, chunks of other processes are found only under the same pair_ids.
 
     Args:
         folder: one that every node mounts; for these pairs only.
@@ -72,10 +72,6 @@ class ScoredChunks:
         sync(partial)
         os.replace(partial, path)
         sync(self._folder)
-
-    def count(self) -> int:
-        """How many chunks are there."""
-        return len(self._files())
 
     def _files(self) -> list[Path]:
         return sorted(self._folder.glob("[!.]*.parquet"))

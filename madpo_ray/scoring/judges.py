@@ -15,7 +15,7 @@ import pyarrow as pa
 import torch
 
 from madpo_ray.columns import CHOSEN, PROMPT, REJECTED, REWARDS, TEXT_COLUMNS
-from madpo_ray.config import ModelConfig
+from madpo_ray.config import ForwardOptions, ModelConfig
 from madpo_ray.data.messages import Content, from_text
 from madpo_ray.errors import UserError
 from madpo_ray.models.loading import READS_END, load_classifier, load_tokenizer
@@ -111,22 +111,22 @@ class ClassifierReward(TextScorer):
         folder: Path,
         model: ModelConfig,
         *,
-        batch_size: int,
-        max_tokens: int | None = None,
-        over_gpus: bool = False,
+        forward: ForwardOptions,
         key: str,
     ) -> None:
         self._key = key
         self._folder = folder
         self._model_config = model
-        self._limits = (batch_size, max_tokens)
-        self._over_gpus = over_gpus
+        self._forward_options = forward
 
     def load(self, device: torch.device) -> None:
         self._device = device
         self._tokenizer = load_tokenizer(self._folder, self._model_config)
         model: Any = load_classifier(
-            self._folder, self._model_config, device=device, over_gpus=self._over_gpus
+            self._folder,
+            self._model_config,
+            device=device,
+            over_gpus=self._forward_options.over_gpus,
         )
         self._model = model.eval()
         self._end = self._tokenizer.eos_token_id
@@ -168,9 +168,14 @@ class ClassifierReward(TextScorer):
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
         self._require_short(rows)
-        limits = (1, None) if self._padding is None else self._limits
+        forward = self._forward_options
+        if self._padding is None:
+            forward = ForwardOptions(1)
         rewards = np.full(len(rows), np.nan)
-        for members in cut_into_batches(np.array([len(row) for row in rows]), *limits, padded=True):
+        lengths = np.array([len(row) for row in rows])
+        for members in cut_into_batches(
+            lengths, forward.micro_batch_size, forward.max_tokens, padded=True
+        ):
             rewards[members] = self._forward([rows[i] for i in members], self._padding or 0)
         return rewards
 

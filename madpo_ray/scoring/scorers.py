@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from madpo_ray.columns import GROUP_HASH, MARGIN_STD, PROMPT_IDS, RESPONSE_IDS, REWARDS
-from madpo_ray.config import ModelConfig
+from madpo_ray.config import ForwardOptions, ModelConfig
 from madpo_ray.data.splits import folds_of
 from madpo_ray.errors import UserError
 from madpo_ray.models.loading import load_policy, load_reward_model
@@ -89,9 +89,6 @@ def score_or_explain(scorer: Scorer, rows: pa.Table) -> tuple[np.ndarray, list[s
 class ModelScorer(abc.ABC):
     """A scorer that reads token ids of pairs with a transformers model.
 
-    Args:
-        over_gpus: spread the model's layers over all GPUs of the process.
-
     Attributes:
         batches: what the model reads; `share_batches` gives all models of an actor the same.
     """
@@ -104,20 +101,17 @@ class ModelScorer(abc.ABC):
         model: ModelConfig,
         *,
         columns: tuple[str, ...],
-        batch_size: int,
-        max_tokens: int | None = None,
-        over_gpus: bool = False,
+        forward: ForwardOptions,
     ) -> None:
         self.columns = columns
         self._folder = folder
         self._model_config = model
-        self._limits = (batch_size, max_tokens)
-        self._over_gpus = over_gpus
+        self._forward = forward
         self.batches = Batches()
 
     def load(self, device: torch.device) -> None:
         self._device = device
-        self._module = self._load_module(device=device, over_gpus=self._over_gpus)
+        self._module = self._load_module(device=device, over_gpus=self._forward.over_gpus)
         self._reading = find_reading(self._module, device, self._model_config)
 
     @torch.no_grad()
@@ -125,7 +119,7 @@ class ModelScorer(abc.ABC):
         # The device is waited for at the end only.
         order: list[int] = []
         values = []
-        layout = Layout(RESPONSE_IDS, *self._limits, self._reading.packed)
+        layout = Layout.of(RESPONSE_IDS, self._forward, packed=self._reading.packed)
         for members, batch in self.batches.micro_batches(rows, layout):
             outputs = self._module(batch.to(self._device))
             values.append(self._values(outputs).view(len(RESPONSE_IDS), -1))

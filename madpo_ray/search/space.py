@@ -15,7 +15,7 @@ MAX_CORNERS = 1000
 
 
 def drawn_domains(space: Mapping[str, Domain]) -> dict[str, Domain]:
-    """Those of the space that do not follow from others."""
+    """The domains that are drawn; the others follow from them."""
     return {key: domain for key, domain in space.items() if not isinstance(domain, Reciprocal)}
 
 

@@ -67,8 +67,9 @@ def _training_lines(training: TrainingNeeds, cluster: Cluster) -> Iterator[str]:
         fitting = training.fitting
         yield f"{name}: first settings that fit: {_settings(fitting.changes)}"
         yield f"{name}: with those it needs {_needed(fitting)}"
-    size = f"{training.checkpoint / 1e9:.1f} GB over all nodes"
-    yield f"{name}: a checkpoint of {'that' if training.fitting else 'this'} has {size}"
+    which = "those" if training.fitting else "these"
+    size = f"{training.checkpoint / 1e9:.1f} GB in all"
+    yield f"{name}: a checkpoint with {which} settings takes {size}"
     speed = training.pairs_per_second
     tokens = speed * training.footprint.tokens / training.shape.pairs
     yield (

@@ -64,9 +64,7 @@ def _names(config: Config) -> dict[str, Any]:
 
 
 def _check(config: Config) -> None:
-    """Raises UserError if a judge or another run is not there, or there are no pairs to evaluate
-    on, as early as that is known.
-    """
+    """Raises UserError if a judge, another run or the test pairs are missing."""
     data = config.data
     is_empty = data.split_column is None and data.test_fraction == 0
     is_known = pairs.STAGE.is_finished(config)
@@ -142,7 +140,7 @@ def _preferences(build: Build) -> dict[str, Any]:
         config.model,
         base=initial_policy(config),
         columns=columns.POLICY_LOGPS,
-        **config.scoring.model_options,
+        forward=config.scoring.forward,
     )
     batch_size = config.scoring.batch_size
     test = _test_pairs(config)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from madpo_ray.artifacts.hashes import hash_file
-from madpo_ray.config import ModelConfig, kind_of
+from madpo_ray.config import ForwardOptions, ModelConfig, kind_of
 from madpo_ray.errors import UserError
 from madpo_ray.models.source import check_model, fetch_model, model_inputs
 
@@ -89,15 +89,11 @@ class JudgeSource(NamedTuple):
         files = {getattr(module, "__file__", None) for module in (named, defined)}
         return sorted(hash_file(Path(file)) for file in files if file is not None)
 
-    def scorer(self, **options: Any) -> "TextScorer":
-        """What gives the rewards.
-
-        Args:
-            options: `ScoringConfig.model_options`.
-        """
+    def scorer(self, forward: ForwardOptions) -> "TextScorer":
+        """What gives the rewards."""
         from madpo_ray.scoring.judges import ClassifierReward, FunctionReward
 
         if self.is_function:
             return FunctionReward(self.name, key=self.key)
         folder = fetch_model(self._model, "SEQ_CLS", self.key)
-        return ClassifierReward(folder, self._model, key=self.key, **options)
+        return ClassifierReward(folder, self._model, forward=forward, key=self.key)

@@ -1,4 +1,4 @@
-"""What stage margins says of its margins: numbers, pictures, the pairs to look at, and lines."""
+"""What stage margins reports: numbers, pictures, the pairs to look at, and lines."""
 
 import json
 from collections import Counter

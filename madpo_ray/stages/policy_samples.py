@@ -66,13 +66,13 @@ def sample_scorers(
     from madpo_ray.evaluation.judged import JudgedSamples
     from madpo_ray.evaluation.sample_sets import REFERENCE
 
-    options = config.scoring.model_options
+    forward = config.scoring.forward
     scorers: list[Scorer] = [
-        DivergenceScorer(sets, policies, policies[REFERENCE], config.model, **options)
+        DivergenceScorer(sets, policies, policies[REFERENCE], config.model, forward=forward)
     ]
     judge = judge_of(config)
     if judge is not None:
-        scorers.append(JudgedSamples(sets, judge.scorer(**options)))
+        scorers.append(JudgedSamples(sets, judge.scorer(forward)))
     return scorers
 
 

@@ -83,11 +83,11 @@ def scorer(config: Config) -> "Scorer":
 def _member(source: str, config: Config) -> "Scorer":
     from madpo_ray.scoring.scorers import CrossFittedReward, TrainedReward
 
-    options = config.scoring.model_options
+    forward = config.scoring.forward
     if kind_of(source) in JUDGES:
-        return _judge(source, config).scorer(**options)
+        return _judge(source, config).scorer(forward)
     trained = [
-        TrainedReward(folder, config.model, columns=columns.REWARDS, **options)
+        TrainedReward(folder, config.model, columns=columns.REWARDS, forward=forward)
         for folder in reward.models(config)
     ]
     return trained[0] if len(trained) == 1 else CrossFittedReward(trained)

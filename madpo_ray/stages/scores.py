@@ -61,12 +61,14 @@ def passes_of(config: Config) -> list[Pass]:
     from madpo_ray.scoring.scorers import PolicyLogps
 
     folder = config.run.folder / "scores"
-    options = config.scoring.model_options
     upstream = {"pairs": pairs.STAGE.inputs(config).fingerprint}
 
     # The reference's log-probs.
     reference = PolicyLogps(
-        initial_policy(config), config.model, columns=columns.REF_LOGPS, **options
+        initial_policy(config),
+        config.model,
+        columns=columns.REF_LOGPS,
+        forward=config.scoring.forward,
     )
     reference_inputs = Inputs(
         MARGINS,

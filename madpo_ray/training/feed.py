@@ -127,7 +127,7 @@ def micro_batch_dataset(
     Split over the workers in turn, rank r of W gets the micro-batches r, r + W, r + 2W, ...
 
     Args:
-        complete: adds columns to the table of a split's pairs that their rows lack.
+        complete: adds the columns that the stored rows lack, to the table of a split's pairs.
     """
     ids = [pa.table({"id": [chunk]}) for chunk in range(len(chunks))]
     return ray.data.from_arrow(ids).map_batches(

@@ -14,7 +14,6 @@ from madpo_ray.artifacts.tables import (
     column_names,
     count_rows,
     read_columns,
-    read_metadata,
     read_split,
     read_split_contiguous,
     rows_folder,
@@ -101,10 +100,8 @@ def test_metadata_is_in_every_file(rows: Path, tmp_path: Path) -> None:
     added = pa.table({"pair_id": [f"pair-{i}" for i in range(7)]})
     origin = {"model": "a", "max_length": 64}
     write_with_columns(rows, added, tmp_path / "out", metadata=origin)
-    assert read_metadata(tmp_path / "out") == origin
     for file in (tmp_path / "out").iterdir():
         assert json.loads(pq.read_schema(file).metadata[b"madpo_ray"]) == origin
-    assert read_metadata(rows) is None
 
 
 @pytest.mark.parametrize("ids", [[6, 5, 4, 3, 2, 1, 0], list(range(8)), list(range(6))])

@@ -246,7 +246,7 @@ def test_overrides_lose_no_text(value: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("ftp://server/a.jsonl", "known are s3://"),
+        ("ftp://server/a.jsonl", "use s3://"),
         ("hf://buckets/a.jsonl", "hf://datasets/"),
         ("", "the path is empty"),
         ("${A:-x}/a", "only ~, "),

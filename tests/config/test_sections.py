@@ -205,7 +205,9 @@ def test_keys_defaults_and_bounds() -> None:
 
 @pytest.mark.parametrize("loss_type", get_args(LossType))
 def test_search_spaces_are_valid_at_their_ends(loss_type: LossType) -> None:
-    for values in corners(SEARCH_SPACES[loss_type]):
+    ends = corners(SEARCH_SPACES[loss_type])
+    assert len(ends) > 1
+    for values in ends:
         settings, _ = settings_of(values)
         PolicyConfig(loss_type=loss_type, **settings)
 
@@ -306,7 +308,7 @@ def test_actors_of_several_gpus(raw_config: dict[str, Any]) -> None:
         raw_config["scoring"] = {"gpus_per_actor": float(gpus)}
         config = parse_config(raw_config)
         assert config.actors == (actors, actors, 1.0, gpus)
-        assert config.scoring.model_options["over_gpus"] == over_gpus
+        assert config.scoring.forward.over_gpus == over_gpus
     raw_config["scoring"] = {"gpus_per_actor": 1.5}
     with pytest.raises(UserError, match="a share of one GPU, or a whole number"):
         parse_config(raw_config)

@@ -56,7 +56,7 @@ def test_messages_without_a_prompt_column_have_a_system_column(tmp_path: Path) -
 
 
 def test_names_the_columns_that_there_are(tmp_path: Path) -> None:
-    message = r"known are chosen, rejected, zzz\. Set data\.prompt_column"
+    message = r"choose from chosen, rejected, zzz\. Set data\.prompt_column"
     with pytest.raises(UserError, match=message):
         check_files(data(tmp_path, {"zzz": 1, "chosen": "a", "rejected": "b"}))
 

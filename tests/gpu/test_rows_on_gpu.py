@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from madpo_ray.config import ModelConfig
+from madpo_ray.config import ForwardOptions, ModelConfig
 from madpo_ray.data.batching import collate
 from madpo_ray.models.attention import _has_flash_kernel, packed_attention
 from madpo_ray.models.loading import load_policy
@@ -83,8 +83,7 @@ def test_models_over_two_gpus_give_the_same_scores(tmp_path: Path) -> None:
                 tmp_path / folder,
                 ModelConfig(model_name_or_path="x", torch_compile=over_gpus),
                 columns=("chosen", "rejected"),
-                batch_size=2,
-                over_gpus=over_gpus,
+                forward=ForwardOptions(2, over_gpus=over_gpus),
             )
             scorer.load(device)
             scores.append(scorer(rows))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from madpo_ray.columns import RESPONSE_IDS
-from madpo_ray.config import ModelConfig
+from madpo_ray.config import ForwardOptions, ModelConfig
 from madpo_ray.passes import BatchNotes
 from madpo_ray.scoring import batches
 from madpo_ray.scoring.actors import ScoringActor
@@ -56,10 +56,12 @@ def test_models_of_an_actor_share_batches(
                 tmp_path / "reward",
                 model,
                 columns=("reward_chosen", "reward_rejected"),
-                batch_size=2,
+                forward=ForwardOptions(2),
             )
 
-        logps = PolicyLogps(model_folder, model, columns=("chosen", "rejected"), batch_size=2)
+        logps = PolicyLogps(
+            model_folder, model, columns=("chosen", "rejected"), forward=ForwardOptions(2)
+        )
         return [logps, EnsembleReward([reward(), reward()])]
 
     expected: list[np.ndarray] = []

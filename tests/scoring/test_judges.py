@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig
 
-from madpo_ray.config import ModelConfig
+from madpo_ray.config import ForwardOptions, ModelConfig
 from madpo_ray.data.messages import as_text
 from madpo_ray.errors import UserError
 from madpo_ray.models.loading import READS_END
@@ -43,7 +43,7 @@ def save(folder: Path, model: Any = None, **config: Any) -> Path:
 
 def scorer_of(folder: Path, batch_size: int = 4) -> ClassifierReward:
     model = ModelConfig(model_name_or_path=str(folder))
-    return ClassifierReward(folder, model, batch_size=batch_size, key="reward.source")
+    return ClassifierReward(folder, model, forward=ForwardOptions(batch_size), key="reward.source")
 
 
 def own_rewards(folder: Path, rows: list[dict[str, Any]]) -> np.ndarray:

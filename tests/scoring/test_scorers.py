@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from madpo_ray.config import ModelConfig
+from madpo_ray.config import ForwardOptions, ModelConfig
 from madpo_ray.errors import UserError
 from madpo_ray.models.loading import load_policy
 from madpo_ray.passes import REFUSAL, BatchNotes
@@ -45,27 +45,23 @@ def test_model_that_cannot_be_scored_with_is_refused(
     with torch.no_grad():
         spoiled.lm_head.weight[7] = torch.nan
     spoiled.save_pretrained(tmp_path)
-    scorer = PolicyLogps(tmp_path, model, columns=("chosen", "rejected"), batch_size=2)
+    scorer = PolicyLogps(tmp_path, model, columns=("chosen", "rejected"), forward=ForwardOptions(2))
     rows = pa.Table.from_pylist([{"pair_id": str(i), **pair} for i, pair in enumerate(PAIRS)])
     table = ScoringActor([scorer], 1, BatchNotes(tmp_path))(rows)
     assert table.column_names == ["pair_id", REFUSAL]
     assert "own numbers are not finite" in table[REFUSAL][4].as_py()
 
 
-@pytest.mark.parametrize(("batch_size", "max_tokens"), [(1, None), (2, None), (8, None), (8, 40)])
+@pytest.mark.parametrize("limits", [(1, None), (2, None), (8, None), (8, 40)])
 @pytest.mark.parametrize("packed_rows", ["auto", "off"])
 def test_scores_keep_the_order_of_rows(
-    batch_size: int,
-    max_tokens: int | None,
-    packed_rows: str,
-    model: ModelConfig,
-    model_folder: Path,
+    limits: tuple[int, int | None], packed_rows: str, model: ModelConfig, model_folder: Path
 ) -> None:
     """Whatever the order by length, and the batches."""
     model = model.model_copy(update={"packed_rows": packed_rows})
     names = ("chosen", "rejected")
-    limits = {"batch_size": batch_size, "max_tokens": max_tokens}
-    scorer = loaded(PolicyLogps(model_folder, model, columns=names, **limits))
+    forward = ForwardOptions(*limits)
+    scorer = loaded(PolicyLogps(model_folder, model, columns=names, forward=forward))
     scores = scorer(pa.Table.from_pylist(PAIRS))
     plain = make_model()
     with torch.no_grad():
@@ -81,7 +77,7 @@ def test_forwards_keep_to_the_tokens(
     """And are as large as that allows; a pair that is longer is read alone."""
     model = model.model_copy(update={"packed_rows": packed_rows})
     names = ("chosen", "rejected")
-    scorer = PolicyLogps(model_folder, model, columns=names, batch_size=1, max_tokens=80)
+    scorer = PolicyLogps(model_folder, model, columns=names, forward=ForwardOptions(1, 80))
     loaded(scorer)
     sizes = []
     scorer._module.register_forward_pre_hook(
@@ -96,7 +92,9 @@ def test_forwards_keep_to_the_tokens(
 def test_scores_rewards(model: ModelConfig, tmp_path: Path) -> None:
     plain = make_reward_model()
     plain.save_pretrained(tmp_path)
-    scorer = loaded(TrainedReward(tmp_path, model, columns=("chosen", "rejected"), batch_size=2))
+    scorer = loaded(
+        TrainedReward(tmp_path, model, columns=("chosen", "rejected"), forward=ForwardOptions(2))
+    )
     scores = scorer(pa.Table.from_pylist(PAIRS))
     for row, side in enumerate(("chosen_ids", "rejected_ids")):
         for pair, value in zip(PAIRS, scores[row], strict=True):

@@ -9,7 +9,7 @@ import pytest
 
 from madpo_ray.artifacts.tables import write_table
 from madpo_ray.columns import PAIR_ID, REASON, REF_LOGPS, REWARDS
-from madpo_ray.config import ActorPool, ModelConfig
+from madpo_ray.config import ActorPool, ForwardOptions, ModelConfig
 from madpo_ray.errors import UserError
 from madpo_ray.scoring import streamed as streamed_module
 from madpo_ray.scoring.chunks import ScoredChunks
@@ -28,7 +28,7 @@ ACTORS = ActorPool(1, 1, 1.0, 0.0)
 
 def reference(folder: Path) -> PolicyLogps:
     model = ModelConfig(model_name_or_path="none")
-    return PolicyLogps(folder, model, columns=REF_LOGPS, batch_size=1)
+    return PolicyLogps(folder, model, columns=REF_LOGPS, forward=ForwardOptions(1))
 
 
 def half_streamed(folder: Path, **options: Any) -> StreamedScores:

@@ -16,11 +16,10 @@ from madpo_ray import columns, pipeline
 from madpo_ray.artifacts.tables import (
     column_names,
     read_columns,
-    read_metadata,
     read_split,
     rows_files,
 )
-from madpo_ray.config import Config, SFTConfig, parse_config
+from madpo_ray.config import Config, ForwardOptions, SFTConfig, parse_config
 from madpo_ray.data.batching import collate
 from madpo_ray.data.splits import group_hash
 from madpo_ray.errors import UserError
@@ -144,7 +143,8 @@ def test_other_calibration_scores_nothing_again(copied_run: dict[str, Any]) -> N
         40,
         10,
     ]
-    origin = read_metadata(margins.STAGE.rows(config))
+    first, *_ = rows_files(margins.STAGE.rows(config))
+    origin = json.loads(pq.read_schema(first).metadata[b"madpo_ray"])
     assert origin["fingerprint"] == margins.STAGE.inputs(config).fingerprint
     assert origin["made_from"].keys() == {"pairs", "reward", "initial_policy"}
     assert origin["calibration"]["method"] == "none"
@@ -278,7 +278,9 @@ def test_cross_fitted_margins(copied_run: dict[str, Any]) -> None:
     assert len(set(folders)) == 2
     scored = np.full((2, rows.num_rows), np.nan)
     for fold, folder in enumerate(folders):
-        scorer = TrainedReward(folder, config.model, columns=columns.REWARDS, batch_size=4)
+        scorer = TrainedReward(
+            folder, config.model, columns=columns.REWARDS, forward=ForwardOptions(4)
+        )
         scorer.load(torch.device("cpu"))
         members = np.flatnonzero(rows["fold"].to_numpy() == fold)
         assert 20 < len(members) < 70
