@@ -58,27 +58,6 @@ class Build:
         return BatchNotes(self.config.run.ray_folder / f"in-progress-{self.fingerprint[:16]}")
 
 
-def _no_check(config: Config) -> None:
-    """No check."""
-
-
-def _empty(config: Config) -> dict[str, Any]:
-    """Nothing of this kind."""
-    return {}
-
-
-def _no_upstream(config: Config) -> tuple["Stage", ...]:
-    return ()
-
-
-def _always(config: Config) -> bool:
-    return True
-
-
-def _never(config: Config) -> bool:
-    return False
-
-
 @dataclass(frozen=True)
 class Stage:
     """One command: what it is made from, and how.
@@ -106,14 +85,14 @@ class Stage:
     settings: Callable[[Config], dict[str, Any]]
     make: Callable[[Build], dict[str, Any]]
     describe: Callable[[Mapping[str, Any]], Description]
-    upstream: Callable[[Config], tuple["Stage", ...]] = _no_upstream
+    upstream: Callable[[Config], tuple["Stage", ...]] = lambda config: ()
     reads: Callable[[Config], tuple["Stage", ...]] | None = None
-    content: Callable[[Config], dict[str, Any]] = _empty
-    names: Callable[[Config], dict[str, Any]] = _empty
-    is_wanted: Callable[[Config], bool] = _always
-    check: Callable[[Config], None] = _no_check
-    check_upstream: Callable[[Config], None] = _no_check
-    streams: Callable[[Config], bool] = _never
+    content: Callable[[Config], dict[str, Any]] = lambda config: {}
+    names: Callable[[Config], dict[str, Any]] = lambda config: {}
+    is_wanted: Callable[[Config], bool] = lambda config: True
+    check: Callable[[Config], None] = lambda config: None
+    check_upstream: Callable[[Config], None] = lambda config: None
+    streams: Callable[[Config], bool] = lambda config: False
     uses_ray: bool = True
     uses_dashboard: bool = False
 
