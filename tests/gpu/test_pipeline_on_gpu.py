@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 
 
@@ -58,6 +59,35 @@ def test_float32_pipeline_gives_the_numbers_of_the_cpu(
             for run in (gpu, cpu)
         )
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-3), column
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_workers_on_ray_give_the_numbers_of_one(
+    raw_config: dict[str, Any], tmp_path: Path
+) -> None:
+    """Each with a GPU of its own, as Ray assigns them."""
+    raw_config["model"]["dtype"] = "float32"
+    losses = []
+    for num_workers in (1, 2):
+        raw_config["cluster"] = {"num_workers": num_workers, "use_gpu": True}
+        raw_config["run"]["name"] = f"workers-{num_workers}"
+        run = run_pipeline(raw_config, tmp_path)
+        losses.append([line["loss"] for line in metrics(run, "train") if "loss" in line])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-3)
+
+
+def test_worker_and_scoring_actor_share_a_gpu(raw_config: dict[str, Any], tmp_path: Path) -> None:
+    """With `margins.mode: stream`; the losses are those of stored margins."""
+    raw_config["model"]["dtype"] = "float32"
+    losses = []
+    for mode in ("stored", "stream"):
+        raw_config["cluster"] = {"num_workers": 1, "use_gpu": True, "gpus_per_worker": 0.5}
+        raw_config["scoring"] = raw_config.get("scoring", {}) | {"gpus_per_actor": 0.5}
+        raw_config["margins"] = raw_config.get("margins", {}) | {"mode": mode}
+        raw_config["run"]["name"] = mode
+        run = run_pipeline(raw_config, tmp_path)
+        losses.append([line["loss"] for line in metrics(run, "train") if "loss" in line])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-3)
 
 
 @pytest.mark.parametrize(
