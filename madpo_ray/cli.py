@@ -21,7 +21,7 @@ from madpo_ray.config.files import dump_config
 from madpo_ray.config.options import describe_options
 from madpo_ray.errors import ExitCode, Stopped, UserError
 from madpo_ray.preview import preview
-from madpo_ray.stages import export, margins, tune
+from madpo_ray.stages import evaluate, export, margins, train, tune
 from madpo_ray.stages.stage import Stage
 
 if TYPE_CHECKING:
@@ -198,7 +198,8 @@ def _tune(
     ] = False,
 ) -> None:
     def stages(config: Config) -> list[Stage]:
-        return [tune.STAGE, *(pipeline.wanted_stages(config) if retrain else ())]
+        after = (train.STAGE, evaluate.STAGE) if retrain else ()
+        return [tune.STAGE, *(stage for stage in after if stage.is_wanted(config))]
 
     def action(config: Config, deadline: float | None) -> None:
         pipeline.check(config, stages(config))  # what the search is for can be wrong, too

@@ -138,7 +138,8 @@ def run_all(
             return
 
         streams = any(stage.streams(config) for stage in todo)
-        with connected(config.cluster, actors=config.actors, streams=streams):
+        dashboard = any(stage.uses_dashboard for stage in todo)
+        with connected(config.cluster, actors=config.actors, streams=streams, dashboard=dashboard):
             for stage in stages:
                 if stage in todo:
                     _run(config, stage, say, deadline)

@@ -42,7 +42,7 @@ def test_dry_run_writes_only_a_folder(raw_config: dict[str, Any], tmp_path: Path
     assert "steps of train: 7" in done.output
     assert "idle" not in done.output
     assert "workers: 2, each 1 CPUs" in done.output
-    assert ": 90}" in done.output
+    assert "rows, at most: 90 in " in done.output
     assert "stages to do: pairs, sft, reward, margins, train, evaluate" in done.output
     assert "needed before" not in done.output
     assert list((tmp_path / "tiny").iterdir()) == []
@@ -55,6 +55,17 @@ def test_dry_run_of_one_command(raw_config: dict[str, Any], tmp_path: Path) -> N
     tune = call(raw_config, tmp_path, "tune", "--dry-run").output
     assert "trials: 8 over train.beta, train.c_min, train.c_max, as many at a time as fit" in tune
     assert "stages to do: tune\nneeded before: sft, margins" in tune
+
+
+def test_search_is_refused_for_what_comes_after_it(
+    raw_config: dict[str, Any], tmp_path: Path
+) -> None:
+    """Not after hours of it."""
+    raw_config["data"]["test_fraction"] = 0.0
+    assert call(raw_config, tmp_path, "tune", "--dry-run").exit_code == 0
+    done = call(raw_config, tmp_path, "tune", "--dry-run", "--retrain")
+    assert done.exit_code == 2
+    assert "split test has no pairs to evaluate on" in done.output
 
 
 def test_dry_run_reports_idle_workers(raw_config: dict[str, Any], tmp_path: Path) -> None:

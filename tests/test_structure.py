@@ -118,6 +118,12 @@ def test_reader_of_micro_batches_imports_no_torch() -> None:
     assert imported_by(modules) == {module: [] for module in modules}
 
 
+def test_loop_names_no_metric_of_a_loss() -> None:
+    """They belong to the table of losses; which modules it imports, the linter knows."""
+    for name in ("loop", "protocols", "schedule", "metrics"):
+        assert "weight/" not in (PACKAGE / "training" / f"{name}.py").read_text()
+
+
 @pytest.mark.parametrize("folder", [PACKAGE, *(p for p in PACKAGE.iterdir() if p.is_dir())])
 def test_folders_are_small(folder: Path) -> None:
     modules = [path for path in folder.glob("*.py") if path.name != "__init__.py"]

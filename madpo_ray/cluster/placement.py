@@ -61,7 +61,9 @@ def check_nodes(
                     "see scoring.min_actors, scoring.gpus_per_actor and cluster.gpus_per_worker"
                 )
             if not available[resource] and resource == "GPU":
-                raise UserError(f"cluster.use_gpu: true needs GPUs, and {reason}. {NO_GPUS}")
+                raise UserError(
+                    f"cluster.use_gpu: true needs GPUs, and {reason}. {NO_GPUS}{IF_NODES_COME}"
+                )
             raise UserError(explain_too_many(cluster, reason) + IF_NODES_COME)
 
     # Each worker has to fit on one node.

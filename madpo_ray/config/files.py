@@ -1,5 +1,6 @@
 """A config from a YAML file and `--set` overrides; errors name the key and the fix."""
 
+import difflib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -194,10 +195,12 @@ def _explain(error: Any, prefix: tuple[str, ...]) -> str:
 def _suggest_key(location: Sequence[str | int]) -> str:
     """Where the key belongs, or what it may have been."""
     *section, key = location
-    names = [name for name in Config.model_fields if key in _keys_at([name])]
-    if names and section:
-        return f"; did you mean {names[0]}.{key}?"
-    return did_you_mean(str(key), _keys_at(section))
+    own_keys = _keys_at(section)
+    is_misspelt = bool(difflib.get_close_matches(str(key), own_keys, n=1, cutoff=0.7))
+    others = [f"{name}.{key}" for name in Config.model_fields if key in _keys_at([name])]
+    if others and section and not is_misspelt:
+        return f"; did you mean {' or '.join(others)}?"
+    return did_you_mean(str(key), own_keys)
 
 
 def _keys_at(location: Sequence[str | int]) -> list[str]:

@@ -80,7 +80,7 @@ class Source(Protocol):
         """
 
     def count(self) -> int:
-        """An upper bound of the number of rows, without reading their values."""
+        """An upper bound of the number of rows."""
 
 
 @dataclass(frozen=True)

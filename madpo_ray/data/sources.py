@@ -1,5 +1,6 @@
 """The files of preference pairs that a config names, and `open_source` as their only door."""
 
+import csv
 import functools
 import glob
 import json
@@ -226,7 +227,7 @@ def bound_rows(name: str) -> int:
     """An upper bound of a file's rows. Raises UserError if it cannot be read."""
     try:
         return open_source(name).count()
-    except UNPACK_ERRORS as error:
+    except (*UNPACK_ERRORS, csv.Error, UnicodeDecodeError) as error:
         raise UserError(f"data.files: {name} cannot be read: {error}") from None
 
 

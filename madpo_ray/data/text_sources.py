@@ -152,7 +152,7 @@ class JSONSource:
 
     def count(self) -> int:
         if self._is_array():
-            return sum(1 for _ in self.rows())
+            return sum(1 for _ in self._rows())
         return JSONLinesSource(self._file).count()
 
 
@@ -202,7 +202,7 @@ class CSVSource:
         return csv.reader(text, delimiter=self._delimiter, strict=True)
 
     def count(self) -> int:
-        return sum(1 for _ in self.rows())
+        return sum(1 for _ in self._rows())
 
 
 def _until_damage(read: Callable[[], Iterator[Row | str]]) -> Iterator[Row | str]:

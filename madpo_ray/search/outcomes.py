@@ -78,7 +78,7 @@ def best_settings(outcomes: Sequence[TrialOutcome], objective: str) -> Best:
     does badly is left out of their mean.
 
     Raises:
-        Stopped: every trial failed.
+        Stopped: no trial was evaluated.
     """
     metric, mode = OBJECTIVES[objective][0]
     sign = 1 if mode == "max" else -1
@@ -89,15 +89,16 @@ def best_settings(outcomes: Sequence[TrialOutcome], objective: str) -> Best:
         if not evaluated:
             continue
         counted = complete or evaluated
-        values = [trial.metrics[metric] for trial in counted]
+        # Trials with the same values are one training.
+        values = list({trial.values.get(SEED): trial.metrics[metric] for trial in counted}.values())
         mean = float(np.mean(values))
         error = float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
         trust = 2 if len(complete) == len(same) else int(bool(complete))
-        candidates.append((trust, sign * mean, Best(counted[0], mean, error, len(counted))))
+        candidates.append((trust, sign * mean, Best(counted[0], mean, error, len(values))))
     if not candidates:
         errors = [trial.error for trial in outcomes if trial.error is not None]
-        reason = f"; the first with {errors[0]}" if errors else ""
-        raise Stopped(f"all {len(outcomes)} trials failed{reason}", ExitCode.FAILED)
+        reason = f": {len(errors)} of {len(outcomes)} failed, the first with {errors[0]}"
+        raise Stopped(f"no trial was evaluated{reason if errors else ''}", ExitCode.FAILED)
     *_, best = max(candidates, key=lambda candidate: candidate[:2])
     return best
 

@@ -87,7 +87,8 @@ class JudgeSource(NamedTuple):
         named = sys.modules[self.name.partition(":")[0]]
         defined = inspect.getmodule(inspect.unwrap(function))
         files = {getattr(module, "__file__", None) for module in (named, defined)}
-        return sorted(hash_file(Path(file)) for file in files if file is not None)
+        hashes = sorted(hash_file(Path(file)) for file in files if file is not None)
+        return hashes[0] if len(hashes) == 1 else hashes
 
     def scorer(self, forward: ForwardOptions) -> "TextScorer":
         """What gives the rewards."""

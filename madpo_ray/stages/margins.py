@@ -67,13 +67,15 @@ def _check_given_margins(config: Config) -> None:
     """Raises UserError if margins that are in the data cannot be calibrated."""
     if config.reward.source_kind != "columns":
         return
-    from madpo_ray.scoring.streamed import with_source
+    from madpo_ray.scoring.scaling import fit_scaling
+    from madpo_ray.scoring.streamed import margins_of, with_source
 
     names = config.reward.source_columns
     rows = pairs.STAGE.rows(config)
     validation = read_split(rows, columns.VALIDATION, [columns.PAIR_ID, *names])
     scored = with_source(validation.select([columns.PAIR_ID]), validation, names)
-    scores.scaling(scores.calibration(scored, config), config)
+    if fit_scaling(margins_of(scored).to_numpy(), config.margins.calibration) is None:
+        scores.scaling(scores.calibration(scored, config), config)  # says why
 
 
 def _upstream(config: Config) -> tuple[Stage, ...]:

@@ -60,7 +60,7 @@ def content(config: Config) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _content_of(source: str, config: Config) -> str | None:
+def _content_of(source: str, config: Config) -> Any:
     return _judge(source, config).content() if kind_of(source) in JUDGES else None
 
 

@@ -123,8 +123,7 @@ def make(build: Build) -> dict[str, Any]:
     """Searches; writes `trials.csv`, `trials.json`, `best.yaml` (a config) and pictures.
 
     Raises:
-        Stopped: every trial failed.
-        RuntimeError: no trial was evaluated.
+        Stopped: no trial was evaluated.
         UserError: so many trials never fit the cluster at the same time.
     """
     from madpo_ray.search.outcomes import OBJECTIVES, best_settings, table_of

@@ -213,12 +213,12 @@ def end_if_certain(
         if isinstance(failure, NonFiniteError):
             raise StoppedForGood(str(failure), ExitCode.FAILED) from error
         if isinstance(failure, torch.OutOfMemoryError):
-            first_line, *_ = str(failure).strip().splitlines()
-            raise StoppedForGood(
+            first_line = str(failure).strip().partition("\n")[0]
+            raise Stopped(
                 f"a micro-batch does not fit the memory of a GPU ({first_line}): lower "
-                "per_device_train_batch_size or max_tokens_per_device, or set "
-                "gradient_checkpointing or a higher zero_stage; `madpo-ray plan` computes what "
-                "fits",
+                "per_device_train_batch_size, per_device_eval_batch_size or "
+                "max_tokens_per_device, or set gradient_checkpointing or a higher zero_stage; "
+                "`madpo-ray plan` computes what fits",
                 ExitCode.FAILED,
             ) from error
         if isinstance(failure, CheckpointWriteError):

@@ -38,6 +38,9 @@ def set_in(section: str, key: str, value: Any) -> Edit:
     ("edit", "message"),
     [
         (set_in("train", "learning_rat", 1.0), "train.learning_rat; did you mean 'learning_rate'?"),
+        (set_in("train", "max_length", 1), "train.max_length; did you mean data.max_length?"),
+        (set_in("run", "lora_r", 1), "did you mean sft.lora_r or reward.lora_r or train.lora_r?"),
+        (set_in("train", "batch_size", 1), "did you mean 'global_batch_size'?"),
         (set_in("trian", "beta", 1.0), "unknown key trian; did you mean 'train'?"),
         (set_in("sft", "lora_rr", 1), "unknown key sft.lora_rr; did you mean 'lora_r'?"),
         (

@@ -44,7 +44,9 @@ def test_best_is_complete_and_has_the_highest_accuracy() -> None:
     assert (best.mean, best.standard_error, best.num_seeds) == (0.8, None, 1)
     assert [one.state for one in trials] == [*["complete"] * 3, "failed", "stopped", "stopped"]
     assert best_settings(trials[4:], "accuracy").trial.values == {"train.beta": 0.5}
-    with pytest.raises(Stopped, match="all 1 trials failed; the first with out of memory"):
+    with pytest.raises(
+        Stopped, match="no trial was evaluated: 1 of 1 failed, the first with out of memory"
+    ):
         best_settings(trials[3:4], "accuracy")
 
 
@@ -59,6 +61,12 @@ def test_best_is_by_the_mean_over_seeds() -> None:
     assert best.trial.settings == {"train.beta": 0.2}
     assert (best.mean, best.num_seeds) == (0.75, 2)
     assert best.standard_error == pytest.approx(0.05)
+
+
+def test_the_same_trial_again_is_no_other_seed() -> None:
+    """Trials with the same values share one training."""
+    best = best_settings([trial(0.8, train__beta=0.2)] * 3, "accuracy")
+    assert (best.num_seeds, best.standard_error) == (1, None)
 
 
 @pytest.mark.parametrize(

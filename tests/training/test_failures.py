@@ -59,8 +59,10 @@ def test_error_for_the_user_reaches_the_user() -> None:
     with pytest.raises(Stopped, match="the loss is NaN"):
         end_if_certain(of_ranks(r0=NonFiniteError("the loss is NaN")), ClusterConfig(), FOLDER)
     full = torch.OutOfMemoryError("CUDA out of memory\nand so on")
-    with pytest.raises(StoppedForGood, match=r"\(CUDA out of memory\): lower per_device_train"):
+    with pytest.raises(Stopped, match=r"\(CUDA out of memory\): lower per_device_train") as caught:
         end_if_certain(of_ranks(r0=BROKEN, r1=full), ClusterConfig(), FOLDER)
+    # A search tries such a trial again: on another machine it may fit.
+    assert not isinstance(caught.value, StoppedForGood)
 
 
 def test_preemption_is_no_failure() -> None:
