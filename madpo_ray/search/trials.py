@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray.tune
 from ray.tune.integration.ray_train import TuneReportCallback
@@ -79,6 +79,15 @@ class Trials:
         return Trial(config, job, total_steps, self.measure)
 
 
+class EndRecord(NamedTuple):
+    """How a trial ended for good."""
+
+    evaluation: int  # the last that was reported; a stopped training may have gone further
+    seconds: float | None  # of its last training; None if that is not known
+    failure: str | None  # why it could not be trained to its end
+    skip_nonfinite: int  # at which it failed
+
+
 @dataclass(frozen=True)
 class Trial:
     """One trial and its files."""
@@ -102,16 +111,12 @@ class Trial:
     ) -> None:
         """Writes that the trial has ended for good, unless that is written already.
 
-        Args:
-            evaluation: the last that was reported; a stopped training may have gone further.
-            seconds: of its last training; None if that is not known.
-            failure: why it could not be trained to its end.
+        The arguments are those of `EndRecord`.
         """
         self.job.checkpoints.mkdir(parents=True, exist_ok=True)
-        if not self.has_ended:
-            record = {EVALUATION: evaluation, "seconds": seconds, "failure": failure}
-            record["skip_nonfinite"] = self.job.settings.skip_nonfinite
-            write_json(self._ended_file, record)
+        if not self._ended_file.exists():
+            record = EndRecord(evaluation, seconds, failure, self.job.settings.skip_nonfinite)
+            write_json(self._ended_file, record._asdict())
 
     def discard_checkpoints(self) -> None:
         """Deletes what only resuming would need."""
@@ -120,20 +125,11 @@ class Trial:
                 discard(unneeded)
 
     @property
-    def has_ended(self) -> bool:
-        return self._ended_file.exists()
-
-    @property
-    def seconds(self) -> float | None:
-        """How long its last training took, if that is known."""
-        seconds: float | None = self._ended_record().get("seconds")
-        return seconds
-
-    def _ended_record(self) -> dict[str, Any]:
-        if not self.has_ended:
-            return {}
-        found: dict[str, Any] = json.loads(self._ended_file.read_text(encoding="utf-8"))
-        return found
+    def end(self) -> EndRecord | None:
+        """How it ended; None if it did not yet."""
+        if not self._ended_file.exists():
+            return None
+        return EndRecord(**json.loads(self._ended_file.read_text(encoding="utf-8")))
 
     def reports(self) -> list[dict[str, Any]]:
         """The reports of the trial so far.
@@ -147,9 +143,8 @@ class Trial:
                 return []
             measured = json.loads(self._measured_file.read_text(encoding="utf-8"))
             return [evaluations[-1] | measured]
-        if self.has_ended:
-            last = self._ended_record()[EVALUATION]
-            return [one for one in evaluations if one[EVALUATION] <= last]
+        if (end := self.end) is not None:
+            return [one for one in evaluations if one[EVALUATION] <= end.evaluation]
         step = newest_step(self.job.checkpoints)
         return [one for one in evaluations if one["step"] <= step]
 
@@ -168,16 +163,16 @@ class Trial:
                 search; it is tried again with a larger `skip_nonfinite`.
         """
         began = time.monotonic()
-        failure = self._ended_record().get("failure")
-        if failure and self._ended_record()["skip_nonfinite"] < self.job.settings.skip_nonfinite:
+        end = self.end
+        if end and end.failure and end.skip_nonfinite < self.job.settings.skip_nonfinite:
             self._ended_file.unlink()
-            failure = None
+            end = None
         reported = self.reports()
         for report in reported:
             ray.tune.report(report)
-        if failure:
-            raise StoppedForGood(failure, ExitCode.FAILED)
-        if self.has_ended:
+        if end and end.failure:
+            raise StoppedForGood(end.failure, ExitCode.FAILED)
+        if end:
             return
         if self.measure is not None and reported:  # it was killed just before its end
             self.record_end(reported[-1][EVALUATION], None)

@@ -159,7 +159,7 @@ def _outcome(trials: Trials, drawn: Values, result: ray.tune.Result) -> TrialOut
     with contextlib.suppress(UserError):  # no training has such settings: that is its error
         trial = trials.of(values)
         last = next(reversed(trial.reports()), {})
-        seconds = trial.seconds if trial.has_ended else seconds
+        seconds = trial.end.seconds if trial.end else seconds
     metrics = {name: last[name] for name in REPORTED if _is_finite(last.get(name))}
     error = None if result.error is None else _reason(result.error)
     return TrialOutcome(values, last.get(EVALUATION, 0), metrics, seconds, error)
