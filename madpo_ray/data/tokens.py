@@ -90,7 +90,7 @@ def _tokenize_rendered(
         return []
     parts = []
     for one in texts:
-        cut = _last_cut(one.prompt, tokenizer)
+        cut = last_cut(one.prompt, tokenizer)
         parts += [one.prompt[:cut], one.prompt[cut:], one.chosen[cut:], one.rejected[cut:]]
     ids = tokenizer(parts, add_special_tokens=False)["input_ids"]
     of_pairs = zip(ids[0::4], ids[1::4], ids[2::4], ids[3::4], strict=True)
@@ -111,7 +111,7 @@ def _tokenize_plain(
     return [_with_ends(*of_pair, tokenizer) for of_pair in of_pairs]
 
 
-def _last_cut(text: str, tokenizer: "PreTrainedTokenizerBase") -> int:
+def last_cut(text: str, tokenizer: "PreTrainedTokenizerBase") -> int:
     """The last place where a text can be cut in two that have the ids of the whole; 0 if none."""
     added, safe = _added_tokens(tokenizer)
     place = 0

@@ -123,7 +123,7 @@ def packed_attention(
         raise RuntimeError(f"the model's attention also reads {', '.join(sorted(unknown))}")
     if packed_row is None:
         raise RuntimeError("the model's layers do not hand packed_row over to their attention")
-    if not softcap and not dropout and _has_flash_kernel(query, value):
+    if not softcap and not dropout and has_flash_kernel(query, value):
         output = _by_one_kernel(query[0], key[0], value[0], packed_row, scaling, sliding_window)
         return output[None], None
 
@@ -204,7 +204,7 @@ def _is_flash_device(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def _has_flash_kernel(query: Tensor, value: Tensor) -> bool:
+def has_flash_kernel(query: Tensor, value: Tensor) -> bool:
     """Whether the device has PyTorch's flash kernel for these (1, heads, T, D)."""
     channels = query.shape[-1]
     return (

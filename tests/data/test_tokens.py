@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from madpo_ray.config import DataConfig
 from madpo_ray.data.formats import Pair, parse_pair
 from madpo_ray.data.messages import BadRowError
-from madpo_ray.data.tokens import JointTexts, _last_cut, split_joint, tokenize, tokenize_pair
+from madpo_ray.data.tokens import JointTexts, last_cut, split_joint, tokenize, tokenize_pair
 from support.pairs import messages
 
 TEXT = Pair("the film", " is good", " is bad")
@@ -294,6 +294,6 @@ def test_cut_texts_have_the_ids_of_the_whole(kind: str, parts: list[list[str]]) 
 
 def test_a_conversation_is_cut_at_its_last_added_token(tokenizer: Any) -> None:
     text = "<|im_start|>user\nhello<|im_end|><|im_start|>assistant\n"
-    assert text[_last_cut(text, tokenizer) :] == "<|im_start|>assistant\n"
-    assert _last_cut("no added token", tokenizer) == 0
-    assert _last_cut("x<|b|>", TOKENIZERS["spaces before"]) == 0
+    assert text[last_cut(text, tokenizer) :] == "<|im_start|>assistant\n"
+    assert last_cut("no added token", tokenizer) == 0
+    assert last_cut("x<|b|>", TOKENIZERS["spaces before"]) == 0

@@ -10,7 +10,7 @@ import torch
 
 from madpo_ray.config import ForwardOptions, ModelConfig
 from madpo_ray.data.batching import collate
-from madpo_ray.models.attention import _has_flash_kernel, packed_attention
+from madpo_ray.models.attention import has_flash_kernel, packed_attention
 from madpo_ray.models.loading import load_policy
 from madpo_ray.models.logprobs import ResponseLogps
 from madpo_ray.models.reading import find_reading
@@ -57,8 +57,8 @@ def test_flash_kernel_equals_segments(
     ]
     exact = [torch.randn(*shape, device=CUDA, requires_grad=True) for shape in shapes]
     rounded = [states.detach().bfloat16().requires_grad_() for states in exact]
-    assert _has_flash_kernel(rounded[0], rounded[2])
-    assert not _has_flash_kernel(exact[0], exact[2])
+    assert has_flash_kernel(rounded[0], rounded[2])
+    assert not has_flash_kernel(exact[0], exact[2])
 
     results = []
     for states in (rounded, exact):
