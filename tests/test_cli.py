@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -261,16 +262,29 @@ def test_no_usable_pair(raw_config: dict[str, Any], tmp_path: Path) -> None:
     assert not (tmp_path / "tiny" / "pairs").exists()
 
 
-def test_no_cluster_answers(raw_config: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("source", "address", "hint"),
+    [
+        ("cluster.address", "127.0.0.1:1", "give the head's host:6379"),
+        ("RAY_ADDRESS", "http://127.0.0.1:1", "that is its dashboard, for `ray job submit`"),
+    ],
+)
+def test_no_cluster_answers(
+    source: str, address: str, hint: str, raw_config: dict[str, Any], tmp_path: Path
+) -> None:
+    """The key or the variable that the address is from is named."""
+    if source == "cluster.address":
+        raw_config["cluster"]["address"] = address
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(raw_config))
     # In a process of its own: this one may be connected to the tests' Ray.
     program = Path(sys.executable).with_name("madpo-ray")
-    address = "cluster.address=127.0.0.1:1"
-    command = [program, "pairs", "--config", file, "--set", address]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [program, "pairs", "--config", file]
+    environ = os.environ | ({source: address} if source == "RAY_ADDRESS" else {})
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environ)
     assert done.returncode == 2, done.stderr
-    assert "no Ray cluster answers at 127.0.0.1:1" in done.stderr
+    assert f"{source}: no Ray cluster answers at {address}" in done.stderr
+    assert hint in done.stderr
     assert "Traceback" not in done.stderr
 
 

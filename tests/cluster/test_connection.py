@@ -63,16 +63,3 @@ def test_writes_rows_in_order(tmp_path: Path) -> None:
         write_rows(ray.data.range(40, override_num_blocks=12), tmp_path / "data")
     assert len(rows_files(tmp_path / "data")) >= 12
     assert read_columns(tmp_path / "data", ["id"])["id"].to_pylist() == list(range(40))
-
-
-def test_cluster_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the key or the variable that its address is from."""
-    message = (
-        r"cluster\.address: no Ray cluster answers at 127\.0\.0\.1:1 .* remove cluster\.address"
-    )
-    with pytest.raises(UserError, match=message), connected(ClusterConfig(address="127.0.0.1:1")):
-        pass
-    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:1")
-    message = "RAY_ADDRESS: .* that is its dashboard, for `ray job submit`: give the head's"
-    with pytest.raises(UserError, match=message), connected(ClusterConfig()):
-        pass
