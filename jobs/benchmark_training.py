@@ -38,8 +38,11 @@ SHAPES = {
 VOCABULARY = 32_000
 MAX_LENGTH = 4096
 VALIDATION_PAIRS = 2
-# Steps of a measurement that do not count: on Ray, other processes are still starting then.
+# Steps of a measurement that do not count.
 WARM_UP = 2
+# Steps of measurements on Ray, and of ours beside them: its processes are busy for the first ten
+# seconds.
+RAY_STEPS = 20
 
 Numbers = dict[str, Any]
 Dtype = Literal["float32", "bfloat16"]
@@ -267,10 +270,12 @@ def child(arguments: argparse.Namespace) -> None:
     print("\n" + json.dumps({**numbers, "peak_bytes": peak}))
 
 
-def measure(work: Path, side: str, shape: str, arguments: argparse.Namespace) -> Numbers:
+def measure(
+    work: Path, side: str, shape: str, steps: int, arguments: argparse.Namespace
+) -> Numbers:
     """One measurement in a process of its own."""
     command = [sys.executable, __file__, "--measure", side, "--shape", shape]
-    command += ["--work", str(work), "--steps", str(arguments.steps)]
+    command += ["--work", str(work), "--steps", str(steps)]
     command += ["--threads", str(arguments.threads)]
     threads = str(arguments.threads)
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
@@ -284,7 +289,7 @@ def measure(work: Path, side: str, shape: str, arguments: argparse.Namespace) ->
 
 
 def measure_in_turn(
-    work: Path, sides: tuple[str, ...], shape: str, arguments: argparse.Namespace
+    work: Path, sides: tuple[str, ...], shape: str, steps: int, arguments: argparse.Namespace
 ) -> dict[str, Numbers]:
     """Each side's seconds over rounds that take turns, and its largest peak."""
     pooled: dict[str, Numbers] = {
@@ -292,7 +297,7 @@ def measure_in_turn(
     }
     for _ in range(arguments.rounds):
         for side in sides:
-            numbers = measure(work, side, shape, arguments)
+            numbers = measure(work, side, shape, steps, arguments)
             total = pooled[side]
             total["seconds"] += numbers["seconds"]
             total["peak_bytes"] = max(total["peak_bytes"], numbers["peak_bytes"])
@@ -365,16 +370,19 @@ def main() -> None:
         work = Path(folder)
         make_model(work / "model", arguments.seed)
         for shape in arguments.shapes:
-            pairs = make_pairs(
-                shape, SHAPES[shape].pairs_per_step * arguments.steps, arguments.seed
-            )
-            (work / f"{shape}.json").write_text(json.dumps(pairs))
+            steps = arguments.steps
+            pairs_per_step = SHAPES[shape].pairs_per_step
+            pairs = make_pairs(shape, pairs_per_step * max(steps, RAY_STEPS), arguments.seed)
+            trls = pairs[: pairs_per_step * steps]  # it scores all of them with the reference
+            (work / f"{shape}.json").write_text(json.dumps(trls))
             make_rows(work / shape, pairs, work / "model")
-            pooled = measure_in_turn(work, ("ours", "ours-bfloat16", "trl"), shape, arguments)
+            sides = ("ours", "ours-bfloat16", "trl")
+            pooled = measure_in_turn(work, sides, shape, steps, arguments)
             table += table_rows(shape, pooled)
             result |= compare(shape, pooled)
             if shape == "chat" and not arguments.without_ray:
-                pooled = measure_in_turn(work, ("ours", "ray1", "ray2"), shape, arguments)
+                sides = ("ours", "ray1", "ray2")
+                pooled = measure_in_turn(work, sides, shape, max(steps, RAY_STEPS), arguments)
                 table += table_rows("chat, with Ray", pooled, shape)
                 result |= compare_with_ray(pooled)
     print("\n".join(table))
