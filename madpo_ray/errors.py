@@ -40,6 +40,11 @@ class StoppedFromOutside(Stopped):
     """The machines failed, not what ran: a disk, or no place for workers."""
 
 
+def first_line(error: object) -> str:
+    """Of an exception's text."""
+    return str(error).strip().partition("\n")[0]
+
+
 def did_you_mean(key: str, known: Iterable[str]) -> str:
     """Ending of an error message: `; did you mean 'x'?`, or all known keys if none is close."""
     candidates = sorted(known)

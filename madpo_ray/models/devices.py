@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from madpo_ray.errors import UserError
+from madpo_ray.errors import UserError, first_line
 
 # transformers' device_map for a model whose layers are spread over all GPUs of a process.
 OVER_GPUS = "balanced"
@@ -63,7 +63,7 @@ def refusing_large_models() -> Iterator[None]:
         if not is_full:
             raise
         raise UserError(
-            f"the models of one actor do not fit its GPUs ({_first_line(error)}): {HOW_TO_FIT}"
+            f"the models of one actor do not fit its GPUs ({first_line(error)}): {HOW_TO_FIT}"
         ) from None
 
 
@@ -78,13 +78,9 @@ def refusing_large_batches(keys: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"a batch does not fit the memory of a GPU ({_first_line(error)}): lower {keys}, or "
+            f"a batch does not fit the memory of a GPU ({first_line(error)}): lower {keys}, or "
             f"{HOW_TO_FIT}"
         ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 def is_spread(model: Any) -> bool:

@@ -97,8 +97,10 @@ def best_settings(outcomes: Sequence[TrialOutcome], objective: str) -> Best:
         candidates.append((trust, sign * mean, Best(counted[0], mean, error, len(values))))
     if not candidates:
         errors = [trial.error for trial in outcomes if trial.error is not None]
-        reason = f": {len(errors)} of {len(outcomes)} failed, the first with {errors[0]}"
-        raise Stopped(f"no trial was evaluated{reason if errors else ''}", ExitCode.FAILED)
+        message = "no trial was evaluated"
+        if errors:
+            message += f": {len(errors)} of {len(outcomes)} failed, the first with {errors[0]}"
+        raise Stopped(message, ExitCode.FAILED)
     *_, best = max(candidates, key=lambda candidate: candidate[:2])
     return best
 

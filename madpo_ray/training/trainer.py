@@ -17,7 +17,14 @@ from madpo_ray.config import ClusterConfig
 from madpo_ray.data.micro_batches import open_tokens
 from madpo_ray.data.order import Order
 from madpo_ray.disk import explain_disk_error, find_disk_error
-from madpo_ray.errors import ExitCode, Stopped, StoppedForGood, StoppedFromOutside, UserError
+from madpo_ray.errors import (
+    ExitCode,
+    Stopped,
+    StoppedForGood,
+    StoppedFromOutside,
+    UserError,
+    first_line,
+)
 from madpo_ray.models.checks import check_weights
 from madpo_ray.models.trainable import check_trainable
 from madpo_ray.passes import BatchNotes, ordered_execution, require_no_refusal
@@ -213,9 +220,8 @@ def end_if_certain(
         if isinstance(failure, NonFiniteError):
             raise StoppedForGood(str(failure), ExitCode.FAILED) from error
         if isinstance(failure, torch.OutOfMemoryError):
-            first_line = str(failure).strip().partition("\n")[0]
             raise Stopped(
-                f"a micro-batch does not fit the memory of a GPU ({first_line}): lower "
+                f"a micro-batch does not fit the memory of a GPU ({first_line(failure)}): lower "
                 "per_device_train_batch_size, per_device_eval_batch_size or "
                 "max_tokens_per_device, or set gradient_checkpointing or a higher zero_stage; "
                 "`madpo-ray plan` computes what fits",
@@ -252,8 +258,7 @@ def failure_cause(error: ray.train.TrainingFailedError) -> tuple[str, bool]:
     failures = _failures(error)
     lost = [failure for failure in failures if type(failure).__module__.startswith("ray.")]
     cause = (lost or failures)[0]
-    first_line, *_ = str(cause).strip().splitlines() or [""]
-    return f"{type(cause).__name__}: {first_line}", not lost
+    return f"{type(cause).__name__}: {first_line(cause)}", not lost
 
 
 def _make_trainer(

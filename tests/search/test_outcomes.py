@@ -48,6 +48,8 @@ def test_best_is_complete_and_has_the_highest_accuracy() -> None:
         Stopped, match="no trial was evaluated: 1 of 1 failed, the first with out of memory"
     ):
         best_settings(trials[3:4], "accuracy")
+    with pytest.raises(Stopped, match="no trial was evaluated"):
+        best_settings(trials[5:], "accuracy")
 
 
 def test_best_is_by_the_mean_over_seeds() -> None:
