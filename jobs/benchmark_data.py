@@ -4,7 +4,9 @@ Stage pairs reads, checks, tokenises and writes one JSON Lines file of conversat
 prepares the same file for its DPOTrainer; both with their start of processes, on two workers.
 
 The feed has random tokens, a Ray of its own with an object store of 500 MB, and a TorchTrainer
-whose workers order the pairs, read and decode as those of a training do, without a model. Memory is
+whose workers order the pairs, read and decode as those of a training do, without a model: as fast
+as they can, then a row a second, while the cores that Ray's coordinator keeps busy are counted
+(`feed_idle_cores`). Memory is
 the largest PSS (a shared page is counted in parts) of the driver, a rank and the actor that reads.
 Scoring reads short pairs with a tiny model and two actors: what its processes hold is measured, for
 30,000 pairs and for all. The last line is one JSON object.
@@ -50,6 +52,7 @@ SHORT: Sizes = {"prompt_ids": (2, 6), "chosen_ids": (2, 6), "rejected_ids": (2, 
 OBJECT_STORE_BYTES = 500 * 10**6
 VOCABULARY = 32_000
 READER = "_ChunkReader"  # in the names of actors' processes
+COORDINATOR = "SplitCoordinator"
 SCORER = "ScoringActor"
 FEW_PAIRS = 30_000
 
@@ -220,22 +223,38 @@ def _processes(name: str) -> list[int]:
     return found
 
 
+def cpu_seconds(name: str) -> float:
+    """Seconds of a core that the processes with a name have used."""
+    ticks = 0
+    for pid in _processes(name):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])  # in user mode, and in the kernel
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
 def read_as_a_rank(settings: dict[str, Any]) -> None:
-    """Reads for some seconds, and writes what was seen."""
+    """Reads for some seconds, then for as many a row a second, and writes what was seen."""
     peak = Peak()
     spec: OrderSpec = settings["spec"]
     Order(spec)  # as each rank of a training does
     site = RaySite(["train"])
     count = 0
     first = 0.0
-    for row in site.micro_batches(0):
+    rows = site.micro_batches(0)
+    for row in rows:
         decode_micro_batch(row, spec.token_columns)
         count += 1
         if count == 1:
             first = time.time()
         elif time.time() - first > settings["seconds"]:
             break
-    seen = {"first": first, "rate": (count - 1) / (time.time() - first), "peak": peak.bytes}
+    rate = (count - 1) / (time.time() - first)
+    used, began = cpu_seconds(COORDINATOR), time.time()
+    while time.time() - began < settings["seconds"]:
+        decode_micro_batch(next(rows), spec.token_columns)
+        time.sleep(1)
+    idle_cores = (cpu_seconds(COORDINATOR) - used) / (time.time() - began)
+    seen = {"first": first, "rate": rate, "peak": peak.bytes, "idle_cores": idle_cores}
     (settings["folder"] / f"rank-{site.rank}.json").write_text(json.dumps(seen))
 
 
@@ -305,6 +324,7 @@ def _measure_feed(folder: Path, pairs: int, workers: int, seconds: float) -> dic
         "feed_first_s": first - float((folder / "made").read_text()),
         "feed_start_s": first - began,
         "feed_rate": sum(rank["rate"] for rank in ranks),
+        "feed_idle_cores": max(rank["idle_cores"] for rank in ranks),
         "feed_peak_gib": max(gib.values()),
         **{f"feed_{name}_gib": value for name, value in gib.items()},
     }

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -17,6 +18,9 @@ from madpo_ray.scoring.streamed import StreamedScores
 # Ray needs milliseconds for each block, however small it is, and every block is in memory.
 MAX_BLOCKS = 1024
 MAX_BLOCK_BYTES = 32 * 2**20
+# Between two rounds of Ray Data's scheduler. A round without tasks waits for nothing: while the
+# object store is full of chunks that no rank has read yet, it would keep a core busy.
+SCHEDULER_ROUND_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,27 @@ class _ChunkScorer:
         return with_columns(chunk, self._streamed.numbers(pairs, scored))
 
 
+class Pacing:
+    """Ray Data's hooks into an execution: one round of its scheduler in `SCHEDULER_ROUND_S`."""
+
+    def __init__(self) -> None:
+        self._last_round = time.monotonic()
+
+    def before_execution_starts(self, executor: object) -> None:
+        pass
+
+    def on_execution_step(self, executor: object) -> None:
+        elapsed = time.monotonic() - self._last_round
+        time.sleep(max(0.0, SCHEDULER_ROUND_S - elapsed))
+        self._last_round = time.monotonic()
+
+    def after_execution_succeeds(self, executor: object) -> None:
+        pass
+
+    def after_execution_fails(self, executor: object, error: Exception) -> None:
+        pass
+
+
 def micro_batch_dataset(
     spec: OrderSpec,
     chunks: Chunks,
@@ -130,7 +155,9 @@ def micro_batch_dataset(
         complete: adds the columns that the stored rows lack, to the table of a split's pairs.
     """
     ids = [pa.table({"id": [chunk]}) for chunk in range(len(chunks))]
-    return ray.data.from_arrow(ids).map_batches(
+    dataset = ray.data.from_arrow(ids)
+    dataset.context.custom_execution_callback_classes = [Pacing]
+    return dataset.map_batches(
         _ChunkReader,
         fn_constructor_kwargs={
             "spec": spec,

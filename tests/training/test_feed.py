@@ -2,6 +2,7 @@
 
 import dataclasses
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,9 @@ from madpo_ray.scoring.judges import FunctionReward
 from madpo_ray.scoring.streamed import StreamedScores
 from madpo_ray.training.feed import (
     MAX_BLOCKS,
+    SCHEDULER_ROUND_S,
     Chunks,
+    Pacing,
     cut_into_chunks,
     datasets_of,
     micro_batch_dataset,
@@ -103,6 +106,29 @@ def test_chunks_that_are_scored_have_few_pairs(policy_job: MakeJob) -> None:
     assert cut_into_chunks(order, 0).size > 100
     assert cut_into_chunks(order, 0, max_pairs=16).size == 8
     assert cut_into_chunks(order, 0, max_pairs=1).size == 1
+
+
+def test_scheduler_that_has_nothing_to_do_is_slowed() -> None:
+    began = time.monotonic()
+    pacing = Pacing()
+    for _ in range(3):
+        pacing.on_execution_step(executor=None)
+    assert time.monotonic() - began >= 3 * SCHEDULER_ROUND_S
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+def test_ray_lets_the_feed_pace_its_scheduler(
+    policy_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = policy_job("feed", max_steps=9).order_spec(1)
+    rounds: list[object] = []
+    monkeypatch.setattr(Pacing, "on_execution_step", lambda self, executor: rounds.append(executor))
+    notes = BatchNotes(tmp_path / "notes")
+    with notes.reporting_deaths():
+        dataset = micro_batch_dataset(spec, Chunks(0, 2, 1, 1), notes)
+        assert sum(1 for _ in dataset.iter_batches(batch_size=None)) == 2
+    assert rounds
 
 
 @pytest.mark.ray
