@@ -7,7 +7,7 @@ after its last hidden states gives other numbers here, before it trains on them.
 import contextlib
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,7 +50,12 @@ class Reading:
 
 
 @torch.no_grad()
-def find_reading(module: Any, device: torch.device, settings: ModelConfig) -> Reading:
+def find_reading(
+    module: Any,
+    device: torch.device,
+    settings: ModelConfig,
+    largest: Callable[[float], float] = float,
+) -> Reading:
     """The fastest way to read pairs that gives the numbers of the model's own forward.
 
     Sets `module.own_forward` accordingly, and the module in evaluation mode; compiles its layers if
@@ -58,6 +63,7 @@ def find_reading(module: Any, device: torch.device, settings: ModelConfig) -> Re
 
     Args:
         module: `ResponseLogps` or `ResponseRewards`.
+        largest: a number of this process to the largest of all ranks, so that all choose alike.
 
     Raises:
         UserError: there is no such way, the model's own numbers are not finite, or later tokens
@@ -92,7 +98,7 @@ def find_reading(module: Any, device: torch.device, settings: ModelConfig) -> Re
             module.own_forward = reading.own_forward
         batch = collate(pairs, packed=reading.packed).to(device)
         difference = _difference(module, transformer, batch, expected)
-        if isinstance(difference, float) and difference <= tolerance:
+        if largest(difference if isinstance(difference, float) else math.inf) <= tolerance:
             if settings.torch_compile and not is_spread(transformer):
                 compile_layers(transformer)
                 _require_same(module, transformer, batch, expected, tolerance)

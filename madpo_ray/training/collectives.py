@@ -32,6 +32,11 @@ def max_over_ranks(values: Sequence[float], device: torch.device) -> list[float]
     return [float(value) for value in largest]
 
 
+def largest_over_ranks(value: float, device: torch.device) -> float:
+    """The largest of every rank's value, on every rank."""
+    return max_over_ranks([value], device)[0]
+
+
 def gather_tensors(tensor: Tensor) -> list[Tensor]:
     """Every rank's tensor, of one shape, on every rank, in their order."""
     if world_size() == 1:

@@ -25,6 +25,7 @@ from madpo_ray.models.loading import DTYPES
 from madpo_ray.models.reading import Reading, find_reading, require_no_dropout
 from madpo_ray.models.saving import merge_adapter, save_model, saved_tensors
 from madpo_ray.prefetch import prefetched
+from madpo_ray.training import collectives
 from madpo_ray.training.checkpoints import (
     agreed_checkpoint,
     check_space,
@@ -32,7 +33,6 @@ from madpo_ray.training.checkpoints import (
     load_checkpoint,
     prune_checkpoints,
 )
-from madpo_ray.training.collectives import broadcast_object, gather_objects, sum_over_ranks
 from madpo_ray.training.engine import DeepSpeedEngine, sharded_construction
 from madpo_ray.training.job import TrainingJob
 from madpo_ray.training.loop import TrainingRun, fit, measure_validation
@@ -83,7 +83,7 @@ class _Rank:
     def _check_agreement(self) -> None:
         """Raises RuntimeError if ranks see different rows: some file systems show old listings."""
         orders = (self._order, self._validation_order)
-        counts = gather_objects([(o.total_steps, o.num_micro_batches) for o in orders])
+        counts = collectives.gather_objects([(o.total_steps, o.num_micro_batches) for o in orders])
         if any(count != counts[0] for count in counts):
             raise RuntimeError(f"ranks see different rows in {self._job.rows}: {counts}")
 
@@ -115,10 +115,11 @@ class _Rank:
 
     def _choose_reading(self, engine: DeepSpeedEngine) -> Reading:
         """The fastest way to read pairs that gives the model's own numbers."""
-        job = self._job
-        reading = find_reading(engine.module, engine.device, job.model)
+        job, device = self._job, engine.device
+        largest = functools.partial(collectives.largest_over_ranks, device=device)
+        reading = find_reading(engine.module, device, job.model, largest)
         if job.settings.disable_dropout:
-            require_no_dropout(engine.module, engine.device, reading)
+            require_no_dropout(engine.module, device, reading)
         if job.settings.max_tokens_per_device and reading.packed != job.may_pack():
             raise UserError(
                 "max_tokens_per_device was planned for packed rows, and this model reads a row "
@@ -150,7 +151,7 @@ class _Rank:
         job = self._job
         # Before the checkpoint restores the random state, which measuring draws from.
         own_flops = peak_flops(DTYPES[job.model.dtype], engine.device)
-        machine_flops = sum_over_ranks(own_flops, engine.device)
+        machine_flops = collectives.sum_over_ranks(own_flops, engine.device)
 
         # Restore.
         objective = job.task.objective(job)
@@ -191,7 +192,7 @@ class _Rank:
         """Evaluates the engine's weights, of `step`, again if the metrics lost that line."""
         path = self._job.metrics / METRICS_FILE
         is_lost = evaluation_of(read_metrics(path), step) is None if self._site.rank == 0 else None
-        if not broadcast_object(is_lost):
+        if not collectives.broadcast_object(is_lost):
             return
         objective = self._job.task.objective(self._job)
         measured = measure_validation(engine, objective, self._validation_batches())
@@ -254,7 +255,7 @@ class _Rank:
                 found = self._job.streamed.count_failures(ids)
             except UserError as error:
                 found = str(error)
-        found = broadcast_object(found)
+        found = collectives.broadcast_object(found)
         if isinstance(found, str):
             raise UserError(found)
         return found or 0

@@ -36,6 +36,14 @@ def test_models_that_read_packed_rows(model_type: str, dtype: torch.dtype) -> No
     assert reading_of(ResponseLogps(make_model(model_type).to(dtype))) == PACKED
 
 
+def test_ranks_choose_the_same_way() -> None:
+    """On another rank packed rows are as far from the model's own numbers as its hardware is."""
+    module = ResponseLogps(make_model("llama"))
+    elsewhere = iter([0.5, 0.0, 0.0])
+    reading = find_reading(module, CPU, settings(), lambda own: max(own, next(elsewhere)))
+    assert reading == Reading(packed=True, own_forward=True)
+
+
 @pytest.mark.parametrize(
     ("model_type", "why"),
     [
