@@ -66,13 +66,14 @@ def preview(config: Config, stages: Sequence[Stage]) -> Preview:
     rows = {file: bound_rows(file) for file in list_files(config.data.files)}
     counts = _pairs_by_split(config)
     num_pairs = counts[columns.TRAIN] if counts else _estimate_pairs(config, sum(rows.values()))
+    to_do = [stage for stage in stages if not stage.is_finished(config)]
     return Preview(
         rows=rows,
         pairs=counts,
-        trainings=list(_trainings(config, stages, num_pairs)),
+        trainings=list(_trainings(config, to_do, num_pairs)),
         workers=_workers(config),
-        trials=_trials(config) if tune.STAGE in stages else "",
-        stages=_to_do(config, stages),
+        trials=_trials(config) if tune.STAGE in to_do else "",
+        stages=[stage.name for stage in to_do],
         needed=_needed(config, stages),
     )
 
@@ -149,10 +150,6 @@ def _trials(config: Config) -> str:
     at_a_time = settings.max_concurrent_trials
     pace = "as many at a time as fit" if at_a_time is None else f"{at_a_time} at a time"
     return f"{number} over {keys}, {pace}"
-
-
-def _to_do(config: Config, stages: Sequence[Stage]) -> list[str]:
-    return [stage.name for stage in stages if not stage.is_finished(config)]
 
 
 def _needed(config: Config, stages: Sequence[Stage]) -> list[str]:

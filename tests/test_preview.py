@@ -30,7 +30,7 @@ def test_counts_pairs_of_a_finished_stage(finished_run: tuple[Config, Any]) -> N
     found = preview(config, pipeline.wanted_stages(config))
     assert found.pairs is not None
     assert sum(found.pairs.values()) == 90
-    assert found.stages == []
+    assert found.stages == found.trainings == []
 
 
 @pytest.mark.parametrize(("loss_type", "has_reward"), [("sigmoid", False), ("madpo", True)])

@@ -31,7 +31,6 @@ TESTED_ELSEWHERE = {
     "search/records": "stages/test_tune.py, on a real Ray",
     "search/trials": "stages/test_tune.py, on a real Ray",
     "search/tuner": "stages/test_tune.py, on a real Ray",
-    "report/collect": "report/test_sections.py",
     "report/parts": "report/test_sections.py and report/test_page.py",
     "report/results": "report/test_sections.py",
     "data/messages": "data/test_formats.py",

@@ -110,10 +110,10 @@ def discard(path: Path) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Raises UserError if the run's folder cannot be written."""
+    """Raises UserError if the run's folder cannot be written, or made. Makes nothing."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".write-test-"):
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        with tempfile.NamedTemporaryFile(dir=existing, prefix=".write-test-"):
             pass
     except OSError as error:
         raise UserError(

@@ -120,6 +120,13 @@ class TrainingConfig(Section):
             greater = not name.endswith("loss")
         return name if name.startswith("eval_") else f"eval_{name}", greater
 
+    @field_validator("max_steps")
+    @classmethod
+    def _check_steps(cls, value: int) -> int:
+        if value == 0:
+            raise ValueError("should be 1 or more, or -1 for num_train_epochs to decide")
+        return value
+
     @field_validator("lora_target_modules")
     @classmethod
     def _check_targets(cls, value: tuple[str, ...]) -> tuple[str, ...]:

@@ -68,8 +68,8 @@ class Epoch(NamedTuple):
 
 
 def count_steps(steps_per_epoch: int, num_epochs: int, max_steps: int) -> int:
-    """Optimizer steps of a training; `max_steps` decides if it is positive."""
-    return max_steps if max_steps > 0 else num_epochs * steps_per_epoch
+    """Optimizer steps of a training; `max_steps` decides unless it is -1."""
+    return num_epochs * steps_per_epoch if max_steps == -1 else max_steps
 
 
 def order_epoch(

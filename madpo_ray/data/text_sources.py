@@ -223,7 +223,7 @@ def _skip_line(stream: BinaryIO) -> bool:
 
 def _json_row(line: bytes) -> Row | str:
     try:
-        row, repeated = parse_json(line.decode("utf-8"))
+        row, repeated = parse_json(line.decode("utf-8").rstrip("\r\n"))
     except (ValueError, RecursionError) as error:
         return f"line is not JSON: {error}"
     if repeated is not None:

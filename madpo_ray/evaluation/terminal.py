@@ -20,17 +20,21 @@ def evaluation_tables(results: Mapping[str, Any]) -> list[Table]:
     # How well each ranking agrees with the labels.
     numbers = Table(title=f"Test split, {results['test_pairs']} pairs")
     for heading in ("ranked by", "accuracy", "95 % interval", "rank correlation with true margin"):
-        numbers.add_column(heading)
+        numbers.add_column(heading, overflow="fold")
     for key, label in RANKINGS.items():
         if key in results:
             numbers.add_row(label, *_ranking_cells(results[key]))
 
     # Samples in numbers.
     sampled = Table(title="Samples for prompts of the test split")
-    for heading, _ in SAMPLE_COLUMNS:
-        sampled.add_column(heading)
-    for entry in results["sampling"]:
-        sampled.add_row(*(cell(entry) for _, cell in SAMPLE_COLUMNS))
+    shown = []
+    for heading, cell in SAMPLE_COLUMNS:
+        cells = [cell(entry) for entry in results["sampling"]]
+        if any(str(one) != "-" for one in cells):  # no judge, no rewards
+            sampled.add_column(heading, overflow="fold")
+            shown.append(cells)
+    for row in zip(*shown, strict=True):
+        sampled.add_row(*row)
     compared = _comparison_table(results["comparisons"])
 
     # What both models wrote.
@@ -74,7 +78,7 @@ def _comparison_table(comparisons: Sequence[Mapping[str, Any]]) -> list[Table]:
         return []
     table = Table(title="This policy against others, on the same prompts")
     for heading in ("against", "temperature", "reward difference", "wins", "at equal length"):
-        table.add_column(heading)
+        table.add_column(heading, overflow="fold")
     for one in comparisons:
         controlled = one["length_controlled_win_rate"]
         table.add_row(

@@ -66,19 +66,19 @@ def collect(folder: Path, stages: Sequence[Stage]) -> Run:
         UserError: it has no finished stage.
     """
     run = Run(name=folder.resolve().name, folder=folder)
+    config_file = folder / "config.yaml"
+    if config_file.is_file():
+        run.config = flat(read_yaml(config_file.read_text(encoding="utf-8")) or {})
     found = {stage: read_manifest(folder / stage.name) for stage in stages}
     for stage, manifest in found.items():
         if manifest is not None:
-            run.stages.append(_finished(stage, manifest, folder, _count_rows(stage, found, folder)))
+            run.stages.append(_finished(stage, manifest, run, _count_rows(stage, found, folder)))
             run.versions = manifest.get("versions", {})
     if not run.stages:
         raise UserError(
             f"{folder} has no finished stage: give the folder storage_path/name of a run"
         )
 
-    config_file = folder / "config.yaml"
-    if config_file.is_file():
-        run.config = flat(read_yaml(config_file.read_text(encoding="utf-8")) or {})
     run.margins = _read_json(folder / margins.STAGE.name / REPORT)
     run.suspicious = _read_lines(folder / margins.STAGE.name / SUSPICIOUS)[:MAX_SUSPICIOUS]
     run.metrics = _metrics(folder)
@@ -92,17 +92,20 @@ def collect(folder: Path, stages: Sequence[Stage]) -> Run:
     return run
 
 
-def _finished(
-    stage: Stage, manifest: dict[str, Any], folder: Path, rows: int | None
-) -> FinishedStage:
-    """What a stage printed, and whether a stage that it reads was made again since."""
+def _finished(stage: Stage, manifest: dict[str, Any], run: Run, rows: int | None) -> FinishedStage:
+    """What a stage printed, and what of the run has changed since it was made."""
     try:
         lines = [line for line in stage.describe(manifest["results"]) if isinstance(line, str)]
     except (KeyError, TypeError) as error:  # of another version of this package
         logger.warning("%s: its results cannot be described: %s", stage.name, error)
         lines = []
-    if changed := changed_since(folder, manifest["inputs"].get("upstream", {})):
+    if changed := changed_since(run.folder, manifest["inputs"].get("upstream", {})):
         lines.append(f"made from an earlier {' and '.join(changed)}")
+    # The config is of the last `madpo-ray run`, which may have been stopped.
+    own = flat(manifest["inputs"].get("settings", {}))
+    for key in own.keys() & run.config.keys():
+        if own[key] != run.config[key]:
+            lines.append(f"made with {key} {own[key]}, not {run.config[key]} as in config.yaml")
     return FinishedStage(stage.name, manifest.get("seconds"), rows, lines)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from madpo_ray.artifacts.manifest import flat
 from madpo_ray.columns import PROMPT
 from madpo_ray.evaluation.charts import frontier_chart, margin_charts, rewards_chart
 from madpo_ray.evaluation.sample_sets import SampleSet
@@ -43,7 +44,7 @@ def margins_section(run: Run, suffix: str) -> Section:
         (label, one["pairs"], one["mean_weight"])
         for label, one in report["weights_by_label"].items()
     ]
-    counts = [(key, plain(value)) for key, value in report["counts"].items()]
+    counts = [(key, plain(value)) for key, value in flat(report["counts"]).items()]
     errors = [
         (key, number_or_none(value))
         for key, value in calibration.items()
@@ -69,12 +70,17 @@ def evaluation_section(run: Run, suffix: str) -> Section:
     if not results:
         return Section("Evaluation")
     rankings = [
-        (label, results[key]["accuracy"], *results[key]["accuracy_interval"])
+        (
+            label,
+            results[key]["accuracy"],
+            *results[key]["accuracy_interval"],
+            or_dash(results[key].get("rank_correlation")),
+        )
         for key, label in RANKINGS.items()
         if key in results
     ]
     bins = [
-        (f"{one['from']:.2f} to {one['to']:.2f}", one["pairs"], one["accuracy"], *one["interval"])
+        (f"{one['from']:.3g} to {one['to']:.3g}", one["pairs"], one["accuracy"], *one["interval"])
         for one in results["implicit"].get("by_margin", [])
     ]
     judged = [entry for entry in results["sampling"] if "reward" in entry]
@@ -84,7 +90,7 @@ def evaluation_section(run: Run, suffix: str) -> Section:
         note="On the test split. Intervals are of 95 %. KL is of a policy as it is decoded against "
         "the reference at temperature 1: at another temperature the reference has one, too.",
         tables=[
-            Table(("ranked by", "accuracy", "from", "to"), rankings, "Which response is preferred"),
+            Table(RANKING_HEADINGS, rankings, "Which response is preferred"),
             Table(
                 ("|margin|", "pairs", "accuracy", "from", "to"),
                 bins,
@@ -103,6 +109,15 @@ def evaluation_section(run: Run, suffix: str) -> Section:
         ],
         charts=charts,
     )
+
+
+RANKING_HEADINGS = (
+    "ranked by",
+    "accuracy",
+    "from",
+    "to",
+    "rank correlation with true margin",
+)
 
 
 SAMPLE_HEADINGS = (

@@ -59,8 +59,8 @@ def search(trials: Trials, *, max_concurrent: int) -> list[TrialOutcome]:
     os.environ[SIGINT_HANDLER] = "1"
     logs = f"{job.name}-*/metrics/{METRICS_FILE}"
     with waiting(
-        "no trial has logged anything; workers may be waiting for a place, loading the "
-        "model, or in a long step",
+        "no trial under way has logged anything; its workers may be waiting for a place, loading "
+        f"the model, or in long steps (logging_steps: {job.settings.logging_steps})",
         progress=lambda: sum(file.stat().st_size for file in job.storage.glob(logs)),
     ):
         try:

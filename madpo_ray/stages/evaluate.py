@@ -174,7 +174,7 @@ def _samples(build: Build) -> dict[str, Any]:
     pq.write_table(table, build.folder / SAMPLES)
     write_csv(build.folder / "samples.csv", list(map(flat_entry, entries)))
     _draw_pictures(build.folder / "pictures", entries)
-    shown = table.slice(0, config.evaluate.num_shown)
+    shown = table.slice(0, min(config.evaluate.num_shown, num_prompts))
     before, after = (SampleSet(name, temperatures[0]).text for name in (REFERENCE, POLICY))
     return {
         "sampling": entries,

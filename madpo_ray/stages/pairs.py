@@ -97,13 +97,15 @@ def make(build: Build) -> dict[str, Any]:
     """
     config = build.config
     folder = base_model(config.model, config.run)
-    _check_tokenizer(config, folder)
+    tokenizer = _load_tokenizer(config, folder)
+    _check_tokenizer(config, folder, tokenizer)
 
     files = list_files(config.data.files)
     checked = _read_all(build, folder, files)
     facts = checked.select_columns(FACTS).materialize()  # once: each pass starts tasks
     repeats = find_repeats(lambda: _found(facts), config.data)
     results = _counts(facts, files, repeats, config.data)
+    results["template_unused"] = bool(tokenizer.chat_template) and not holds_messages(config.data)
     check_counts(results, config.data)
     forget_versions()
 
@@ -190,10 +192,9 @@ def _load_tokenizer(config: Config, folder: Path) -> "PreTrainedTokenizerBase":
     return load_tokenizer(folder, config.model)
 
 
-def _check_tokenizer(config: Config, folder: Path) -> None:
+def _check_tokenizer(config: Config, folder: Path, tokenizer: "PreTrainedTokenizerBase") -> None:
     """Raises UserError if model, tokenizer, lengths and pairs do not fit each other."""
     check_lengths(folder, config.data.max_length)
-    tokenizer = _load_tokenizer(config, folder)
     check_vocabulary(folder, tokenizer.get_vocab())
     are_messages = holds_messages(config.data)
     if are_messages and not tokenizer.chat_template:

@@ -20,6 +20,11 @@ MAX_FILES = 5  # likewise
 def describe(results: Mapping[str, Any]) -> Description:
     """Pairs by split, what was changed in them, and rejects by reason."""
     lines = [f"{_by_split(results['pairs'])} pairs"]
+    if results["template_unused"]:
+        lines.append(
+            "the pairs are texts and are read as they are, without the model's chat template; a "
+            "chat is given as messages"
+        )
     if any(results["cut_responses"].values()):
         lines.append(f"responses cut at data.max_length: {_by_split(results['cut_responses'])}")
     if results["repeated_prompts"]:

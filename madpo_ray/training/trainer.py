@@ -145,7 +145,7 @@ def _describe_wait(job: TrainingJob, cluster: ClusterConfig) -> str:
     return (
         f"{job.stage} has logged nothing; its {cluster.num_workers} workers of "
         f"{cluster.worker_description} may be waiting for a place (`ray status` shows what is "
-        "free), loading the model, or in a long step"
+        f"free), loading the model, or in long steps (logging_steps: {job.settings.logging_steps})"
     )
 
 

@@ -57,6 +57,7 @@ def set_in(section: str, key: str, value: Any) -> Edit:
         (set_in("train", "beta", "0.1"), "train.beta: Input should be a valid number"),
         (set_in("train", "loss_type", "madop"), "'madpo'"),
         (set_in("train", "tau", float("inf")), "finite"),
+        (set_in("train", "max_steps", 0), "train.max_steps: should be 1 or more, or -1"),
         (set_in("train", "label_smoothing", 0.1), "belongs to loss_type sigmoid"),
         (set_in("train", "label_smoothing", 0.5), "less than 0.5"),
         (set_in("evaluate", "chosen_score_column", None), "go together"),

@@ -37,6 +37,7 @@ def test_json_lines(tmp_path: Path) -> None:
         (b'{"a": 1, "a": 2}\n', "a key appears twice: 'a'"),
         (b'{"m": {"b": 1, "b": 1}}\n', "a key appears twice: 'b'"),
         (b"[" * 200_000 + b"\n", "line is not JSON"),
+        (b'{"a"\r\n', "line is not JSON: Expecting ':' delimiter: line 1 column 5"),
         (b'{"a": "\xe4"}\n', "line is not JSON"),
         (b'{"a": ' + b"9" * 5000 + b"}\n", "line is not JSON"),
     ],

@@ -9,6 +9,7 @@ def test_description_has_few_lines() -> None:
     """The tenth is for all other reasons."""
     results: dict[str, Any] = {
         "pairs": {"train": 1, "validation": 1, "test": 1},
+        "template_unused": False,
         "cut_responses": {"train": 0, "validation": 0, "test": 0},
         "repeated_prompts": 0,
         "quoted_prompts": 0,
@@ -32,6 +33,7 @@ def test_description_has_few_lines() -> None:
 def test_what_the_config_leaves_out() -> None:
     results = {
         "pairs": {"train": 5},
+        "template_unused": True,
         "cut_responses": {"train": 0},
         "repeated_prompts": 0,
         "quoted_prompts": 0,
@@ -43,6 +45,8 @@ def test_what_the_config_leaves_out() -> None:
     }
     assert list(describe(results)) == [
         "5 train pairs",
+        "the pairs are texts and are read as they are, without the model's chat template; a chat "
+        "is given as messages",
         "3 pairs repeat an earlier pair word for word",
         "2 pairs also occur with chosen and rejected swapped",
         "left out: 4 x a tie",
