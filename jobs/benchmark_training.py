@@ -349,7 +349,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--without-ray", action="store_true", help="leave out the TorchTrainer")
+    parser.add_argument(
+        "--only",
+        choices=("trl", "ray"),
+        help="the comparison with TRL, or that of the bare loop with the TorchTrainer (shape chat)",
+    )
     for internal in ("--measure", "--shape", "--work"):
         parser.add_argument(internal, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -376,11 +380,12 @@ def main() -> None:
             trls = pairs[: pairs_per_step * steps]  # it scores all of them with the reference
             (work / f"{shape}.json").write_text(json.dumps(trls))
             make_rows(work / shape, pairs, work / "model")
-            sides = ("ours", "ours-bfloat16", "trl")
-            pooled = measure_in_turn(work, sides, shape, steps, arguments)
-            table += table_rows(shape, pooled)
-            result |= compare(shape, pooled)
-            if shape == "chat" and not arguments.without_ray:
+            if arguments.only != "ray":
+                sides = ("ours", "ours-bfloat16", "trl")
+                pooled = measure_in_turn(work, sides, shape, steps, arguments)
+                table += table_rows(shape, pooled)
+                result |= compare(shape, pooled)
+            if shape == "chat" and arguments.only != "trl":
                 sides = ("ours", "ray1", "ray2")
                 pooled = measure_in_turn(work, sides, shape, max(steps, RAY_STEPS), arguments)
                 table += table_rows("chat, with Ray", pooled, shape)

@@ -53,7 +53,7 @@ def run_both(madpo: Config, dpo: Config) -> None:
 
 def copy_run(source: Path, target: Path) -> None:
     """Copies a run's finished stages up to margins, unless the target holds any; all or nothing."""
-    if target.exists() and any(target.iterdir()):  # a check of its config makes an empty folder
+    if target.exists() and any(target.iterdir()):
         return
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

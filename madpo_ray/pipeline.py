@@ -6,8 +6,8 @@
     margins    score every pair once: reward margin and reference log-probs
     train      train the policy on them
     evaluate   compare policy and reference on the test split
-    tune       search settings of `train` over the same margins; only by its own command
-    export     the scored pairs as a data set for TRL; only by its own command
+    tune       search settings of `train` over the same margins; by its own command, or --until
+    export     the scored pairs as a data set for TRL; likewise
 
 With `margins.mode: stream`, `train` runs before `margins`, which then collects what was scored.
 

@@ -10,7 +10,7 @@ from madpo_ray.config import Config, TrainingConfig
 from madpo_ray.data.order import count_steps
 from madpo_ray.data.sources import bound_rows, list_files
 from madpo_ray.pipeline import check
-from madpo_ray.search.space import count_trials
+from madpo_ray.search.space import count_trials, trials_at_a_time
 from madpo_ray.stages import pairs, reward, sft, train, tune
 from madpo_ray.stages.stage import Stage
 from madpo_ray.training.schedule import count_turns
@@ -145,9 +145,8 @@ def _workers(config: Config) -> str:
 
 def _trials(config: Config) -> str:
     keys = ", ".join(config.search_space)
-    settings = config.tune
     number = count_trials(config)
-    at_a_time = settings.max_concurrent_trials
+    at_a_time = trials_at_a_time(config)
     pace = "as many at a time as fit" if at_a_time is None else f"{at_a_time} at a time"
     return f"{number} over {keys}, {pace}"
 

@@ -78,7 +78,7 @@ def test_ablations_are_the_parts_of_the_weight(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_demo_copies_into_an_empty_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A check of the run's config makes its folder; what a run holds is left alone."""
+    """What a run holds is left alone."""
     monkeypatch.syspath_prepend(str(ROOT / "jobs"))
     from run_demo import copy_run
 

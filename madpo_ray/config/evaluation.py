@@ -43,7 +43,10 @@ class ScoringConfig(Section):
         256, ge=1, description="pairs that an actor sorts by length and scores per call, at most"
     )
     min_actors: int | None = operational(
-        None, ge=1, description="actors to start with; null: cluster.num_workers"
+        None,
+        ge=1,
+        description="actors to start with; null: cluster.num_workers, or as many as "
+        "their GPUs suffice for",
     )
     max_actors: int | None = operational(
         None, ge=1, description="actors that Ray Data may grow to; null: as many as it starts with"

@@ -230,7 +230,7 @@ class DataConfig(Section):
         "left out; reject: left out, and counted as rejected",
     )
     duplicates: Literal["keep", "drop"] = Field(
-        "keep", description="pairs that were there before, word for word"
+        "keep", description="exact duplicates of an earlier pair"
     )
     contradictions: Literal["keep", "drop", "majority"] = Field(
         "keep",

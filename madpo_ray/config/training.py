@@ -39,7 +39,7 @@ class TrainingConfig(Section):
     weight_decay: float = Field(0.01, ge=0, description="AdamW's, decoupled")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW: decay of the mean")
     adam_beta2: float = Field(0.95, ge=0, lt=1, description="AdamW: decay of the square")
-    adam_epsilon: float = Field(1e-8, gt=0, description="AdamW: added to the root")
+    adam_epsilon: float = Field(1e-8, gt=0, description="AdamW: added to the denominator")
 
     zero_stage: Literal[0, 1, 2, 3] = Field(
         2, description="what DeepSpeed shards: optimizer (1), gradients (2), parameters (3)"

@@ -165,8 +165,8 @@ def check_counts(results: Mapping[str, Any], data: DataConfig) -> None:
     if rejects.total() > data.max_reject_fraction * num_rows:
         raise UserError(
             f"{rejects.total()} of {num_rows} rows are rejected, more than "
-            f"data.max_reject_fraction {data.max_reject_fraction:g} allows: {reasons}. A larger "
-            "one lists all of them in rejects.parquet"
+            f"data.max_reject_fraction {data.max_reject_fraction:g} allows: {reasons}. Raise "
+            "it to get them all in rejects.parquet"
         )
 
     # None in a split that training needs.

@@ -25,6 +25,14 @@ def count_trials(config: Config) -> int:
     return config.tune.num_samples * math.prod(len(grid.values) for grid in grids)
 
 
+def trials_at_a_time(config: Config) -> int | None:
+    """How many trials run at the same time; None: as many as fit."""
+    # Actors that sample and judge are not counted, and trials would wait for each other's; where
+    # nodes come on demand, what fits is not known.
+    follows = config.tune.objective == "accuracy" and not config.cluster.autoscaling
+    return config.tune.max_concurrent_trials or (None if follows else 1)
+
+
 def own_point(config: Config) -> Values | None:
     """The config's own values of what is drawn; None if the search space does not hold them all."""
     space = config.search_space

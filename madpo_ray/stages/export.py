@@ -1,6 +1,6 @@
 """Stage export: pairs, reference log-probs, margins and weights as a data set for TRL's DPOTrainer.
 
-Only by its own command, or by `madpo-ray margins --export trl`.
+By its own command, by `--until`, or by `madpo-ray margins --export trl`.
 """
 
 import contextlib

@@ -39,7 +39,7 @@ def _settings(config: Config) -> dict[str, Any]:
     settings: dict[str, Any] = {"reference": config.model.numerics()}
     if reward.uses_rewards(config):
         settings["calibration"] = config.margins.calibration
-        if not reward.is_trained(config) or config.reward.ensemble:
+        if not reward.trains_model(config) or config.reward.ensemble:
             settings["reward"] = reward_source.settings(config)
     return settings
 
@@ -79,7 +79,7 @@ def _check_given_margins(config: Config) -> None:
 
 
 def _upstream(config: Config) -> tuple[Stage, ...]:
-    rewards = (reward.STAGE,) if reward.is_trained(config) else ()
+    rewards = (reward.STAGE,) if reward.trains_model(config) else ()
     return (pairs.STAGE, *stages_before_policy(config), *rewards)
 
 
@@ -130,7 +130,7 @@ def make(build: Build) -> dict[str, Any]:
     if calibration is not None:
         results |= write_margins_report(build, calibration, results["counts"])
         results["weights_at"] = config.train.weighting
-        results["is_in_sample"] = reward.is_trained(config) and config.reward.folds == 1
+        results["is_in_sample"] = reward.trains_model(config) and config.reward.folds == 1
     if columns.MARGIN_STD in numbers.column_names:
         spread = numbers[columns.MARGIN_STD].filter(pc.is_null(reason))
         results["median_margin_std"] = pc.quantile(spread)[0].as_py()
@@ -149,7 +149,7 @@ def _scored(rows: Path, config: Config) -> tuple[pa.Table, pa.ChunkedArray]:
             numbers = numbers.append_column(name, added[name])
         reason = pc.coalesce(reason, added[columns.REASON])
 
-    if reward.is_trained(config) and config.reward.folds > 1:
+    if reward.trains_model(config) and config.reward.folds > 1:
         hashes = read_columns(rows, [columns.GROUP_HASH])[columns.GROUP_HASH].to_numpy()
         folds = folds_of(hashes, config.reward.folds)
         numbers = numbers.append_column(columns.FOLD, pa.array(folds, pa.int32()))

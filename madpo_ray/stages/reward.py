@@ -46,7 +46,7 @@ def uses_rewards(config: Config) -> bool:
     return needs_margins(config.train)
 
 
-def is_trained(config: Config) -> bool:
+def trains_model(config: Config) -> bool:
     """Whether rewards are those of a model that this stage trains."""
     return uses_rewards(config) and config.reward.source == "trained"
 
@@ -123,7 +123,7 @@ STAGE = Stage(
     settings=_settings,
     content=_content,
     upstream=lambda config: (pairs.STAGE,),
-    is_wanted=is_trained,
+    is_wanted=trains_model,
     check=_check,
     make=make,
     describe=describe,

@@ -80,7 +80,7 @@ def passes_of(config: Config) -> list[Pass]:
 
     # The rewards, unless they are in the data.
     if reward.uses_rewards(config) and config.reward.source_kind != "columns":
-        if reward.is_trained(config):
+        if reward.trains_model(config):
             upstream = {**upstream, "reward": reward.STAGE.inputs(config).fingerprint}
         reward_inputs = Inputs(
             MARGINS,

@@ -75,15 +75,15 @@ def check(config: Config) -> None:
     check_training(config, config.train, task_type="CAUSAL_LM")
     if pairs.STAGE.is_finished(config):
         check_budget(pairs.STAGE.rows(config), config.train, columns.RESPONSE_IDS)
-        _check_weights(config, pairs.STAGE.rows(config))
+        _check_pair_weights(config, pairs.STAGE.rows(config))
 
 
 def check_pair_weights(config: Config) -> None:
     """Raises UserError if a pair's own weight is missing, negative or not finite."""
-    _check_weights(config, _rows(config))
+    _check_pair_weights(config, _rows(config))
 
 
-def _check_weights(config: Config, rows: Path) -> None:
+def _check_pair_weights(config: Config, rows: Path) -> None:
     name = config.train.weight_column
     if name is None:
         return

@@ -95,7 +95,7 @@ def _check_space(config: Config) -> None:
         settings, seed = settings_of(values)
         if seed is not None:
             with_changes(config.run, "tune.search_space.run", {"seed": seed})
-        changed = with_changes(config.train, "tune.search_space", settings)
+        changed = with_changes(config.train, "tune.search_space.train", settings)
         try:
             parse_config({**config.model_dump(), "train": changed.model_dump()})
         except UserError as error:
@@ -109,7 +109,7 @@ def _check_space(config: Config) -> None:
             )
 
 
-def _check_weights(config: Config) -> None:
+def _check_pair_weights(config: Config) -> None:
     """Raises UserError if a pair's own weight is wrong, in any column that trials may use."""
     domain = config.search_space.get(WEIGHT_COLUMN)
     names = [config.train.weight_column]
@@ -201,18 +201,18 @@ def _concurrency(config: Config) -> int:
     """Trials at a time. Raises UserError if they can never be placed together."""
     from madpo_ray.cluster.connection import alive_nodes
     from madpo_ray.cluster.placement import count_trainings
+    from madpo_ray.search.space import trials_at_a_time
 
-    fitting = None  # nodes may come
-    if not config.cluster.autoscaling:
-        fitting = count_trainings(alive_nodes(), config.cluster)
-    wanted = config.tune.max_concurrent_trials
-    if wanted is not None and fitting is not None and wanted > fitting:
+    wanted = trials_at_a_time(config)
+    if config.cluster.autoscaling and wanted is not None:  # nodes may come
+        return wanted
+    fitting = count_trainings(alive_nodes(), config.cluster)
+    if wanted is not None and wanted > fitting:
         raise UserError(
             f"tune.max_concurrent_trials: the cluster has room for {fitting} trainings of "
             f"{config.cluster.num_workers} workers at a time, and {wanted} are asked for"
         )
-    # Actors that sample and judge are not counted: trials would wait for each other's.
-    return wanted or (fitting if config.tune.objective == "accuracy" else 1) or 1
+    return wanted or fitting or 1
 
 
 def _count_steps(rows: list[dict[str, Any]]) -> dict[str, int]:
@@ -247,9 +247,9 @@ STAGE = Stage(
     upstream=_upstream,
     content=_content,
     names=_names,
-    is_wanted=lambda config: False,  # only by its own command
+    is_wanted=lambda config: False,  # by its own command, or --until
     check=_check,
-    check_upstream=_check_weights,
+    check_upstream=_check_pair_weights,
     make=make,
     describe=describe,
     uses_dashboard=True,  # Tune frees a stopped trial's workers through its state API

@@ -83,7 +83,7 @@ def _own_state(engine: DeepSpeedEngine) -> dict[str, Any]:
     return {"random": random_state, "shapes": engine.trained_shapes()}
 
 
-def check_space(engine: DeepSpeedEngine, run: Path) -> None:
+def check_disk_space(engine: DeepSpeedEngine, run: Path) -> None:
     """Raises CheckpointWriteError, on every rank, if the next checkpoint cannot fit."""
     needed = sum(gather_objects(engine.checkpoint_bytes()))
     free = 0

@@ -28,7 +28,7 @@ from madpo_ray.prefetch import prefetched
 from madpo_ray.training import collectives
 from madpo_ray.training.checkpoints import (
     agreed_checkpoint,
-    check_space,
+    check_disk_space,
     is_resized,
     load_checkpoint,
     prune_checkpoints,
@@ -165,7 +165,7 @@ class _Rank:
         total_steps = self._order.total_steps
         if progress.step == total_steps or progress.ran_out_of_patience(job.settings):
             return progress, Notice.NONE
-        check_space(engine, job.checkpoints)
+        check_disk_space(engine, job.checkpoints)
 
         # Train.
         log = MetricsLog(job.metrics, progress.step) if self._site.rank == 0 else None

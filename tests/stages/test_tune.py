@@ -228,14 +228,16 @@ def test_failed_trial_is_recorded(finished_run: Run, tmp_path: Path) -> None:
 def test_ranges_within_bounds(raw_config: dict[str, Any]) -> None:
     space = {"train.c_min": {"type": "uniform", "min": 0.1, "max": 1.0}}
     raw_config["tune"] = {"search_space": space}
-    with pytest.raises(UserError, match=r"tune\.search_space\.c_min: must be strictly between"):
+    with pytest.raises(
+        UserError, match=r"tune\.search_space\.train\.c_min: must be strictly between"
+    ):
         tune.STAGE.check(parse_config(raw_config))
 
 
 def test_values_of_the_right_kind(raw_config: dict[str, Any]) -> None:
     space = {"train.loss_type": {"type": "choice", "values": ["madpo", "dpo"]}}
     raw_config["tune"] = {"search_space": space}
-    with pytest.raises(UserError, match=r"tune\.search_space\.loss_type"):
+    with pytest.raises(UserError, match=r"tune\.search_space\.train\.loss_type"):
         tune.STAGE.check(parse_config(raw_config))
 
 
