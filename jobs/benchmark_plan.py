@@ -156,6 +156,7 @@ def planned(work: Path, stage: int, use_peft: bool) -> int:
         Shape(PAIRS_PER_FORWARD, PROMPT_TOKENS, RESPONSE_TOKENS),
         task_type="CAUSAL_LM",
         settings=job.settings,
+        packed=True,
         on_gpu=False,
     )
     memory = rank_memory(

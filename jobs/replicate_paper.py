@@ -59,6 +59,7 @@ MAX_NEW_TOKENS = 24
 RATED_WORDS = 30  # of the sentences that the ground truth is fitted to
 PAIRS_SEED = 1000  # of the samples in the pairs, plus the run's: a test draws others
 TEST_PROMPTS = 200
+TABLE_TEMPERATURE = 1.0
 
 
 def base_config(arguments: argparse.Namespace, folder: Path, seed: int) -> dict[str, Any]:
@@ -228,13 +229,13 @@ def summary(trained: list[Config]) -> dict[str, Any]:
 
 
 def print_table(storage: Path) -> None:
-    """Mean ground-truth reward and KL of samples at temperature 1, over the seeds of each tier."""
+    """Mean ground-truth reward and KL of samples, over the seeds of each tier."""
     found: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for file in sorted(storage.glob("*-*/result.json")):
         tier = file.parent.name.rpartition("-")[0]
         result = json.loads(file.read_text())
         for entry in result["sampling"]:
-            if entry["temperature"] == 1.0:
+            if entry["temperature"] == TABLE_TEMPERATURE:
                 name = entry["policy"]
                 name = result["methods"][0] if name == "policy" else name
                 numbers = (entry["reward"]["mean"], entry["kl"])
@@ -287,6 +288,8 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--temperatures", nargs="+", type=float, default=[1.0, 0.7, 0.0])
     arguments = parser.parse_args()
+    if TABLE_TEMPERATURE not in arguments.temperatures:
+        parser.error(f"--temperatures must hold {TABLE_TEMPERATURE:g}, which the table is of")
     arguments.storage = arguments.storage.absolute()
 
     with exit_codes():

@@ -38,7 +38,12 @@ def dpo_config(file: Path, overrides: list[str]) -> Config:
     if len(others) != 1:
         raise UserError(f"evaluate.compare_with: the demo compares with one run, not {len(others)}")
     changes = ["train.loss_type=sigmoid", "evaluate.compare_with=[]"]
-    return load_config(file, [*overrides, *changes, f"run.name={Path(others[0]).name}"])
+    dpo = load_config(file, [*overrides, *changes, f"run.name={Path(others[0]).name}"])
+    if dpo.run.folder != Path(others[0]):
+        raise UserError(
+            f"evaluate.compare_with: DPO is trained next to this run: give {dpo.run.folder}"
+        )
+    return dpo
 
 
 def run_both(madpo: Config, dpo: Config) -> None:

@@ -205,7 +205,7 @@ def _tune(
         pipeline.check(config, stages(config))  # what the search is for can be wrong, too
         pipeline.run_stage(config, tune.STAGE, say=say, deadline=deadline)
         if retrain:
-            best = load_config(tune.STAGE.folder(config) / tune.BEST)
+            best = tune.with_best(config)
             pipeline.run_all(best, say=say, deadline=best.run.deadline(time.time()))
 
     _perform(config, overrides, dry_run, stages, action)

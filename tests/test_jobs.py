@@ -19,6 +19,7 @@ from scipy.special import expit
 
 from madpo_ray import pipeline
 from madpo_ray.config import PolicyConfig, load_config
+from madpo_ray.errors import UserError
 from madpo_ray.stages import margins
 
 ROOT = Path(__file__).parent.parent
@@ -101,13 +102,16 @@ def test_demo_compares_runs_that_differ_in_the_loss_only(
 
     shipped = yaml.safe_load((ROOT / "jobs" / "configs" / "demo-2cpu.yaml").read_text())
     raw_config["margins"] = shipped["margins"]
-    raw_config["evaluate"] |= {"compare_with": ["runs/other"]}
+    storage = Path(raw_config["run"]["storage_path"])
+    raw_config["evaluate"] |= {"compare_with": [str(storage / "other")]}
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(raw_config))
     madpo = load_config(file)
     dpo = dpo_config(file, [])
     assert (dpo.run.name, dpo.train.loss_type) == ("other", "sigmoid")
     assert margins.STAGE.inputs(dpo) == margins.STAGE.inputs(madpo)
+    with pytest.raises(UserError, match="next to this run"):
+        dpo_config(file, [f"run.storage_path={tmp_path / 'elsewhere'}"])
 
 
 @pytest.fixture

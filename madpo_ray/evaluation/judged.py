@@ -32,18 +32,23 @@ class JudgedSamples:
 
     def __call__(self, rows: pa.Table) -> np.ndarray:
         """(C, P), float64."""
-        prompts = [from_text(text) for text in rows[PROMPT].to_pylist()]
-        scores = []
-        for one in self._sampled:
-            texts = rows[one.text].to_pylist()
-            completions = [
-                _after(prompt, text) for prompt, text in zip(prompts, texts, strict=True)
-            ]
-            try:
-                scores.append(self._judge.rewards(prompts, completions))
-            except UnscorableRows as error:
-                raise UserError(f"{error}; lower evaluate.max_new_tokens") from None
-        return np.stack(scores)
+        prompts = rows[PROMPT].to_pylist()
+        samples = [
+            list(zip(prompts, rows[one.text].to_pylist(), strict=True)) for one in self._sampled
+        ]
+        # Each once: in another batch the same text may have a reward that differs in its last bits,
+        # and would win or lose against itself.
+        distinct = list(dict.fromkeys(sample for own in samples for sample in own))
+        contents = [from_text(prompt) for prompt, _ in distinct]
+        completions = [
+            _after(content, text) for content, (_, text) in zip(contents, distinct, strict=True)
+        ]
+        try:
+            rewards = self._judge.rewards(contents, completions)
+        except UnscorableRows as error:
+            raise UserError(f"{error}; lower evaluate.max_new_tokens") from None
+        reward_of = dict(zip(distinct, rewards, strict=True))
+        return np.array([[reward_of[sample] for sample in own] for own in samples])
 
 
 def _after(prompt: Content, text: str) -> Content:

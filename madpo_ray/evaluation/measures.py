@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 from scipy.stats import spearmanr
 
-from madpo_ray.columns import MARGIN, POLICY_LOGPS, REF_LOGPS
-from madpo_ray.scoring.calibration import count_right, interval
+from madpo_ray.columns import GROUP_HASH, MARGIN, POLICY_LOGPS, REF_LOGPS
+from madpo_ray.scoring.calibration import are_right, grouped_interval
 from madpo_ray.scoring.report import accuracy_by_margin
 
 BINS = 5
@@ -20,7 +20,7 @@ BINS = 5
 def preference_metrics(scored: pa.Table, score_columns: Sequence[str] = ()) -> dict[str, Any]:
     """Accuracies with 95 % intervals, per way to rank the two responses of a pair.
 
-    A tie counts one half.
+    A tie counts one half. Intervals take pairs of one group (by default, one prompt) as dependent.
 
     `reference` and `policy` rank by the log-prob of the complete response, `implicit` by the
     policy's log-ratio to the reference, `reward_model` by its margin, if there is one.
@@ -37,20 +37,23 @@ def preference_metrics(scored: pa.Table, score_columns: Sequence[str] = ()) -> d
     if MARGIN in scored.column_names:
         rankings["reward_model"] = scored[MARGIN].to_numpy()
     true_margin = _difference(scored, score_columns) if score_columns else None
+    groups = scored[GROUP_HASH].to_numpy()
 
     # How often each is right, and how well it follows the true margin.
     metrics: dict[str, Any] = {"test_pairs": scored.num_rows}
     for name, differences in rankings.items():
-        num_right = count_right(differences)
+        right = are_right(differences)
         metrics[name] = {
-            "accuracy": num_right / len(differences),
-            "accuracy_interval": interval(num_right, len(differences)),
+            "accuracy": float(right.mean()),
+            "accuracy_interval": grouped_interval(right, groups),
         }
         if true_margin is not None:
             metrics[name] |= rank_correlation(differences, true_margin)
     if MARGIN in scored.column_names:
         margins = scored[MARGIN].to_numpy()
-        metrics["implicit"]["by_margin"] = accuracy_by_margin(margins, policy - reference, BINS)
+        metrics["implicit"]["by_margin"] = accuracy_by_margin(
+            margins, policy - reference, BINS, groups
+        )
     return metrics
 
 

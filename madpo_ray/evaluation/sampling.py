@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 INDEX = "index"
+RESPONSE = "qzxv"  # to find what a chat template writes after it
 BATCH_KEY = "evaluate.generation_batch_size (which gives other samples)"
 
 
@@ -150,12 +151,13 @@ def _end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> int | None:
     """The special token that the chat template writes after a response; None if there is none."""
     if not tokenizer.chat_template:
         return None
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": RESPONSE}]
     try:
         text = str(tokenizer.apply_chat_template(turns, tokenize=False))
     except Exception:  # a template is a program of the model's; this one needs other messages
         return None
-    ids = tokenizer(text[text.rindex("b") + 1 :], add_special_tokens=False)["input_ids"]
+    after = text.rpartition(RESPONSE)[2]
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
     special = set(tokenizer.all_special_ids)
     return next((int(token) for token in ids if token in special), None)
 

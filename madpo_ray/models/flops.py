@@ -3,13 +3,16 @@
 import math
 import resource
 import time
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from madpo_ray.data.batching import MicroBatch
 from madpo_ray.models.loading import transformer_of
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 # Rows and columns of the product that shows a device's peak. On a GPU that is far more work than
 # starting it takes.
@@ -21,8 +24,9 @@ class ModelFlops:
 
     Counts the products of linear layers: 2 per weight and token forward, 2 more if a gradient
     passes to the input (something before the layer is trained), 2 more if the weight itself is
-    trained. And those of attention, per pair of tokens that see each other: 4 per channel forward,
-    and twice that backward. Element-wise work and sliding windows are not counted.
+    trained; of experts, those that a token is routed to. And the products of attention, per pair of
+    tokens that see each other: 4 per channel forward, and twice that backward. Element-wise work
+    and sliding windows are not counted.
 
     Attributes:
         per_token: of all linear layers but the head.
@@ -35,15 +39,18 @@ class ModelFlops:
         head = None
         if hasattr(transformer, "get_output_embeddings"):
             head = transformer.get_output_embeddings()
-        channels = _attention_channels(transformer)
+        layers = layer_configs(transformer.config)
+        channels = sum(map(_attention_channels, layers)) / len(layers)
+        experts_per_token = getattr(layers[0], "num_experts_per_tok", None) or 0
 
         # In the order of the forward: what comes after a trained weight passes a gradient on.
         self.per_token = 0
         self.per_response_token = 0
-        self.per_attended = 0
+        self.per_attended = 0.0
         is_trained_before = False
         for module in model.modules():
             flops = _linear_flops(module, is_trained_before)
+            flops += _expert_flops(module, experts_per_token, is_trained_before)
             if module is head:
                 self.per_response_token += flops
             else:
@@ -55,19 +62,26 @@ class ModelFlops:
                 is_trained = is_trained_before or any(p.requires_grad for p in module.parameters())
                 self.per_attended += 4 * channels * (3 if is_trained else 1)
 
-    def __call__(self, batch: MicroBatch) -> int:
+    def __call__(self, batch: MicroBatch) -> float:
         """FLOPs of a micro-batch, without padding."""
         linear = self.per_token * batch.num_real_tokens
         head = self.per_response_token * int(batch.target_ids.numel())
         return linear + head + self.per_attended * batch.num_attended
 
 
-def _attention_channels(transformer: Any) -> int:
-    architecture = transformer.config.get_text_config()
-    head_dim = getattr(architecture, "head_dim", None)
+def layer_configs(architecture: "PretrainedConfig") -> "list[PretrainedConfig]":
+    """The config of each layer of a model's text part; those of some models differ."""
+    text = architecture.get_text_config()
+    if text.is_heterogeneous:
+        return list(text.per_layer_config)
+    return [text] * int(text.num_hidden_layers)
+
+
+def _attention_channels(layer: "PretrainedConfig") -> int:
+    head_dim = getattr(layer, "head_dim", None)
     if head_dim:
-        return int(architecture.num_attention_heads * head_dim)
-    return int(architecture.hidden_size)
+        return int(layer.num_attention_heads * head_dim)
+    return int(layer.hidden_size)
 
 
 def _linear_flops(module: nn.Module, is_trained_before: bool) -> int:
@@ -84,6 +98,19 @@ def _linear_flops(module: nn.Module, is_trained_before: bool) -> int:
         return 0
     num_products = 1 + int(is_trained_before) + int(weight.requires_grad)
     return int(2 * math.prod(shape) * num_products)
+
+
+def _expert_flops(module: nn.Module, experts_per_token: int, is_trained_before: bool) -> int:
+    """Per token, of the experts that it is routed to; their matrices are stacked, (E, ., .)."""
+    flops = 0
+    for name, weight in module._parameters.items():
+        if weight is None or name == "weight":
+            continue
+        shape = tuple(getattr(weight, "ds_shape", weight.shape))
+        if len(shape) == 3:
+            num_products = 1 + int(is_trained_before) + int(weight.requires_grad)
+            flops += 2 * math.prod(shape[1:]) * experts_per_token * num_products
+    return flops
 
 
 def peak_flops(

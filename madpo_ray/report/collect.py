@@ -102,8 +102,10 @@ def _finished(stage: Stage, manifest: dict[str, Any], run: Run, rows: int | None
     if changed := changed_since(run.folder, manifest["inputs"].get("upstream", {})):
         lines.append(f"made from an earlier {' and '.join(changed)}")
     # The config is of the last `madpo-ray run`, which may have been stopped.
-    own = flat(manifest["inputs"].get("settings", {}))
-    for key in own.keys() & run.config.keys():
+    settings = manifest["inputs"].get("settings", {})
+    own = flat(settings)
+    searched = settings.get("search_space", {})  # `tune --retrain` sets them
+    for key in sorted(own.keys() & run.config.keys() - searched.keys()):
         if own[key] != run.config[key]:
             lines.append(f"made with {key} {own[key]}, not {run.config[key]} as in config.yaml")
     return FinishedStage(stage.name, manifest.get("seconds"), rows, lines)

@@ -22,12 +22,18 @@ RESAMPLES = 999
 MAX_RESAMPLED = 10**7  # margins
 
 
+def are_right(differences: Margins) -> Margins:
+    """1 where a difference (N,) is positive, 0.5 where it is a tie, else 0."""
+    right: Margins = (differences > 0) + 0.5 * (differences == 0)
+    return right
+
+
 def count_right(differences: Margins) -> float:
     """How many of the differences (N,) are positive. A tie counts one half."""
-    return float((differences > 0).sum() + 0.5 * (differences == 0).sum())
+    return float(are_right(differences).sum())
 
 
-def interval(successes: float, count: int) -> tuple[float, float]:
+def interval(successes: float, count: float) -> tuple[float, float]:
     """The 95 % Wilson interval of a share (Wilson 1927); ties make halves of successes."""
     z = float(ndtri(0.975))
     share = successes / count
@@ -35,6 +41,27 @@ def interval(successes: float, count: int) -> tuple[float, float]:
     spread = z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
     scale = 1 + z**2 / count
     return max(0.0, (center - spread) / scale), min(1.0, (center + spread) / scale)
+
+
+def grouped_interval(right: Margins, groups: NDArray[np.int64]) -> tuple[float, float]:
+    """`interval` of the mean of `right` (N,), in [0, 1], if only groups are independent.
+
+    It is that of fewer pairs: as many as would vary as much, were all independent (Kish 1965).
+
+    Args:
+        groups: (N,) any numbers.
+    """
+    share = float(right.mean())
+    _, index = np.unique(groups, return_inverse=True)
+    num_groups = int(index.max()) + 1
+    if num_groups == len(right):
+        return interval(share * len(right), len(right))
+    if num_groups == 1 or right.var() == 0:
+        return interval(share * num_groups, num_groups)
+    residuals = np.bincount(index, right - share)
+    variance = num_groups / (num_groups - 1) * float((residuals**2).sum()) / len(right) ** 2
+    count = len(right) if variance == 0 else min(len(right), float(right.var()) / variance)
+    return interval(share * count, count)
 
 
 def expected_calibration_error(margins: Margins, bins: int = 10) -> float:

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.special import expit
 
-from madpo_ray.scoring.calibration import count_right, interval
+from madpo_ray.scoring.calibration import are_right, grouped_interval
 from madpo_ray.scoring.scaling import Margins
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
@@ -127,7 +128,10 @@ def _error_by_chance(bins: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
 
 
 def accuracy_by_margin(
-    margins: Margins, differences: Margins | None = None, bins: int = MARGIN_BINS
+    margins: Margins,
+    differences: Margins | None = None,
+    bins: int = MARGIN_BINS,
+    groups: NDArray[np.int64] | None = None,
 ) -> list[dict[str, Any]]:
     """How often the sign is right, for equally many pairs by |margin|, the smallest first.
 
@@ -136,22 +140,24 @@ def accuracy_by_margin(
 
     Args:
         differences: whose sign is counted, (N,); None: the margins' own.
+        groups: (N,), of which only different ones are independent; None: all pairs are.
     """
     signs = margins if differences is None else differences
+    groups = np.arange(len(margins)) if groups is None else groups
     order = np.argsort(np.abs(margins), kind="stable")
     found = []
     for part in np.array_split(order, min(bins, len(margins)) or 1):
         if len(part) == 0:
             continue
-        num_right = count_right(signs[part])
+        right = are_right(signs[part])
         sizes = np.abs(margins[part])
         found.append(
             {
                 "from": float(sizes.min()),
                 "to": float(sizes.max()),
                 "pairs": len(part),
-                "accuracy": num_right / len(part),
-                "interval": interval(num_right, len(part)),
+                "accuracy": float(right.mean()),
+                "interval": grouped_interval(right, groups[part]),
                 "expected": float(expit(sizes).mean()),
             }
         )

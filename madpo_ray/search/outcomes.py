@@ -133,7 +133,7 @@ def table_of(outcomes: Sequence[TrialOutcome], objective: str) -> list[dict[str,
 def importances(
     outcomes: Sequence[TrialOutcome], space: Mapping[str, Domain], objective: str
 ) -> dict[str, float]:
-    """How much of the objective's spread each key accounts for, over complete trials; in sum 1.
+    """The share of the objective's spread that each key accounts for alone, over complete trials.
 
     Functional ANOVA (Hutter et al. 2014), as Optuna computes it. Empty for too few trials, and if
     the objective is the same for all.
@@ -160,7 +160,7 @@ def importances(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-        found = optuna.importance.get_param_importances(study, evaluator=evaluator)
+        found = optuna.importance.get_param_importances(study, evaluator=evaluator, normalize=False)
     return {key: float(value) for key, value in found.items()}
 
 

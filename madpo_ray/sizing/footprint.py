@@ -5,18 +5,13 @@ The model is built and run on PyTorch's fake tensors, which have shapes and no m
 
 import contextlib
 import copy
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakIdKeyDictionary
+from torch import nn
 
 from madpo_ray.columns import CHOSEN_IDS, PROMPT_IDS, REJECTED_IDS, RESPONSE_IDS
 from madpo_ray.config import ModelConfig, TrainingConfig
@@ -28,6 +23,7 @@ from madpo_ray.models.flops import ModelFlops
 from madpo_ray.models.loading import AUTO_CLASSES, DTYPES, TaskType, remote_code, transformer_of
 from madpo_ray.models.logprobs import TOKENS_PER_CHUNK, ResponseLogps, ResponseRewards
 from madpo_ray.models.preparing import prepare_for_training
+from madpo_ray.sizing.peak import peak_bytes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -89,6 +85,24 @@ class Footprint:
     tokens: int  # that the model reads for a micro-batch
 
 
+def reads_packed_rows(architecture: "PretrainedConfig", model: ModelConfig) -> bool:
+    """Whether a model reads the pairs of a micro-batch as one row, as far as its config shows.
+
+    Its first layers try it, as all do at load (`models.reading.find_reading`).
+    """
+    if not may_pack(model, architecture):
+        return False
+    first_layers = _with_layers(architecture, 1)
+    first_layers.get_text_config().use_cache = False
+    with torch.device("meta"):
+        module = _module(first_layers, model, "CAUSAL_LM", None, TOKENS_PER_CHUNK["cpu"])
+    try:
+        peak_bytes(module, _micro_batch(Shape(1, 2, 2), RESPONSE_IDS, packed=True))
+    except RuntimeError:  # of models.attention: its layers cannot
+        return False
+    return True
+
+
 def measure_footprint(
     architecture: "PretrainedConfig",
     model: ModelConfig,
@@ -96,6 +110,7 @@ def measure_footprint(
     *,
     task_type: TaskType,
     settings: TrainingConfig | None,
+    packed: bool,
     responses: tuple[str, ...] = RESPONSE_IDS,
     on_gpu: bool = True,
 ) -> Footprint:
@@ -103,6 +118,7 @@ def measure_footprint(
 
     Args:
         architecture: transformers' config of the model.
+        packed: what `reads_packed_rows` says.
         responses: what is read of a pair.
         on_gpu: whether attention and chunks of logits are those of a GPU.
 
@@ -117,7 +133,7 @@ def measure_footprint(
             "which of them compute is known only while it runs"
         )
     text.use_cache = False
-    batch = _micro_batch(shape, responses, packed=may_pack(model, architecture))
+    batch = _micro_batch(shape, responses, packed=packed)
     tokens_per_chunk = TOKENS_PER_CHUNK["cuda" if on_gpu else "cpu"]
 
     def build(num_layers: int) -> Any:
@@ -127,7 +143,7 @@ def measure_footprint(
 
     def peak_of(num_layers: int) -> int:
         with assumed_gpu() if on_gpu else contextlib.nullcontext():
-            return _peak_bytes(build(num_layers), batch)
+            return peak_bytes(build(num_layers), batch)
 
     complete = build(text.num_hidden_layers)
     is_quantized = model.load_in_4bit and task_type == "CAUSAL_LM"
@@ -150,6 +166,8 @@ def _extrapolated(
     num_layers: int = text.num_hidden_layers
     types = set(getattr(text, "layer_types", None) or [])
     layers_differ = not types <= {"full_attention", "sliding_attention"}
+    if getattr(text, "num_kv_shared_layers", None):  # the last layers read what others made
+        layers_differ = True
     if settings is not None and settings.lora_layers_to_transform:
         layers_differ = True
     if num_layers <= MORE_LAYERS or layers_differ:
@@ -177,6 +195,8 @@ def _with_layers(architecture: "PretrainedConfig", num_layers: int) -> "Pretrain
         if isinstance(value, list) and len(value) == all_layers:  # one entry per layer
             setattr(text, name, value[:num_layers])
     text.num_hidden_layers = num_layers
+    if num_layers < all_layers and getattr(text, "num_kv_shared_layers", None):
+        text.num_kv_shared_layers = 0  # the last layers do that
     return shortened
 
 
@@ -215,7 +235,8 @@ def _module(
     loaded: nn.Module = auto_class.from_config(
         architecture,
         dtype=DTYPES[model.dtype],
-        attn_implementation="sdpa" if model.attn_implementation != "eager" else "eager",
+        # Else transformers' choice: flash attention does not run on fake tensors.
+        attn_implementation="eager" if model.attn_implementation == "eager" else None,
         **remote_code(model),
     )
     if settings is None:
@@ -226,65 +247,3 @@ def _module(
     if task_type == "SEQ_CLS":
         return ResponseRewards(loaded).train(settings is not None)
     return ResponseLogps(loaded, tokens_per_chunk=tokens_per_chunk).train(settings is not None)
-
-
-def _peak_bytes(module: Any, batch: MicroBatch) -> int:
-    """The peak of a forward and backward (a forward, if nothing is trained), without the weights.
-
-    Gradients of weights are freed one by one, as under ZeRO-2 and 3.
-    """
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        module.to_empty(device="cpu")
-        batch = batch.map_tensors(fake.from_tensor)
-        trained = [p for p in module.parameters() if p.requires_grad]
-        for parameter in trained:
-            parameter.register_post_accumulate_grad_hook(_drop_gradient)
-        tracker = _PeakMemory([*module.parameters(), *module.buffers()])
-        with tracker, torch.set_grad_enabled(bool(trained)):
-            outputs = module(batch)
-            if trained:
-                next(iter(outputs.values())).sum().backward()
-    return tracker.peak
-
-
-class _PeakMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The most bytes at a time, in the block, of tensors that were made there.
-
-    PyTorch's own `MemTracker` cannot read a model with frozen weights.
-
-    Args:
-        known: tensors that do not count, and neither do views of them.
-    """
-
-    def __init__(self, known: Sequence[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.peak = 0
-        self._now = 0
-        self._known = WeakIdKeyDictionary()
-        for tensor in known:
-            self._known[tensor.untyped_storage()] = True
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._note(tensor.untyped_storage())
-        return result
-
-    def _note(self, storage: torch.UntypedStorage) -> None:
-        if storage in self._known:
-            return
-        self._known[storage] = True
-        size = storage.nbytes()
-        self._now += size
-        self.peak = max(self.peak, self._now)
-        weakref.finalize(storage, self._free, size)
-
-    def _free(self, size: int) -> None:
-        self._now -= size
-
-
-def _drop_gradient(parameter: Tensor) -> None:
-    parameter.grad = None

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from madpo_ray.config import Config, ModelConfig
-from madpo_ray.models.attention import may_pack
+from madpo_ray.models.flops import layer_configs
 from madpo_ray.models.loading import TaskType
-from madpo_ray.sizing.footprint import Footprint, Lengths, measure_footprint
+from madpo_ray.sizing.footprint import Footprint, Lengths, measure_footprint, reads_packed_rows
 from madpo_ray.sizing.gpus import Cluster
 from madpo_ray.sizing.memory import BYTES, weight_bytes
 from madpo_ray.stages import evaluate, margins, reward
@@ -71,14 +71,15 @@ def pass_needs(
     Not counted: classifiers and functions of others, and the passes that score samples.
     """
     scoring = config.scoring
+    packed = reads_packed_rows(architecture, config.model)
     shape = lengths.shape(
-        scoring.per_device_batch_size,
-        scoring.max_tokens_per_device,
-        packed=may_pack(config.model, architecture),
+        scoring.per_device_batch_size, scoring.max_tokens_per_device, packed=packed
     )
 
     def footprint(model: ModelConfig, task_type: TaskType) -> Footprint:
-        return measure_footprint(architecture, model, shape, task_type=task_type, settings=None)
+        return measure_footprint(
+            architecture, model, shape, task_type=task_type, settings=None, packed=packed
+        )
 
     # Each pair is read with the reference and, of several folds, one reward model.
     name = margins.STAGE.name
@@ -125,10 +126,19 @@ def pass_needs(
 
 def _cache_bytes(architecture: "PretrainedConfig", dtype: str, num_tokens: int) -> int:
     """Keys and values of one sequence."""
-    text = architecture.get_text_config()
-    num_heads = getattr(text, "num_attention_heads", None)
+    values = sum(map(_cached_values, layer_configs(architecture)))
+    return values * BYTES[dtype] * num_tokens
+
+
+def _cached_values(layer: "PretrainedConfig") -> int:
+    """Of a token, in one layer."""
+    num_heads = getattr(layer, "num_attention_heads", None)
     if not num_heads:  # no attention
         return 0
-    heads = getattr(text, "num_key_value_heads", None) or num_heads
-    channels = getattr(text, "head_dim", None) or text.hidden_size // num_heads
-    return 2 * int(text.num_hidden_layers * heads * channels) * BYTES[dtype] * num_tokens
+    if rank := getattr(layer, "kv_lora_rank", None):  # compressed keys and values
+        return int(rank + layer.qk_rope_head_dim)
+    heads = getattr(layer, "num_key_value_heads", None) or num_heads
+    if getattr(layer, "multi_query", False) and not getattr(layer, "num_key_value_heads", None):
+        heads = 1
+    channels = getattr(layer, "head_dim", None) or layer.hidden_size // num_heads
+    return int(2 * heads * channels)

@@ -6,10 +6,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from madpo_ray.config import Config, TrainingConfig
-from madpo_ray.models.attention import may_pack
 from madpo_ray.models.loading import TaskType
 from madpo_ray.models.trainable import check_architecture
-from madpo_ray.sizing.footprint import Footprint, Lengths, Shape, measure_footprint
+from madpo_ray.sizing.footprint import (
+    Footprint,
+    Lengths,
+    Shape,
+    measure_footprint,
+    reads_packed_rows,
+)
 from madpo_ray.sizing.gpus import Cluster
 from madpo_ray.sizing.memory import MASTER, RankMemory, checkpoint_bytes, rank_memory
 from madpo_ray.training.schedule import count_turns
@@ -97,7 +102,7 @@ class _Sizer:
         self._architecture = architecture
         self._cluster = cluster
         self._lengths = lengths
-        self._packed = may_pack(config.model, architecture)
+        self._packed = reads_packed_rows(architecture, config.model)
         self._footprints: dict[tuple[int, bool], Footprint] = {}
         self.shape = lengths.shape(
             training.settings.per_device_train_batch_size,
@@ -117,6 +122,7 @@ class _Sizer:
                 self.shape._replace(pairs=num_pairs),
                 task_type=self._training.task_type,
                 settings=self._training.settings.model_copy(update=changes),
+                packed=self._packed,
                 responses=self._training.responses,
             )
         return self._footprints[key]

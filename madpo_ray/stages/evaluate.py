@@ -12,7 +12,12 @@ from madpo_ray.atomic import write_csv, write_json
 from madpo_ray.config import Config
 from madpo_ray.errors import UserError
 from madpo_ray.stages import margins, pairs, train
-from madpo_ray.stages.other_runs import check_runs, require_same_tokens, runs_content
+from madpo_ray.stages.other_runs import (
+    check_runs,
+    require_same_tokens,
+    require_unseen_pairs,
+    runs_content,
+)
 from madpo_ray.stages.policy_samples import (
     SAMPLES_PER_PROMPT,
     check_prompts,
@@ -80,6 +85,7 @@ def _check(config: Config) -> None:
         judge.check()
     check_runs(config)
     if is_known:
+        require_unseen_pairs(config)
         check_prompts(config, judge, columns.TEST)
 
 
@@ -119,6 +125,7 @@ def _test_pairs(config: Config) -> pa.Table:
     names = [
         columns.PAIR_ID,
         columns.PROMPT,
+        columns.GROUP_HASH,
         *columns.TOKEN_COLUMNS,
         *columns.REF_LOGPS,
         *config.score_columns,

@@ -2,18 +2,25 @@
 
 import hashlib
 import json
+import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 import madpo_ray
+from madpo_ray import columns
 from madpo_ray.artifacts.manifest import damage, model_folder, read_manifest
+from madpo_ray.artifacts.tables import read_split, rows_folder
 from madpo_ray.config import Config, ModelConfig, load_config
 from madpo_ray.errors import UserError
 from madpo_ray.evaluation.sample_sets import POLICY, REFERENCE, PolicyFiles
 from madpo_ray.models.limits import count_embeddings
 from madpo_ray.models.source import fetch_model, model_inputs
-from madpo_ray.stages import sft, train
+from madpo_ray.stages import pairs, sft, train
 from madpo_ray.stages.sft import initial_policy
+
+logger = logging.getLogger(__name__)
 
 KEY = "evaluate.compare_with"
 
@@ -110,6 +117,33 @@ def _base_of(folder: Path, made_from: dict[str, Any], own: Config) -> Path:
         f"{KEY}: the model that {folder} was trained from is gone or was made again: restore it, "
         "or train again under another run.name"
     )
+
+
+def require_unseen_pairs(config: Config) -> None:
+    """Raises UserError if another run's policy has trained on pairs of this run's split test.
+
+    Splits follow `run.seed`, and groups (by default, prompts) are compared.
+    """
+    tested = _groups(pairs.STAGE.folder(config), columns.TEST)
+    for name, folder in run_folders(config).items():
+        theirs = folder / pairs.STAGE.name
+        if read_manifest(theirs) is None:
+            logger.warning("%s has no pairs any more: whether it has seen these is not known", name)
+            continue
+        num_seen = int(np.isin(tested, _groups(theirs, columns.TRAIN)).sum())
+        if num_seen:
+            raise UserError(
+                f"{KEY}: {name} was trained on {num_seen} of the {len(tested)} pairs of this run's "
+                "split test, and would win by that: compare runs of the same run.seed and "
+                "fractions, or fix the splits by data.split_column"
+            )
+
+
+def _groups(artifact: Path, split: str) -> np.ndarray:
+    """The hash of each pair's group, (pairs,)."""
+    found = read_split(rows_folder(artifact), split, [columns.GROUP_HASH])
+    groups: np.ndarray = found[columns.GROUP_HASH].to_numpy()
+    return groups
 
 
 def runs_content(config: Config) -> dict[str, str]:

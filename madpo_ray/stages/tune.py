@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from madpo_ray import columns
 from madpo_ray.atomic import write_csv, write_json
-from madpo_ray.config import Config, parse_config, save_config, with_changes
+from madpo_ray.config import Config, load_config, parse_config, save_config, with_changes
 from madpo_ray.config.search import Choice, Grid
 from madpo_ray.errors import UserError
 from madpo_ray.passes import BatchNotes
@@ -163,6 +163,20 @@ def make(build: Build) -> dict[str, Any]:
         "failed": sum(row["state"] == "failed" for row in rows),
         "stopped": sum(row["state"] == "stopped" for row in rows),
     }
+
+
+def with_best(config: Config) -> Config:
+    """A config with the searched settings of its search's best trial, and all else as it is."""
+    best = load_config(STAGE.folder(config) / BEST)
+    # Keys that decide no result may have changed since the search.
+    settings = {key: getattr(best.train, key) for key in best.train.fingerprinted()}
+    with_rewards = {"with_rewards": best.margins.with_rewards}
+    return config.model_copy(
+        update={
+            "train": config.train.model_copy(update=settings),
+            "margins": config.margins.model_copy(update=with_rewards),
+        }
+    )
 
 
 def _write_trials(

@@ -222,7 +222,7 @@ class DeepSpeedEngine:
         is_writer = dist.get_rank() == 0
         for name, tensor in saved_tensors(model):
             is_parameter = isinstance(tensor, nn.Parameter)
-            if is_parameter and not tensor.requires_grad:
+            if hasattr(model, "peft_config") and is_parameter and not tensor.requires_grad:
                 continue
             with gathered([tensor], enabled=is_parameter and self.zero_stage == 3):
                 yield name, tensor.detach().cpu().clone() if is_writer else torch.empty(0)

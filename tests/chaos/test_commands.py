@@ -362,7 +362,7 @@ def test_scoring_actor_of_a_training_is_killed(
 @pytest.fixture
 def nodes() -> Iterator[Any]:
     """More than the actors need."""
-    with nodes_of_one_cpu(6) as cluster:
+    with nodes_of_one_cpu(7) as cluster:
         yield cluster
 
 
@@ -403,7 +403,7 @@ def test_node_with_a_scoring_actor_of_a_training_is_removed(
     """The others take over, or the same command finishes."""
     undisturbed = unscored_copy(finished, tmp_path / "undisturbed")
     assert run(undisturbed.model_dump(mode="json"), train.STAGE) == 0
-    with nodes_of_one_cpu(8) as nodes:
+    with nodes_of_one_cpu(9) as nodes:
         config = unscored_copy(finished, tmp_path / "removed")
         raw = config.model_dump(mode="json")
         raw["cluster"]["address"] = nodes.address

@@ -18,6 +18,7 @@ TABLE = pa.table(
         "margin": [3.0, 2.0, 1.0, -1.0],
         "chosen_score": [3.0, 2.0, 1.0, 0.0],
         "rejected_score": [0.0, 0.0, 0.0, 1.0],  # differences 3, 2, 1, -1
+        "group_hash": [1, 2, 3, 4],
     }
 )
 
@@ -37,6 +38,17 @@ def test_accuracies_by_hand() -> None:
     low, high = metrics["reference"]["accuracy_interval"]
     assert (low, high) == pytest.approx((0.2194, 0.9081), abs=1e-3)
     assert metrics["test_pairs"] == 4
+
+
+def test_pairs_that_occur_twice_make_no_interval_narrower() -> None:
+    once = preference_metrics(TABLE)
+    twice = preference_metrics(pa.concat_tables([TABLE, TABLE]))
+    for name in ("reference", "policy", "implicit", "reward_model"):
+        assert twice[name]["accuracy"] == once[name]["accuracy"]
+        # Kish's count is 3 of 4 here: variances of so few groups have the factor 4 / 3.
+        low, high = twice[name]["accuracy_interval"]
+        assert low <= once[name]["accuracy_interval"][0]
+        assert high >= once[name]["accuracy_interval"][1]
 
 
 def test_correlations_by_hand() -> None:
@@ -96,6 +108,7 @@ def test_implicit_reward_is_a_difference() -> None:
             "ref_rejected_logps": [-3.0],
             "policy_chosen_logps": [-1.0],
             "policy_rejected_logps": [-2.0],
+            "group_hash": [0],
         }
     )
     metrics = preference_metrics(table)

@@ -37,6 +37,8 @@ def test_float32_pipeline_gives_the_numbers_of_the_cpu(
     """Losses and gradient norms of every step, and validation losses, to 1e-3."""
     raw_config["cluster"] = {"num_workers": 1, "use_gpu": False}
     raw_config["model"]["dtype"] = "float32"
+    for section in ("sft", "reward", "train"):  # DeepSpeed's default is a bucket of 2 GB
+        raw_config[section]["reduce_bucket_size"] = 10**6
     raw_config["run"]["name"] = "cpu"
     cpu = run_pipeline(raw_config, tmp_path, CUDA_VISIBLE_DEVICES="")
     raw_config["cluster"]["use_gpu"] = True
@@ -81,8 +83,8 @@ def test_worker_and_scoring_actor_share_a_gpu(raw_config: dict[str, Any], tmp_pa
     raw_config["model"]["dtype"] = "float32"
     losses = []
     for mode in ("stored", "stream"):
-        raw_config["cluster"] = {"num_workers": 1, "use_gpu": True, "gpus_per_worker": 0.5}
-        raw_config["scoring"] = raw_config.get("scoring", {}) | {"gpus_per_actor": 0.5}
+        raw_config["cluster"] = {"num_workers": 1, "use_gpu": True, "gpus_per_worker": 0.6}
+        raw_config["scoring"] = raw_config.get("scoring", {}) | {"gpus_per_actor": 0.4}
         raw_config["margins"] = raw_config.get("margins", {}) | {"mode": mode}
         raw_config["run"]["name"] = mode
         run = run_pipeline(raw_config, tmp_path)

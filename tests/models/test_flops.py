@@ -37,6 +37,23 @@ def test_counts_the_products_that_run(settings: dict[str, object], more: int) ->
     assert ModelFlops(model)(batch) == counted - recomputed + attention + more
 
 
+def test_counts_the_experts_of_a_token() -> None:
+    model = make_model("qwen3_moe")
+    config = model.config
+    experts = [one for name, one in model.named_parameters() if one.ndim == 3]
+    per_token = sum(one[0].numel() for one in experts) * config.num_experts_per_tok
+    assert per_token > 0
+    found = ModelFlops(model).per_token
+    for one in experts:
+        one.requires_grad_(False)
+    # Two products less: the gradients of the weights.
+    assert found - ModelFlops(model).per_token == 2 * per_token
+
+
+def test_layers_may_differ() -> None:
+    assert ModelFlops(make_model("gemma4_text", vocab_size_per_layer_input=400)).per_attended > 0
+
+
 def test_measures_at_least_one_product() -> None:
     flops = peak_flops(torch.float32, torch.device("cpu"), size=64, seconds=0.0)
     assert 1e6 < flops < float("inf")

@@ -10,7 +10,8 @@ from madpo_ray.errors import UserError
 from madpo_ray.models.logprobs import ResponseLogps
 from madpo_ray.models.preparing import prepare_for_training
 from madpo_ray.sizing import footprint
-from madpo_ray.sizing.footprint import Footprint, Shape, measure_footprint
+from madpo_ray.sizing.footprint import Footprint, Shape, measure_footprint, reads_packed_rows
+from madpo_ray.sizing.peak import PeakMemory, drop_gradient
 from support.models import make_model
 
 SHAPE = Shape(pairs=2, prompt_tokens=9, response_tokens=5)
@@ -24,6 +25,7 @@ def measured(architecture: Any, **settings: Any) -> Footprint:
         SHAPE,
         task_type="CAUSAL_LM",
         settings=PolicyConfig(**settings) if settings.pop("trains", True) else None,
+        packed=reads_packed_rows(architecture, MODEL),
         on_gpu=False,
     )
 
@@ -34,8 +36,8 @@ def real_peak(model: torch.nn.Module, settings: PolicyConfig) -> int:
     batch = footprint._micro_batch(SHAPE, ("chosen_ids", "rejected_ids"), packed=True)
     for parameter in module.parameters():
         if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(footprint._drop_gradient)
-    tracker = footprint._PeakMemory([*module.parameters(), *module.buffers()])
+            parameter.register_post_accumulate_grad_hook(drop_gradient)
+    tracker = PeakMemory([*module.parameters(), *module.buffers()])
     with tracker:
         module(batch)["logps"].sum().backward()
     return tracker.peak
@@ -104,11 +106,49 @@ def test_gpus_keep_grouped_keys_as_they_are() -> None:
             SHAPE,
             task_type="SEQ_CLS",
             settings=PolicyConfig(),
+            packed=True,
             on_gpu=on_gpu,
         ).activations
         for on_gpu in (True, False)
     )
     assert 0 < on_gpu < on_cpu
+
+
+SHARING = {"num_hidden_layers": 12, "num_kv_shared_layers": 2, "vocab_size_per_layer_input": 400}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "packed"),
+    [
+        ("stablelm", {}, False),
+        ("nemotron", {}, False),
+        ("gemma3n_text", SHARING, True),
+        ("gemma4_text", SHARING, True),
+    ],
+)
+def test_models_of_other_kinds_are_planned(
+    model_type: str, changes: dict[str, Any], packed: bool
+) -> None:
+    """Layers that read no packed rows, that share keys and values, or that differ."""
+    model = make_model(model_type, **changes)
+    found = measured(model.config)
+    assert found.parameters == sum(p.numel() for p in model.parameters())
+    assert found.activations > 0
+    assert reads_packed_rows(model.config, MODEL) is packed
+
+
+def test_flash_attention_is_planned_as_another() -> None:
+    model = MODEL.model_copy(update={"attn_implementation": "flash_attention_2"})
+    architecture = make_model("gemma2").config
+    found = measure_footprint(
+        architecture,
+        model,
+        SHAPE,
+        task_type="CAUSAL_LM",
+        settings=PolicyConfig(),
+        packed=reads_packed_rows(architecture, model),
+    )
+    assert found.activations > 0
 
 
 def test_routed_experts_are_refused() -> None:

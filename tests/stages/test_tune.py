@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from madpo_ray import pipeline
-from madpo_ray.config import Config, load_config, parse_config
+from madpo_ray.config import Config, load_config, parse_config, save_config
 from madpo_ray.errors import UserError
 from madpo_ray.stages import train, tune
 from madpo_ray.training.metrics import METRICS_FILE, read_metrics
@@ -223,6 +223,21 @@ def test_failed_trial_is_recorded(finished_run: Run, tmp_path: Path) -> None:
     assert best.train.learning_rate == 1e-3
     assert not pipeline.pending(best)  # it was trained and evaluated, as asked
     assert train.STAGE.is_finished(best)
+
+
+def test_best_settings_join_the_config_that_is_given(raw_config: dict[str, Any]) -> None:
+    """A run that was copied or moved since is not the one that best.yaml names."""
+    searched = parse_config(raw_config)
+    raw_config["run"]["name"] = "copy"
+    raw_config["train"]["logging_steps"] = 3
+    given = parse_config(raw_config)
+    best = searched.train.model_copy(update={"beta": 0.37, "logging_steps": 5})
+    folder = tune.STAGE.folder(given)
+    folder.mkdir(parents=True)
+    save_config(searched.model_copy(update={"train": best}), folder / tune.BEST)
+    found = tune.with_best(given)
+    assert (found.train.beta, found.train.logging_steps) == (0.37, 3)
+    assert found.run == given.run
 
 
 def test_ranges_within_bounds(raw_config: dict[str, Any]) -> None:

@@ -7,10 +7,13 @@ from typing import Any
 
 @contextlib.contextmanager
 def nodes_of_one_cpu(count: int) -> Iterator[Any]:
-    """A Ray cluster with a head and so many other nodes; its `ray.cluster_utils.Cluster`."""
+    """A Ray cluster of so many nodes, and a head that runs no task, which a test cannot remove.
+
+    Its `ray.cluster_utils.Cluster`.
+    """
     from ray.cluster_utils import Cluster
 
-    head = {"num_cpus": 1, "include_dashboard": False}
+    head = {"num_cpus": 0, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
         for _ in range(count):

@@ -232,7 +232,7 @@ def test_killed_driver_resumes(command: MakeCommand, assert_ends_undisturbed: Ch
 def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Two for ranks, two for what feeds them, one to spare."""
     monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "0.5")
-    with nodes_of_one_cpu(4) as cluster:
+    with nodes_of_one_cpu(5) as cluster:
         yield cluster
 
 
