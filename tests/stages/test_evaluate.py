@@ -46,7 +46,7 @@ def evaluation(config: Config) -> dict[str, Any]:
 def test_numbers_are_those_of_the_policy(finished_run: Run) -> None:
     """Recomputed from the exported policy and the stored reference, in one process."""
     config, _ = finished_run
-    names = ("pair_id", "prompt_ids", "chosen_ids", "rejected_ids", "margin")
+    names = ("pair_id", "group_hash", "prompt_ids", "chosen_ids", "rejected_ids", "margin")
     test = read_split(margins.STAGE.rows(config), "test", (*names, *config.score_columns))
     folder = train.STAGE.folder(config) / "model"
     policy = with_reference(test, folder, config.model)

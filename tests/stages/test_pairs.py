@@ -137,8 +137,9 @@ def test_unusual_rows_are_counted_and_shown(raw_config: dict[str, Any], tmp_path
         "the prompt leaves no room for a response in max_length": 2
     }
     lines = pairs.describe(result.results)
-    assert str(lines[1]).startswith("responses cut at data.max_length: ")
-    assert str(lines[2]).startswith("3 pairs repeated the prompt")
+    assert "without the model's chat template" in str(lines[1])
+    assert str(lines[2]).startswith("responses cut at data.max_length: ")
+    assert str(lines[3]).startswith("3 pairs repeated the prompt")
 
 
 def test_scored_responses_become_pairs(raw_config: dict[str, Any], tmp_path: Path) -> None:
