@@ -242,11 +242,13 @@ def measure_on_ray(work: Path, shape: str, steps: int, threads: int, workers: in
     """The complete TorchTrainer, fed by Ray Data."""
     import ray
 
+    from madpo_ray.cluster.connection import LOCAL_EXTRA_CPUS
     from madpo_ray.config import ClusterConfig
     from madpo_ray.training.trainer import train_on_ray
 
     quiet: Any = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
-    ray.init("local", num_cpus=8, **quiet)
+    # As many as a local Ray of `madpo-ray` has: for each CPU Ray starts a process that waits.
+    ray.init("local", num_cpus=(os.cpu_count() or 1) + LOCAL_EXTRA_CPUS, **quiet)
     name = f"ray{workers}-{os.getpid()}"
     job = our_job(work, shape, steps, threads, workers, name=name)
     train_on_ray(job, ClusterConfig(num_workers=workers, cpus_per_worker=threads))
