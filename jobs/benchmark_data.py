@@ -5,9 +5,9 @@ prepares the same file for its DPOTrainer; both with their start of processes, o
 
 The feed has random tokens, a Ray of its own with an object store of 500 MB, and a TorchTrainer
 whose workers order the pairs, read and decode as those of a training do, without a model: as fast
-as they can, then a row a second, while the cores that Ray's coordinator keeps busy are counted
-(`feed_idle_cores`). Memory is
-the largest PSS (a shared page is counted in parts) of the driver, a rank and the actor that reads.
+as they can, then a micro-batch a second, while the cores that Ray's coordinator keeps busy are
+counted (`feed_idle_cores`). Memory is the largest PSS (a shared page is counted in parts) of the
+driver, a rank and the actor that reads.
 Scoring reads short pairs with a tiny model and two actors: what its processes hold is measured, for
 30,000 pairs and for all. The last line is one JSON object.
 """
@@ -233,7 +233,7 @@ def cpu_seconds(name: str) -> float:
 
 
 def read_as_a_rank(settings: dict[str, Any]) -> None:
-    """Reads for some seconds, then for as many a row a second, and writes what was seen."""
+    """Reads for some seconds, then for as many a micro-batch a second, and writes what was seen."""
     peak = Peak()
     spec: OrderSpec = settings["spec"]
     Order(spec)  # as each rank of a training does

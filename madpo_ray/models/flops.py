@@ -96,8 +96,7 @@ def _linear_flops(module: nn.Module, is_trained_before: bool) -> int:
         shape = (module.out_features, module.in_features)
     if len(shape) != 2:
         return 0
-    num_products = 1 + int(is_trained_before) + int(weight.requires_grad)
-    return int(2 * math.prod(shape) * num_products)
+    return int(2 * math.prod(shape)) * _num_products(weight, is_trained_before)
 
 
 def _expert_flops(module: nn.Module, experts_per_token: int, is_trained_before: bool) -> int:
@@ -108,9 +107,14 @@ def _expert_flops(module: nn.Module, experts_per_token: int, is_trained_before: 
             continue
         shape = tuple(getattr(weight, "ds_shape", weight.shape))
         if len(shape) == 3:
-            num_products = 1 + int(is_trained_before) + int(weight.requires_grad)
-            flops += 2 * math.prod(shape[1:]) * experts_per_token * num_products
+            per_product = 2 * math.prod(shape[1:]) * experts_per_token
+            flops += per_product * _num_products(weight, is_trained_before)
     return flops
+
+
+def _num_products(weight: nn.Parameter, is_trained_before: bool) -> int:
+    """Forward, for the gradient of the input, and for that of the weight."""
+    return 1 + int(is_trained_before) + int(weight.requires_grad)
 
 
 def peak_flops(
