@@ -58,6 +58,12 @@ def test_other_scripts_explain_themselves(script: str) -> None:
     assert "usage: " in done.stdout
 
 
+def test_experiment_has_the_temperature_of_its_table() -> None:
+    done = run_script("replicate_paper", "--temperatures", "0.5", "--sdist", "/no/such/file")
+    assert done.returncode == 2
+    assert "--temperatures must hold 1, which the table is of" in done.stderr
+
+
 def test_ablations_are_the_parts_of_the_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     """Below tau c is at least 1, above at most 1: one of both is MADPO's weight, the other 1."""
     monkeypatch.syspath_prepend(str(ROOT / "jobs"))

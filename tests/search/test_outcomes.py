@@ -140,6 +140,22 @@ def test_importance_finds_the_key_that_matters() -> None:
     assert importances(same, space, "accuracy") == {}
 
 
+def test_importance_is_a_share_of_the_whole_spread() -> None:
+    """Where two keys matter only together, neither accounts for much alone."""
+    space = {
+        "train.beta": LogUniform(type="loguniform", min=0.01, max=1.0),
+        "train.lmbda": Uniform(type="uniform", min=0.0, max=1.0),
+    }
+    rng = random.Random(0)
+    trials = []
+    for _ in range(60):
+        is_large, lmbda = rng.random() < 0.5, rng.random()
+        beta = 10 ** (-0.5 if is_large else -1.5)
+        accuracy = 0.8 if is_large == (lmbda > 0.5) else 0.5
+        trials.append(trial(accuracy, train__beta=beta, train__lmbda=lmbda))
+    assert sum(importances(trials, space, "accuracy").values()) < 0.5
+
+
 def test_values_in_one_line() -> None:
     values = {"train.beta": 0.123456, "train.loss_type": "madpo", "run.seed": 3}
     assert format_values(values) == "beta 0.1235, loss_type madpo, run.seed 3"

@@ -63,6 +63,15 @@ class SeedTask(PolicyTask):
         return super().objective(job)
 
 
+class FrozenNormTask(PolicyTask):
+    """Trains everything but the last norm."""
+
+    def load(self, job: TrainingJob, max_response_tokens: int) -> torch.nn.Module:
+        module: Any = super().load(job, max_response_tokens)
+        module.model.model.norm.requires_grad_(False)
+        return module  # type: ignore[no-any-return]
+
+
 class OneModelTask(PolicyTask):
     """Fails if a rank ever holds two models."""
 

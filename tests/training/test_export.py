@@ -12,7 +12,7 @@ from madpo_ray.models.loading import load_policy
 from madpo_ray.training.job import TrainingJob
 from support.forwards import separate_logp
 from support.ranks import SHARDED, MakeJob, TrainOn, logged, metrics_of
-from support.tasks import OneModelTask
+from support.tasks import FrozenNormTask, OneModelTask
 
 pytestmark = pytest.mark.deepspeed
 
@@ -52,6 +52,20 @@ def test_exports_have_the_log_probs_of_training(
     assert (jobs["adapter"].output / "model" / "adapter_config.json").exists()
     assert not (jobs["merged"].output / "model" / "adapter_config.json").exists()
     torch.testing.assert_close(logps["merged"], logps["adapter"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("zero", [{"zero_stage": 2}, SHARDED])
+def test_frozen_parameters_are_exported(
+    zero: dict[str, Any], policy_job: MakeJob, train_on: TrainOn
+) -> None:
+    """Without them the policy would not load."""
+    job = policy_job("frozen", **zero)
+    job = dataclasses.replace(job, task=FrozenNormTask(columns=job.task.columns))
+    train_on(job, 2)
+    initial: Any = load_policy(job.base_folder, job.model)
+    exported: Any = load_policy(job.output / "model", job.model)
+    assert torch.equal(exported.model.norm.weight, initial.model.norm.weight)
+    assert not torch.equal(exported.lm_head.weight, initial.lm_head.weight)
 
 
 def test_best_evaluation_is_the_result(policy_job: MakeJob, train_on: TrainOn) -> None:
